@@ -26,7 +26,7 @@ RECIPE = {
     "images": 16_000,
     "data_seed": 0,
     "flip": True,
-    "steps": 3_800,
+    "steps": 2_800,
     "batch": 48,
     "learning_rate": 8e-4,
     "warmup": 200,
@@ -131,7 +131,9 @@ def main() -> None:
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
             seconds = (time.time() - began) / (step + 1 - start)
-            log.append({"step": step + 1, "loss": round(float(np.mean(losses)), 5), "seconds_per_step": round(seconds, 3)})
+            log.append(
+                {"step": step + 1, "loss": round(float(np.mean(losses)), 5), "seconds_per_step": round(seconds, 3)}
+            )
             print(log[-1], flush=True)
             losses = []
         if (step + 1) % 250 == 0 or step + 1 == r["steps"]:

@@ -1,0 +1,1 @@
+"""Paired examples: an image and its conditions."""

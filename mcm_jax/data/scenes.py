@@ -56,9 +56,12 @@ class Waves:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Returns the curve at ``x`` (any shape), within +-sum(amplitude)."""
-        cycles = x[..., None] * self.frequency + self.phase
-        wave = 4 * np.abs(cycles - np.floor(cycles + 0.5)) - 1 if self.jagged else np.sin(2 * np.pi * cycles)
-        return (wave @ self.amplitude).astype(np.float32)
+        total = np.zeros(np.shape(x), np.float32)
+        for amplitude, frequency, phase in zip(self.amplitude, self.frequency, self.phase, strict=True):
+            cycles = x * frequency + phase
+            wave = 4 * np.abs(cycles - np.floor(cycles + 0.5)) - 1 if self.jagged else np.sin(2 * np.pi * cycles)
+            total += amplitude * wave
+        return total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
+    """One tree."""
+
     x: float
     y: float  # of the foot
     height: float
@@ -176,7 +181,8 @@ def draw_scene(rng: np.random.Generator) -> Scene:
         radius = float(rng.uniform(0.055, 0.085))
         x = float(rng.uniform(0.12, 0.88))
         # The disc stands clear of the skyline at its own place, or a quarter of it behind the ridge.
-        skyline = min(float(_skyline(r, np.array([x], np.float32), horizon)[0]) for r in ranges)
+        skylines = [float(_skyline(r, np.array([x], np.float32), horizon)[0]) for r in ranges]
+        skyline = min(*skylines, horizon)
         top = radius + 0.02
         bottom = max(top, skyline - radius * float(rng.uniform(0.4, 1.6)))
         disc = (x, float(rng.uniform(max(top, bottom - 0.18), bottom)), radius)
@@ -234,21 +240,19 @@ def _skyline(r: Range, x: np.ndarray, horizon: float) -> np.ndarray:
 
 
 def _noise(lattices: tuple[np.ndarray, ...], y: np.ndarray, x: np.ndarray, fall: float = 0.55) -> np.ndarray:
-    """Value noise in [0, 1] at the grid y x x: each lattice interpolated with smooth weights, by two products."""
+    """Value noise in [0, 1] at the grid y x x: each lattice interpolated with smooth weights."""
 
-    def weights(at: np.ndarray, n: int) -> np.ndarray:
-        position = np.clip(at, 0, 1) * (n - 1)
-        left = np.minimum(position.astype(np.int32), n - 2)
-        f = position - left
+    def along(a: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Interpolates the first axis (by gather: a matrix product would start BLAS threads in every worker)."""
+        position = np.clip(at, 0, 1) * (len(a) - 1)
+        left = np.minimum(position.astype(np.int32), len(a) - 2)
+        f = (position - left)[:, None]
         f = f * f * (3 - 2 * f)
-        w = np.zeros((len(at), n), np.float32)
-        w[np.arange(len(at)), left] = 1 - f
-        w[np.arange(len(at)), left + 1] = f
-        return w
+        return a[left] * (1 - f) + a[left + 1] * f
 
     total, norm = np.zeros((len(y), len(x)), np.float32), 0.0
     for k, lattice in enumerate(lattices):
-        total += fall**k * (weights(y, lattice.shape[0]) @ lattice @ weights(x, lattice.shape[1]).T)
+        total += fall**k * along(along(lattice, y).T, x).T
         norm += fall**k
     return total / norm
 

@@ -1,0 +1,124 @@
+"""Control against the MCM's size, and the paper's form beside ours: the table of docs/mcm.md.
+
+python benchmarks/mcm_sizes.py --steps=1000 --maps=128 --out=benchmarks/results/mcm_sizes.json
+
+All variants train in one process on the same batches, timesteps and noise (the base predicts once for all of them), with the
+settings of configs/scenes.py but for the number of steps.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+
+import jax
+from tqdm import tqdm
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "configs"))
+import default
+import scenes
+
+from mcm_jax import assets
+from mcm_jax import config as config_lib
+from mcm_jax.base import load_base
+from mcm_jax.data.pipeline import InMemory, training_batches
+from mcm_jax.data.scenes import Scenes
+from mcm_jax.evaluation.evaluate import evaluate
+from mcm_jax.pipeline import save_mcm
+from mcm_jax.training import state, step
+
+PAPER = dict(inputs=("x_t", "eps"), shift_space="eps")
+
+
+def variants() -> dict:
+    """Name to config."""
+    found = {}
+    for name, size, changes in (
+        ("tiny", "tiny", {}),
+        ("small", "small", {}),
+        ("medium", "medium", {}),
+        ("large", "large", {}),
+        ("medium, paper's form", "medium", PAPER),
+    ):
+        c = scenes.get_config()
+        c.mcm.update(default.SIZES[size])
+        c.mcm.update(changes)
+        if changes:
+            c.loss.weighting = "eps"
+        c.evaluation.diversity_seeds = 1
+        c.sampling.guidance = 1.0
+        found[name] = c
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--maps", type=int, default=128)
+    parser.add_argument("--sampling_steps", type=int, default=20)
+    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/mcm_sizes"))
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    args = parser.parse_args()
+    configs = variants()
+    one = next(iter(configs.values()))
+    base = load_base(assets.resolve(one.base.path))
+    height, width, _ = base.image_shape
+    source = InMemory.render(Scenes("train", one.data.size, height, width, one.data.seed))
+    batches = training_batches(source, one.train.batch_size, one.seed, ["sketch"])
+    runs, predict_step = {}, None
+    for name, c in configs.items():
+        t = c.train
+        modulator = config_lib.modulator(c, base)
+        optimizer, _ = state.make_optimizer(args.steps, t.learning_rate, t.warmup_steps, t.weight_decay, t.clip_norm)
+        params = modulator.init(jax.random.key(c.seed), base.latent_shape)
+        train_step = step.make_train_step(
+            modulator, optimizer, weighting=c.loss.weighting, l1=c.loss.l1, ema_decay=t.ema_decay
+        )
+        runs[name] = [state.init_state(params, optimizer), train_step]
+        predict_step = predict_step or step.make_predict_step(
+            base, modulator, seed=c.seed, drop_rate=c.modalities.drop_rate
+        )
+    began = time.perf_counter()
+    for i in tqdm(range(args.steps)):
+        record = predict_step(base.params, batches[i])
+        for run in runs.values():
+            run[0], _ = run[1](run[0], record)
+    seconds = time.perf_counter() - began
+    rows = {}
+    for name, c in configs.items():
+        folder = args.work / name.replace(",", "").replace("'", "").replace(" ", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+        config_lib.save(c, folder)
+        save_mcm(folder, runs[name][0].ema_params, base=base, step=args.steps)
+        result = evaluate(folder, folder / "metrics.json", maps=args.maps, steps=args.sampling_steps)
+        rows[name] = {
+            "parameters": result["mcm_parameters"],
+            "share_of_base": round(result["mcm_parameters"] / result["base_parameters"], 4),
+            "miou": result["miou"],
+            "edge_f1": {k: v["f1"] for k, v in result["edge_f1"].items()},
+        }
+    report = {
+        "what": __doc__.splitlines()[0],
+        "steps": args.steps,
+        "batch_size": one.train.batch_size,
+        "training_images": one.data.size,
+        "maps": args.maps,
+        "sampling_steps": args.sampling_steps,
+        "guidance": 1.0,
+        "rows": rows,
+        "training_seconds_all": round(seconds),
+        "hardware": f"{platform.machine()}, {jax.device_count()} {jax.devices()[0].device_kind} device(s)",
+        "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")},
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

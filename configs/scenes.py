@@ -1,0 +1,24 @@
+"""The shipped MCM: an MCM of 8% of scenes-ddpm, segmentation and sketch.
+
+python train.py --config=configs/scenes.py --workdir=runs/scenes
+python evaluate.py --workdir=runs/scenes --out=runs/scenes/metrics.json
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import default  # noqa: E402
+
+
+def get_config():
+    c = default.get_config()
+    c.mcm.update(default.SIZES["medium"])
+    c.data.size = 4_000
+    c.train.steps = 4_000
+    c.train.learning_rate = 2e-3
+    c.train.ema_decay = 0.998
+    c.train.validate_every = 1_000
+    c.sampling.guidance = 1.5
+    c.evaluation.expected = dict(both="at least 0.87", sketch="at least 0.62")
+    return c

@@ -1,0 +1,26 @@
+"""What ships with the package: trained bases, MCMs and the evaluation's segmenter. Each folder holds its recipe."""
+
+import pathlib
+
+from mcm_jax.errors import UserError
+
+_ROOT = pathlib.Path(__file__).parent
+
+
+def shipped() -> list[str]:
+    """Names of the shipped folders."""
+    return sorted(p.name for p in _ROOT.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
+
+
+def resolve(path: str) -> pathlib.Path:
+    """Returns the folder of ``path``: one on disk, or else the shipped one of this name.
+
+    Raises:
+      UserError: there is neither.
+    """
+    folder = pathlib.Path(path).expanduser()
+    if folder.exists():
+        return folder
+    if (_ROOT / path).is_dir() and path in shipped():
+        return _ROOT / path
+    raise UserError(f"{path!r} is neither a folder nor a shipped name; shipped are {', '.join(shipped())}")

@@ -1,0 +1,214 @@
+"""The parts of diffusers' 2-D networks, in Flax Linen and NHWC: norm, resampling, residual, attention and time.
+
+Modules and parameters carry diffusers' names with ``_`` for ``.`` before an index (``resnets.0`` is ``resnets_0``), so
+that :mod:`mcm_jax.base.loading` derives one from the other. Written from the behaviour of diffusers 0.42
+(`models/resnet.py`, `attention_processor.py`, `embeddings.py`, `unets/unet_2d_blocks.py`), whose quirks are named where
+they matter.
+
+Each module has a field `dtype`, in which it computes; normalisations, softmax and time features are in float32 whatever
+it is. Parameters may have any floating type.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # PyTorch's default is the exact one
+    "relu": jax.nn.relu,
+}
+
+
+def sinusoidal(t: jax.Array, width: int, flip_sin_to_cos: bool, freq_shift: float) -> jax.Array:
+    """Sinusoidal features of the timestep (DDPM's, with diffusers' two options).
+
+    Args:
+        t: int32 or float32 ``[B]``.
+        width: number of features; an odd one ends in a zero.
+        flip_sin_to_cos: cosines first.
+        freq_shift: what is taken from the number of frequencies in the exponent's denominator.
+
+    Returns:
+        float32 ``[B, width]``.
+    """
+    half = width // 2
+    # Constants, made in numpy: an error of one ulp in a frequency is one of 1e-4 in the phase at t = 1000.
+    exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    phase = t.astype(jnp.float32)[:, None] * frequency[None, :]
+    parts = [jnp.cos(phase), jnp.sin(phase)] if flip_sin_to_cos else [jnp.sin(phase), jnp.cos(phase)]
+    return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, width % 2)))
+
+
+def upsample_nearest(x: jax.Array) -> jax.Array:
+    """``[B, H, W, C]`` to ``[B, 2H, 2W, C]``."""
+    return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over all axes but the batch, in float32, of ``[B, ..., C]``; C is a multiple of `groups`."""
+
+    groups: int
+    eps: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        h = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
+        h = h - h.mean(axis=(1, 3), keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(axis=(1, 3), keepdims=True) + self.eps)
+        h = h.reshape(x.shape[0], -1, channels)
+        h = h * scale.astype(jnp.float32)[None, None] + bias.astype(jnp.float32)[None, None]
+        return h.reshape(x.shape).astype(self.dtype)
+
+
+def conv3x3(channels: int, dtype: Any, name: str, **kwargs: Any) -> nn.Conv:
+    """A 3x3 convolution that keeps the resolution."""
+    return nn.Conv(channels, (3, 3), padding=1, dtype=dtype, name=name, **kwargs)
+
+
+class FourierFeatures(nn.Module):
+    """Random Fourier features of ``log t`` (NCSN++), float32 ``[B, 2 * width]``, sines first. Needs t > 0."""
+
+    width: int
+    scale: float = 16.0
+
+    @nn.compact
+    def __call__(self, t: jax.Array) -> jax.Array:
+        # Drawn once and never trained.
+        weight = jax.lax.stop_gradient(self.param("weight", nn.initializers.normal(self.scale), (self.width,)))
+        phase = jnp.log(t.astype(jnp.float32))[:, None] * weight.astype(jnp.float32)[None] * 2 * math.pi
+        return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two dense layers with a SiLU between: ``[B, F]`` to ``[B, width]``."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        h = nn.Dense(self.width, dtype=self.dtype, name="linear_1")(features)
+        return nn.Dense(self.width, dtype=self.dtype, name="linear_2")(jax.nn.silu(h))
+
+
+class ResnetBlock(nn.Module):
+    """Residual block with an optional time embedding and an optional change of resolution.
+
+    Attributes:
+        channels: output channels; a 1x1 convolution adapts the shortcut where the input has another number.
+        groups: groups of both norms.
+        eps: epsilon of both norms.
+        act: a key of :data:`ACTIVATIONS`.
+        scale_shift: the time embedding scales and shifts after the second norm, rather than being added before it.
+        resample: ``up`` (nearest), ``down`` (mean of 2x2) or None; applied to both branches after the first norm.
+        rescale: what the sum of both branches is divided by.
+    """
+
+    channels: int
+    groups: int = 32
+    eps: float = 1e-5
+    act: str = "silu"
+    scale_shift: bool = False
+    resample: str | None = None
+    rescale: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
+        """``[B, H, W, C]`` (and ``[B, E]``) to ``[B, H', W', channels]``."""
+        act = ACTIVATIONS[self.act]
+        h = act(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
+        if self.resample == "up":
+            x, h = upsample_nearest(x), upsample_nearest(h)
+        elif self.resample == "down":
+            x, h = nn.avg_pool(x, (2, 2), (2, 2)), nn.avg_pool(h, (2, 2), (2, 2))
+        h = conv3x3(self.channels, self.dtype, "conv1")(h)
+        norm2 = GroupNorm(self.groups, self.eps, self.dtype, name="norm2")
+        if temb is None:
+            h = norm2(h)
+        else:
+            width = 2 * self.channels if self.scale_shift else self.channels
+            temb = nn.Dense(width, dtype=self.dtype, name="time_emb_proj")(act(temb))[:, None, None, :]
+            if self.scale_shift:
+                scale, shift = jnp.split(temb, 2, axis=-1)
+                h = norm2(h) * (1 + scale) + shift
+            else:
+                h = norm2(h + temb)
+        h = conv3x3(self.channels, self.dtype, "conv2")(act(h))
+        if x.shape[-1] != self.channels:
+            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
+        return (x + h) / self.rescale
+
+
+class Attention(nn.Module):
+    """Self-attention over the positions of a map, with its residual connection.
+
+    Attributes:
+        head_dim: channels per head. There are ``C // head_dim`` heads, so where it does not divide C the inner width is
+            smaller than C, as in diffusers.
+        groups: groups of the norm; None leaves the norm out.
+        eps: epsilon of the norm.
+        rescale: what the sum with the residual is divided by.
+    """
+
+    head_dim: int
+    groups: int | None = 32
+    eps: float = 1e-5
+    rescale: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[B, H, W, C]`` to the same."""
+        batch, height, width, channels = x.shape
+        heads = channels // self.head_dim
+        h = x if self.groups is None else GroupNorm(self.groups, self.eps, self.dtype, name="group_norm")(x)
+        h = h.reshape(batch, height * width, channels)
+        q, k, v = (
+            nn.Dense(heads * self.head_dim, dtype=self.dtype, name=name)(h).reshape(batch, -1, heads, self.head_dim)
+            for name in ("to_q", "to_k", "to_v")
+        )
+        with jax.numpy_dtype_promotion("standard"):  # jax's own softmax mixes bfloat16 and float32
+            h = jax.nn.dot_product_attention(q, k, v).reshape(batch, -1, heads * self.head_dim)
+        h = nn.Dense(channels, dtype=self.dtype, name="to_out_0")(h)
+        return (x + h.reshape(x.shape)) / self.rescale
+
+
+class Downsample(nn.Module):
+    """Halves the resolution by a strided 3x3 convolution.
+
+    `padding` 1 pads all sides; 0 pads below and on the right only (the original DDPM, in TensorFlow's "SAME" fashion).
+    """
+
+    channels: int
+    padding: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        pad = (self.padding, 1)
+        return nn.Conv(self.channels, (3, 3), strides=2, padding=(pad, pad), dtype=self.dtype, name="conv")(x)
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution: nearest neighbour, then a 3x3 convolution."""
+
+    channels: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return conv3x3(self.channels, self.dtype, "conv")(upsample_nearest(x))

@@ -1,0 +1,39 @@
+"""What the scripts at the top level share: errors that a user can mend end in one message, not a traceback."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from mcm_jax.errors import UserError
+from mcm_jax.training.loop import Interrupted
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses flags; a config key that does not exist, or of the wrong type, is a flag's error."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as e:
+        sys.exit(f"error: {e}\nTry {argv[0]} --help")
+    except (AttributeError, KeyError, TypeError, ValueError) as e:  # what ml_collections raises for overrides
+        key = e.args[0] if e.args else e
+        sys.exit(f"error: config key {key}\nconfigs/default.py lists every key, its type and meaning")
+    except (OSError, ImportError, SyntaxError) as e:
+        sys.exit(f"error: the config file cannot be read: {e}")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs a script's main under absl.
+
+    Exit status: 0 done, 1 or 2 bad input (one message on stderr), 130 stopped by a signal with the state saved.
+    """
+    logging.set_verbosity(logging.WARNING)  # Orbax reports a page for every checkpoint; --verbosity=0 shows it
+    try:
+        app.run(main, flags_parser=_parse)
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except Interrupted as e:
+        print(f"\n{e}", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)

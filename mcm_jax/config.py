@@ -1,0 +1,184 @@
+"""Where a config enters: checked once, turned into plain objects, written into the workdir and compared with it."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import ml_collections
+
+from mcm_jax import losses, sampling
+from mcm_jax.base import Base
+from mcm_jax.errors import UserError
+from mcm_jax.mcm import INPUTS, MCM, SHIFT_SPACES, Modulator, Size
+from mcm_jax.modalities import Modality
+
+_CHOICES = {
+    "base.dtype": ("float32", "bfloat16", "float16"),
+    "mcm.dtype": ("float32", "bfloat16", "float16"),
+    "mcm.shift_space": SHIFT_SPACES,
+    "loss.weighting": losses.WEIGHTINGS,
+    "sampling.sampler": sampling.SAMPLERS,
+    "data.name": ("scenes",),
+}
+_AT_LEAST_ONE = (
+    "data.size",
+    "train.steps",
+    "train.batch_size",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "sampling.steps",
+    "sampling.batch_size",
+    "mcm.channels",
+    "mcm.blocks",
+    "mcm.groups",
+    "evaluation.maps",
+    "evaluation.diversity_conditions",
+)
+_AT_LEAST_ZERO = (
+    "seed",
+    "data.seed",
+    "loss.l1",
+    "train.warmup_steps",
+    "train.weight_decay",
+    "train.clip_norm",
+    "train.validate_every",
+    "mcm.head_dim",
+    "sampling.guidance",
+    "evaluation.diversity_seeds",
+)
+_ABOVE_ZERO = ("train.learning_rate", "mcm.x0_clip")
+_SHARES = ("train.ema_decay", "modalities.drop_rate", "sampling.eta")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"train.steps": 100, ...}`` of a (nested) config."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict | ml_collections.ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError where a value is out of its range; types are held by ml_collections."""
+    flat = flatten(config)
+
+    def expect(holds: bool, key: str, expected: str) -> None:
+        if not holds:
+            raise UserError(f"config.{key} must be {expected}, got {flat[key]!r}")
+
+    missing = [k for k in (*_CHOICES, *_AT_LEAST_ONE, *_AT_LEAST_ZERO, *_ABOVE_ZERO, *_SHARES) if k not in flat]
+    if missing:
+        raise UserError(f"the config lacks {', '.join(missing)}; start from configs/default.py, which has every key")
+    for key, choices in _CHOICES.items():
+        expect(flat[key] in choices, key, f"one of {', '.join(choices)}")
+    for key in _AT_LEAST_ONE:
+        expect(flat[key] >= 1, key, "at least 1")
+    for key in _AT_LEAST_ZERO:
+        expect(flat[key] >= 0, key, "at least 0")
+    for key in _ABOVE_ZERO:
+        expect(flat[key] > 0, key, "above 0")
+    for key in _SHARES:
+        expect(0 <= flat[key] <= 1, key, "in [0, 1]")
+    expect(flat["modalities.drop_rate"] < 1, "modalities.drop_rate", "below 1: at 1 no condition is ever seen")
+    expect(flat["train.ema_decay"] < 1, "train.ema_decay", "below 1: at 1 the average never moves")
+    inputs = flat["mcm.inputs"]
+    expect(len(set(inputs)) == len(inputs) > 0 and set(inputs) <= set(INPUTS), "mcm.inputs", f"out of {INPUTS}")
+    if not modalities(config):
+        raise UserError("config.modalities names no modality; see configs/default.py")
+
+
+def modalities(config: ml_collections.ConfigDict) -> tuple[Modality, ...]:
+    """The config's modalities, in the order of their names."""
+    section = config.modalities
+    entries = [(k, v) for k, v in sorted(section.items()) if isinstance(v, dict | ml_collections.ConfigDict)]
+    return tuple(Modality(name, v["kind"], v["channels"]) for name, v in entries)
+
+
+def modulator(config: ml_collections.ConfigDict, base: Base) -> Modulator:
+    """The MCM that the config describes, for a base."""
+    m = config.mcm
+    size = Size(
+        channels=m.channels,
+        multipliers=tuple(m.multipliers),
+        blocks=m.blocks,
+        attention=tuple(bool(a) for a in m.attention),
+        head_dim=m.head_dim or None,
+        groups=m.groups,
+    )
+    return Modulator(
+        module=MCM(size, tuple(m.inputs), jnp.dtype(m.dtype)),
+        modalities=modalities(config),
+        schedule=base.schedule,
+        shift_space=m.shift_space,
+        residual_scale=m.residual_scale,
+        x0_clip=m.x0_clip,
+    )
+
+
+def load(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
+    """Reads the config of a workdir.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file, so {str(workdir)!r} is no workdir of a training run. "
+            f"Make one with train.py --config=... --workdir={workdir}"
+        )
+    try:
+        config = ml_collections.ConfigDict(json.loads(path.read_text()))
+        check(config)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, KeyError) as e:
+        raise UserError(f"{path}: not a config that train.py wrote ({e})") from e
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+    return config
+
+
+def save(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes the config into a workdir; one that is there already must be the same.
+
+    Raises:
+      UserError: the workdir holds another run; lists each key that differs.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        found, wanted = flatten(load(workdir)), flatten(config)
+        lines = [
+            f"  {key}: there {found.get(key, 'absent')!r}, now {wanted.get(key, 'absent')!r}"
+            for key in sorted(found.keys() | wanted.keys())
+            if found.get(key, None) != wanted.get(key, None)
+        ]
+        if lines:
+            differs = "\n".join(lines)
+            raise UserError(
+                f"{path} is another run's config. It differs in\n{differs}\n"
+                f"Take another --workdir, or the same values to go on with that run"
+            )
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+    temporary.replace(path)
+
+
+def check_same_shapes(found: dict[str, Any], expected: dict[str, Any], source: str) -> None:
+    """Raises UserError, listing both sides, unless two MCMs have the same params; the values are shapes."""
+    lines = [f"  missing there: {k} {tuple(v)}" for k, v in expected.items() if k not in found]
+    lines += [f"  only there: {k} {tuple(v)}" for k, v in found.items() if k not in expected]
+    lines += [
+        f"  {k}: there {tuple(found[k])}, expected {tuple(v)}"
+        for k, v in expected.items()
+        if k in found and tuple(found[k]) != tuple(v)
+    ]
+    if lines:
+        more = [f"  ... and {len(lines) - 12} more"] if len(lines) > 12 else []
+        differs = "\n".join(lines[:12] + more)
+        raise UserError(f"{source} holds another MCM than the config describes:\n{differs}")

@@ -1,0 +1,159 @@
+"""The evaluation of a run: does control work, for every subset of the modalities, and what does it cost in diversity?
+
+Samples for held-out maps are segmented by a net that neither the base nor the MCM has seen (:mod:`.segmenter`).
+Beside the subsets stand two bounds: real images of the same maps, and the base alone, which cannot know the maps.
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from mcm_jax import pictures, sampling
+from mcm_jax.data.pipeline import InMemory, to_float
+from mcm_jax.data.scenes import CLASSES, Scenes
+from mcm_jax.errors import UserError
+from mcm_jax.evaluation import metrics
+from mcm_jax.evaluation.segmenter import load_segmenter
+from mcm_jax.pipeline import Pipeline
+
+_SHOWN = 10
+
+
+def _subsets(names: list[str]) -> dict[str, list[str]]:
+    """What is given in each run: everything (``both`` where there are two), then each modality alone."""
+    everything = {"both" if len(names) == 2 else "all": names} if len(names) > 1 else {}
+    return everything | {name: [name] for name in names}
+
+
+def _table(result: dict) -> str:
+    expected = result["expected"]
+    lines = [f"{'':16}{'mean IoU':>10}{'sketch F1':>11}{'diversity':>11}   expected mean IoU"]
+    for name, miou in result["miou"].items():
+        diversity = result["diversity"].get(name)
+        lines.append(
+            f"{name:16}{miou:10.3f}{result['edge_f1'][name]['f1']:11.3f}"
+            f"{'' if diversity is None else format(diversity, '.3f'):>11}   {expected.get(name, '')}"
+        )
+    return "\n".join(lines)
+
+
+def evaluate(
+    workdir: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    maps: int | None = None,
+    guidance: float | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+) -> dict:
+    """Evaluates a trained MCM and writes ``out`` (JSON) and ``samples.png`` beside it.
+
+    Args:
+      workdir: of a training run, or the name of a shipped MCM.
+      out: file for the metrics.
+      maps: how many held-out maps; None takes ``config.evaluation.maps``.
+      guidance: modality guidance scale; None takes the config's.
+      steps: sampling steps; None takes the config's.
+      seed: of the noise.
+
+    Returns:
+      What is written: ``miou`` (over all pixels of all maps, mean over classes; keys ``real``, ``base``, ``both``, each
+      modality), ``class_iou``, ``edge_f1`` (precision, recall and F1 of the samples' edges against the sketches, within
+      one pixel), ``diversity`` (mean root-mean-square distance, in units of the [-1, 1] range, between samples of
+      several seeds for one condition) and what it was measured with.
+
+    Raises:
+      UserError: bad input; nothing was written.
+    """
+    pipeline = Pipeline.from_folder(workdir)
+    config = pipeline.config
+    wanted = config.evaluation
+    maps = wanted.maps if maps is None else maps
+    if maps < 1:
+        raise UserError(f"maps must be at least 1, got {maps}")
+    if seed < 0:
+        raise UserError(f"seed must be at least 0, got {seed}")
+    guidance = config.sampling.guidance if guidance is None else guidance
+    if guidance < 0:
+        raise UserError(f"guidance must be at least 0, got {guidance}")
+    out = pathlib.Path(out)
+    segmenter = load_segmenter()
+    height, width, _ = pipeline.base.image_shape
+    modalities = pipeline.modulator.modalities
+    source = InMemory.render(Scenes("test", maps, height, width, config.data.seed))
+    examples = to_float(source.arrays, [m.name for m in modalities if m.kind == "map"])
+    labels, sketches = examples["segmentation"], source.arrays["sketch"].astype(np.float32) / 255
+    keys = sampling.sample_keys(seed, maps)
+    chosen = min(wanted.diversity_conditions, maps)
+    seeds = wanted.diversity_seeds
+
+    result = {"miou": {}, "class_iou": {}, "edge_f1": {}, "diversity": {}}
+
+    def score(name: str, images: np.ndarray) -> None:
+        images = np.clip(images, -1, 1)
+        confusion = metrics.confusion_matrix(segmenter.predict(images), labels, len(CLASSES))
+        result["miou"][name] = float(metrics.mean_iou(confusion))
+        values = zip(CLASSES, metrics.class_iou(confusion), strict=True)
+        # A class that is in no map and in no sample has no IoU.
+        result["class_iou"][name] = {c: None if np.isnan(v) else float(v) for c, v in values}
+        result["edge_f1"][name] = {k: float(v) for k, v in metrics.edge_f1(images, sketches).items()}
+
+    def spread(name: str, given: list[str], scale: float) -> None:
+        """Diversity over several seeds a condition."""
+        if seeds < 2:
+            return
+        rows = np.repeat(np.arange(chosen)[None], seeds, axis=0).reshape(-1)
+        many = pipeline(
+            {n: examples[n][rows] for n in given},
+            sampling.sample_keys(seed + 1, len(rows)),
+            guidance=scale,
+            steps=steps,
+        )
+        shape = (seeds, chosen, *many.shape[1:])
+        result["diversity"][name] = float(metrics.diversity(np.clip(many, -1, 1).reshape(shape)))
+
+    began = time.perf_counter()
+    score("real", examples["image"])
+    alone = pipeline({}, keys, guidance=0.0, steps=steps)
+    score("base", alone)
+    spread("base", [], 0.0)
+    shown = [pictures.show(m, examples[m.name][:_SHOWN]) for m in modalities] + [pictures.to_uint8(alone[:_SHOWN])]
+    for name, given in _subsets([m.name for m in modalities]).items():
+        images = pipeline({n: examples[n] for n in given}, keys, guidance=guidance, steps=steps)
+        score(name, images)
+        spread(name, given, guidance)
+        shown.append(pictures.to_uint8(images[:_SHOWN]))
+
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    result |= {
+        "expected": dict(wanted.expected),
+        "maps": maps,
+        "guidance": guidance,
+        "sampler": config.sampling.sampler,
+        "steps": config.sampling.steps if steps is None else steps,
+        "seed": seed,
+        "diversity_of": {"conditions": chosen, "seeds": seeds},
+        "mcm_parameters": count(pipeline.params),
+        "base_parameters": count(pipeline.base.params),
+        "mcm_step": pipeline.step,
+        "base": pipeline.base.name,
+        "fingerprint": pipeline.base.fingerprint,
+        "seconds": round(time.perf_counter() - began, 1),
+        "versions": {"mcm_jax": importlib.metadata.version("mcm-jax"), "jax": jax.__version__},
+        "device": jax.devices()[0].device_kind,
+    }
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pictures.save_png(out.parent / "samples.png", pictures.grid(shown))
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror or e}); take another --out") from e
+    print(_table(result))
+    rows = ", ".join([*(m.name for m in modalities), "base alone", *_subsets([m.name for m in modalities])])
+    print(f"\n{maps} held-out maps, guidance {guidance:g}. Rows of {out.parent / 'samples.png'}: {rows}")
+    return result

@@ -1,0 +1,113 @@
+"""Condition files in, samples out: what sample.py does."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from mcm_jax import pictures, sampling
+from mcm_jax.errors import UserError
+from mcm_jax.modalities import read_png
+from mcm_jax.pipeline import Pipeline
+
+
+def generate(
+    workdir: str,
+    conditions: Mapping[str, str],
+    out: str | os.PathLike,
+    *,
+    num_samples: int = 8,
+    seed: int = 0,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    steps: int | None = None,
+    eta: float | None = None,
+    batch_size: int | None = None,
+) -> np.ndarray:
+    """Samples images for one set of conditions and writes them.
+
+    Args:
+      workdir: of a training run, or the name of a shipped MCM.
+      conditions: picture file of each modality that is given, at least one.
+      out: folder; gets ``sample_000.png`` ..., ``grid.png`` (the conditions, then the samples) and
+        ``samples.json``, which holds every argument.
+      num_samples: how many, at least 1.
+      seed: of the noise, at least 0.
+      guidance: None takes the config's, as for all that follow.
+      sampler: ``ddim`` or ``ddpm``.
+      steps: sampling steps.
+      eta: DDIM's share of fresh noise, in [0, 1].
+      batch_size: images at a time.
+
+    Returns:
+      The samples, float32 ``[num_samples, H, W, 3]``.
+
+    Raises:
+      UserError: bad input; nothing was written.
+    """
+    if not conditions:
+        raise UserError("no condition given; pass --segmentation=PNG, --sketch=PNG or both")
+    if num_samples < 1:
+        raise UserError(f"num_samples must be at least 1, got {num_samples}")
+    if seed < 0:
+        raise UserError(f"seed must be at least 0, got {seed}")
+    if eta is not None and not 0 <= eta <= 1:
+        raise UserError(f"eta must be in [0, 1], got {eta}")
+    if guidance is not None and guidance < 0:
+        raise UserError(f"guidance must be at least 0, got {guidance}")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    pipeline = Pipeline.from_folder(workdir)
+    known = {m.name: m for m in pipeline.modulator.modalities}
+    if unknown := sorted(conditions.keys() - known.keys()):
+        raise UserError(f"the MCM {workdir!r} knows {', '.join(known)}, not {', '.join(unknown)}")
+    height, width, _ = pipeline.base.latent_shape
+    maps = {}
+    for name, path in conditions.items():
+        map_ = known[name].resize(read_png(path, known[name]), height, width)
+        maps[name] = np.repeat(map_[None], num_samples, axis=0)
+
+    defaults = pipeline.config.sampling
+    settings = {
+        "num_samples": num_samples,
+        "seed": seed,
+        "guidance": defaults.guidance if guidance is None else guidance,
+        "sampler": sampler or defaults.sampler,
+        "steps": defaults.steps if steps is None else steps,
+        "eta": defaults.eta if eta is None else eta,
+        "batch_size": min(num_samples, defaults.batch_size) if batch_size is None else batch_size,
+    }
+    sampled = {k: v for k, v in settings.items() if k not in ("num_samples", "seed")}
+    images = pipeline(maps, sampling.sample_keys(seed, num_samples), **sampled)
+
+    out = pathlib.Path(out)
+    values = pictures.to_uint8(images)
+    shown = [np.repeat(pictures.show(known[name], maps[name][:1]), 1, axis=0) for name in sorted(maps)]
+    strip = np.concatenate([*shown, values])
+    columns = min(len(strip), 9)
+    strip = np.concatenate([strip, np.full((-len(strip) % columns, *strip.shape[1:]), 255, np.uint8)])
+    record = {
+        "workdir": workdir,
+        "conditions": dict(conditions),
+        **settings,
+        "base": pipeline.base.name,
+        "fingerprint": pipeline.base.fingerprint,
+        "mcm_step": pipeline.step,
+        "config": json.loads(pipeline.config.to_json()),
+        "versions": {"mcm_jax": importlib.metadata.version("mcm-jax"), "jax": jax.__version__},
+        "device": jax.devices()[0].device_kind,
+    }
+    try:
+        for i, image in enumerate(values):
+            pictures.save_png(out / f"sample_{i:03d}.png", image)
+        rows = [strip[i : i + columns] for i in range(0, len(strip), columns)]
+        pictures.save_png(out / "grid.png", pictures.grid(rows))
+        (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror or e}); take another --out") from e
+    print(f"{num_samples} samples, grid.png and samples.json are in {out}")
+    return images

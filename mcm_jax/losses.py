@@ -1,0 +1,48 @@
+"""Losses of one example each; the mean over the batch is the training step's.
+
+With the noise ``eps`` that made ``x_t = alpha x_0 + sigma eps`` and the modulated prediction ``eps'``, every loss is
+``w(t) mean((eps' - eps)^2)``. The weight decides in which space the error is measured, since for a given
+``x_t`` the errors of x0 and v are those of eps times ``sigma / alpha`` and ``1 / alpha``:
+
+=========== ===================================== ===============================================================
+weighting   w(t)                                  source
+=========== ===================================== ===============================================================
+``eps``     1                                     the paper's descendant VCM
+``x0``      min((1 - abar) / abar, 5)             the other reading of the paper's figure, which ends at x'_0
+``v``       min(1 / abar, 20)                     ours: as much weight for the noisy, layout-deciding steps as they bear
+``min_snr`` min(snr, 5) / snr                     Hang et al. 2023
+=========== ===================================== ===============================================================
+
+The bounds are ours: without them the steps next to pure noise outweigh all others.
+"""
+
+import jax
+import jax.numpy as jnp
+
+WEIGHTINGS = ("eps", "x0", "v", "min_snr")
+
+
+def weight(weighting: str, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The weight w of each example, float32 ``[B]``, from its alpha and sigma (``[B]``)."""
+    abar = jnp.square(alpha)
+    snr = abar / jnp.square(sigma)
+    match weighting:
+        case "eps":
+            return jnp.ones_like(alpha)
+        case "x0":
+            return jnp.minimum(1 / snr, 5.0)
+        case "v":
+            return jnp.minimum(1 / abar, 20.0)
+        case "min_snr":
+            return jnp.minimum(snr, 5.0) / snr
+    raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}")
+
+
+def prediction_error(modulated: jax.Array, noise: jax.Array) -> jax.Array:
+    """Mean squared error of each example, float32 ``[B]``; both arguments ``[B, H, W, C]``."""
+    return jnp.mean(jnp.square(modulated - noise), axis=(1, 2, 3))
+
+
+def modulation_size(gamma: jax.Array, nu: jax.Array) -> jax.Array:
+    """mean |gamma| + mean |nu| of each example, ``[B]``: VCM's L1 pull to zero, which ``loss.l1`` multiplies."""
+    return jnp.mean(jnp.abs(gamma), axis=(1, 2, 3)) + jnp.mean(jnp.abs(nu), axis=(1, 2, 3))

@@ -1,0 +1,225 @@
+"""The Multimodal Conditioning Module: a small network beside a frozen base.
+
+    gamma, nu = MCM(x_t, eps, t, y)          eps' = eps * (1 + gamma) + nu
+
+The network is a plain ADM / DDPM U-Net (:class:`mcm_jax.base.unet2d.UNet2D`, the same code as an unconditional base)
+over ``concat(x_t, eps, y)``; its last convolution starts at zero, so an untrained MCM leaves the base as it is
+(ours, after ControlNet and ADM). Two further choices are ours, each a switch, measured in docs/mcm.md:
+
+* ``inputs`` may hold ``x0``, the base's estimate ``clip((x_t - sigma eps) / alpha)``: the layout that the base
+  is heading for, which a small network would spend its capacity on deriving.
+* ``shift_space = "x0"`` scales the shift as a bounded change of x0: ``eps' = eps (1 + gamma) - nu min(1, alpha
+/ sigma)``.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mcm_jax.base.unet2d import UNet2D, UNet2DConfig
+from mcm_jax.errors import UserError
+from mcm_jax.modalities import Modality, stack, total_channels
+from mcm_jax.schedules import Schedule
+
+INPUTS = ("x_t", "eps", "x0")
+SHIFT_SPACES = ("eps", "x0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Shape of the network.
+
+    Attributes:
+      channels: width of the first level.
+      multipliers: width of each level over ``channels``; each further level halves the resolution.
+      blocks: residual blocks a level on the way down (one more on the way up).
+      attention: for each level, whether its blocks are followed by self-attention. The middle block always is.
+      head_dim: channels of an attention head; None is one head over all channels.
+      groups: groups of each group normalisation.
+    """
+
+    channels: int
+    multipliers: tuple[int, ...]
+    blocks: int
+    attention: tuple[bool, ...]
+    head_dim: int | None = None
+    groups: int = 32
+
+    def __post_init__(self):
+        if len(self.attention) != len(self.multipliers):
+            raise UserError(
+                f"mcm.attention needs one entry for each of the {len(self.multipliers)} levels of mcm.multipliers, "
+                f"got {len(self.attention)}"
+            )
+        if min(self.channels, self.blocks, self.groups, *self.multipliers) < 1:
+            raise UserError("mcm.channels, mcm.multipliers, mcm.blocks and mcm.groups must be at least 1")
+        for m in self.multipliers:
+            if self.channels * m % self.groups:
+                raise UserError(
+                    f"mcm: a level of {self.channels * m} channels cannot be split into {self.groups} groups; "
+                    f"choose mcm.channels or mcm.groups so that it can"
+                )
+            if self.head_dim and self.channels * m % self.head_dim:
+                raise UserError(f"mcm: a level of {self.channels * m} channels has no whole heads of {self.head_dim}")
+
+
+class MCM(nn.Module):
+    """Scale and shift maps from the noisy input, the base's prediction and the conditions.
+
+    Attributes:
+      size: shape of the network.
+      inputs: which of ``x_t``, ``eps`` and ``x0`` it sees, in this order (the paper: x_t and eps).
+      dtype: dtype of the computation; gamma and nu are float32.
+    """
+
+    size: Size
+    inputs: tuple[str, ...] = ("x_t", "eps")
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x_t: jax.Array, eps: jax.Array, t: jax.Array, conditions: jax.Array, x0: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns ``(gamma, nu)``, each float32 of eps's shape.
+
+        Args:
+          x_t: noisy input ``[B, H, W, C]``.
+          eps: the base's prediction ``[B, H, W, C]``.
+          t: timesteps int32 ``[B]``.
+          conditions: channels of the modalities ``[B, H, W, D]``, see :func:`mcm_jax.modalities.stack`.
+          x0: the base's estimate of x0, :func:`estimate_x0`; needed where ``inputs`` names it.
+        """
+        if "x0" in self.inputs and x0 is None:
+            raise ValueError("this MCM sees the base's estimate of x0: pass x0=estimate_x0(...)")
+        given = {"x_t": x_t, "eps": eps, "x0": x0}
+        seen = jnp.concatenate([given[name] for name in self.inputs] + [conditions], axis=-1)
+        channels = eps.shape[-1]
+        levels = len(self.size.multipliers)
+        halving = 2 ** (levels - 1)
+        if seen.shape[1] % halving or seen.shape[2] % halving:
+            raise UserError(
+                f"an MCM of {levels} levels needs a grid divisible by {halving}, got {seen.shape[1]}x{seen.shape[2]}; "
+                f"take fewer mcm.multipliers or another resolution"
+            )
+        config = UNet2DConfig(
+            in_channels=seen.shape[-1],
+            out_channels=2 * channels,
+            block_out_channels=tuple(self.size.channels * m for m in self.size.multipliers),
+            layers_per_block=self.size.blocks,
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in self.size.attention),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(self.size.attention)),
+            attention_head_dim=self.size.head_dim,
+            norm_num_groups=self.size.groups,
+        )
+        maps = UNet2D(config, dtype=self.dtype, zero_init_output=True, name="unet")(seen, t).astype(jnp.float32)
+        return maps[..., :channels], maps[..., channels:]
+
+
+def _per_example(a: jax.Array) -> jax.Array:
+    return a[:, None, None, None]
+
+
+def estimate_x0(x_t: jax.Array, eps: jax.Array, alpha: jax.Array, sigma: jax.Array, clip: float) -> jax.Array:
+    """The base's estimate of x0: ``clip((x_t - sigma eps) / alpha)`` within +-clip; alpha and sigma are ``[B]``."""
+    x0 = (x_t - _per_example(sigma) * eps) / jnp.maximum(_per_example(alpha), 1e-4)
+    return jnp.clip(x0, -clip, clip)
+
+
+def modulate(
+    eps: jax.Array,
+    gamma: jax.Array,
+    nu: jax.Array,
+    *,
+    residual_scale: bool = True,
+    shift_space: str = "eps",
+    alpha: jax.Array | None = None,
+    sigma: jax.Array | None = None,
+) -> jax.Array:
+    """Modulates a prediction element by element: ``eps' = eps * (1 + gamma) + nu``.
+
+    Args:
+      eps: the base's prediction ``[B, H, W, C]``.
+      gamma: scale map of the same shape.
+      nu: shift map of the same shape.
+      residual_scale: False multiplies by gamma itself, as the paper's figure draws it. An untrained MCM then predicts
+        zero, not eps.
+      shift_space: ``eps`` (the paper) or ``x0`` (ours): the shift is ``-min(1, alpha / sigma) nu``, a change
+        of x0 by nu where there is more noise than signal, and bounded elsewhere.
+      alpha: ``[B]``, for ``shift_space="x0"``.
+      sigma: ``[B]``, for ``shift_space="x0"``.
+
+    Returns:
+      eps', of eps's shape.
+    """
+    scale = 1 + gamma if residual_scale else gamma
+    if shift_space == "eps":
+        return eps * scale + nu
+    if shift_space == "x0":
+        return eps * scale - nu * _per_example(jnp.minimum(1.0, alpha / sigma))
+    raise ValueError(f"shift_space must be one of {SHIFT_SPACES}, got {shift_space!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Modulator:
+    """An MCM with all that stands between it and a base: conditions to channels, estimate of x0, modulation.
+
+    Attributes:
+      module: the network.
+      modalities: which conditions, in the order of ``present``'s columns.
+      schedule: the base's.
+      shift_space: see :func:`modulate`.
+      residual_scale: see :func:`modulate`.
+      x0_clip: bound of the estimate of x0.
+    """
+
+    module: MCM
+    modalities: tuple[Modality, ...]
+    schedule: Schedule
+    shift_space: str = "eps"
+    residual_scale: bool = True
+    x0_clip: float = 1.0
+
+    def init(self, key: jax.Array, shape: tuple[int, int, int]) -> Any:
+        """Initial params for a base of latent shape ``(H, W, C)``."""
+        height, width, channels = shape
+        x = jnp.zeros((1, height, width, channels))
+        y = jnp.zeros((1, height, width, total_channels(self.modalities)))
+        return self.module.init(key, x, x, jnp.zeros(1, jnp.int32), y, x)["params"]
+
+    def __call__(
+        self,
+        params: Any,
+        x_t: jax.Array,
+        eps: jax.Array,
+        t: jax.Array,
+        conditions: Mapping[str, jax.Array],
+        present: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns ``(eps', gamma, nu)``, each ``[B, H, W, C]``.
+
+        Args:
+          params: of the MCM.
+          x_t: noisy input ``[B, H, W, C]``.
+          eps: the base's prediction, of the same shape.
+          t: timesteps int32 ``[B]``.
+          conditions: one batch a modality, on the grid of x_t.
+          present: bool ``[B, len(modalities)]``.
+        """
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        x0 = estimate_x0(x_t, eps, alpha, sigma, self.x0_clip) if "x0" in self.module.inputs else None
+        channels = stack(self.modalities, conditions, present)
+        gamma, nu = self.module.apply({"params": params}, x_t, eps, t, channels, x0)
+        modulated = modulate(
+            eps,
+            gamma,
+            nu,
+            residual_scale=self.residual_scale,
+            shift_space=self.shift_space,
+            alpha=alpha,
+            sigma=sigma,
+        )
+        return modulated, gamma, nu

@@ -1,0 +1,164 @@
+"""Two-dimensional conditions and the channels that the MCM sees of them.
+
+A *modality* is a named kind of 2-D condition (segmentation, sketch, depth, ...). Every one becomes channels on the
+grid of ``x_t``: labels one-hot by nearest neighbour, maps by area averaging. An absent modality is its null condition,
+zeros, and a presence flag tells it from a map that happens to be zero, so that one MCM serves any subset. One-hot
+labels, flags and zeros are ours; the paper claims the subsets and shows the grids (see also ``drop``).
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mcm_jax.errors import UserError
+
+KINDS = ("labels", "map")
+
+
+@dataclasses.dataclass(frozen=True)
+class Modality:
+    """One kind of condition.
+
+    Attributes:
+      name: what flags, configs and data sets call it.
+      kind: ``labels`` (integer classes ``[H, W]``, one-hot to ``channels`` channels) or ``map`` (values in [0, 1],
+        ``[H, W]`` for one channel or ``[H, W, channels]``).
+      channels: number of classes, or of the map's channels.
+    """
+
+    name: str
+    kind: str
+    channels: int
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UserError(f"modalities.{self.name}.kind must be one of {KINDS}, got {self.kind!r}")
+        if self.channels < 1:
+            raise UserError(f"modalities.{self.name}.channels must be at least 1, got {self.channels}")
+
+    def check(self, array: np.ndarray, source: str) -> None:
+        """Raises UserError, naming ``source``, where ``array`` is no condition of this modality."""
+        if self.kind == "labels":
+            if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+                raise UserError(
+                    f"{source}: a {self.name} is a 2-D integer array of classes, got {array.dtype}{list(array.shape)}"
+                )
+            unknown = np.unique(array[(array < 0) | (array >= self.channels)])
+            if len(unknown):
+                raise UserError(
+                    f"{source}: found the classes {unknown[:10].tolist()}, but this model knows 0..{self.channels - 1} "
+                    f"({self.channels} classes). Map the others to one of these, one class a pixel value"
+                )
+        else:
+            shape = array.shape if array.ndim == 3 else (*array.shape, 1)
+            if len(shape) != 3 or shape[-1] != self.channels:
+                raise UserError(
+                    f"{source}: a {self.name} has {self.channels} channel(s), got shape {list(array.shape)}"
+                )
+            if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+                raise UserError(f"{source}: a {self.name} has values in [0, 1], got {array.min()} to {array.max()}")
+
+    def resize(self, array: np.ndarray, height: int, width: int) -> np.ndarray:
+        """Brings a condition to the grid ``height`` x ``width``: nearest for labels, area averaging for maps."""
+        if array.shape[:2] == (height, width):
+            return array
+        if self.kind == "labels":
+            rows = ((np.arange(height) + 0.5) * array.shape[0] / height).astype(int)
+            columns = ((np.arange(width) + 0.5) * array.shape[1] / width).astype(int)
+            return array[rows[:, None], columns[None, :]]
+        planes = array.reshape(*array.shape[:2], -1).astype(np.float32)
+        resized = [
+            np.asarray(Image.fromarray(planes[..., c]).resize((width, height), Image.Resampling.BOX))
+            for c in range(planes.shape[-1])
+        ]
+        return np.clip(np.stack(resized, -1).reshape(height, width, *array.shape[2:]), 0, 1)
+
+    def channels_of(self, condition: jax.Array) -> jax.Array:
+        """Turns a batch ``[B, H, W]`` (or ``[B, H, W, C]`` for a map) into float32 ``[B, H, W, channels]``."""
+        if self.kind == "labels":
+            return jax.nn.one_hot(condition, self.channels, dtype=jnp.float32)
+        return condition.reshape(*condition.shape[:3], self.channels).astype(jnp.float32)
+
+    def null(self, batch: int, height: int, width: int) -> np.ndarray:
+        """A batch of conditions for an absent modality (its values are never seen: the flag zeroes them)."""
+        if self.kind == "labels":
+            return np.zeros((batch, height, width), np.uint8)
+        return np.zeros((batch, height, width) + ((self.channels,) if self.channels > 1 else ()), np.float32)
+
+
+def total_channels(modalities: tuple[Modality, ...]) -> int:
+    """Channels that :func:`stack` returns: each modality's and its flag."""
+    return sum(m.channels + 1 for m in modalities)
+
+
+def stack(modalities: tuple[Modality, ...], conditions: Mapping[str, jax.Array], present: jax.Array) -> jax.Array:
+    """Builds the MCM's condition channels.
+
+    Args:
+      modalities: which, in their order.
+      conditions: a batch for each modality's name, on the grid.
+      present: bool ``[B, len(modalities)]``.
+
+    Returns:
+      float32 ``[B, H, W, total_channels(modalities)]``: per modality its channels, zero where absent, and its flag.
+    """
+    parts = []
+    for i, modality in enumerate(modalities):
+        channels = modality.channels_of(conditions[modality.name])
+        flag = present[:, i, None, None, None].astype(jnp.float32)
+        parts += [channels * flag, jnp.broadcast_to(flag, (*channels.shape[:3], 1))]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def drop(key: jax.Array, count: int, rate: float) -> jax.Array:
+    """Draws which modalities one training example shows: bool ``[count]``, each hidden independently with ``rate``."""
+    return jax.random.bernoulli(key, 1 - rate, (count,))
+
+
+def read_png(path: str | pathlib.Path, modality: Modality) -> np.ndarray:
+    """Reads a condition from a picture file.
+
+    Labels come from a PNG whose pixel values are the classes (greyscale or palette indices); a colour picture or a
+    lossy one (JPEG, WebP) is refused, since its values are no classes. Maps come from any picture, grey for one channel
+    and RGB for three, divided by 255.
+
+    Returns:
+      int32 ``[H, W]`` for labels, float32 ``[H, W]`` or ``[H, W, C]`` in [0, 1] for maps.
+
+    Raises:
+      UserError: the file is missing, no picture, lossy, in colour, or holds an unknown class.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (wanted: the {modality.name}'s PNG)")
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"{path}: not a picture that can be read ({e}). A {modality.name} is a PNG file") from e
+    if modality.kind == "labels":
+        if picture.format != "PNG":
+            raise UserError(
+                f"{path}: a label map saved as {picture.format} has lost its classes to compression or scaling. "
+                f"Save it as PNG from the labels themselves"
+            )
+        if picture.mode not in ("L", "P", "1", "I", "I;16"):
+            raise UserError(
+                f"{path}: found a colour picture (mode {picture.mode}), expected one class a pixel: a greyscale or "
+                f"palette PNG with values 0..{modality.channels - 1}"
+            )
+        array = np.asarray(picture).astype(np.int32)
+    else:
+        if modality.channels not in (1, 3):
+            raise UserError(f"{path}: a picture cannot hold the {modality.channels} channels of a {modality.name}")
+        if picture.mode == "I;16":
+            array = np.asarray(picture).astype(np.float32) / 65535
+        else:
+            array = np.asarray(picture.convert("L" if modality.channels == 1 else "RGB")).astype(np.float32) / 255
+    modality.check(array, str(path))
+    return array

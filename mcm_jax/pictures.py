@@ -1,0 +1,57 @@
+"""Grids of images and conditions as PNG files."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from mcm_jax.data.scenes import PALETTE
+from mcm_jax.modalities import Modality
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Images in [-1, 1] as 8-bit values; outside values are clipped."""
+    return np.round((np.clip(np.asarray(images, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def show(modality: Modality, conditions: np.ndarray) -> np.ndarray:
+    """A batch of conditions as RGB uint8 ``[B, H, W, 3]``: labels in colours, maps in grey (or as they are)."""
+    conditions = np.asarray(conditions)
+    if modality.kind == "labels":
+        if modality.channels <= len(PALETTE):
+            return PALETTE[conditions]
+        hues = np.random.default_rng(0).integers(0, 256, (modality.channels, 3), dtype=np.uint8)
+        return hues[conditions]
+    values = np.round(conditions * 255).astype(np.uint8)
+    if values.ndim == 3:
+        values = values[..., None]
+    return np.broadcast_to(values[..., :3] if values.shape[-1] == 3 else values[..., :1], (*values.shape[:3], 3))
+
+
+def grid(rows: Sequence[np.ndarray], *, gap: int = 1, least_size: int = 96) -> np.ndarray:
+    """One picture of rows of images.
+
+    Args:
+      rows: each uint8 ``[N, H, W, 3]``, the same N, H and W.
+      gap: white pixels between the images, before enlarging.
+      least_size: images are enlarged by a whole factor to at least this height.
+
+    Returns:
+      uint8 ``[H', W', 3]``.
+    """
+    factor = max(1, -(-least_size // rows[0].shape[1]))
+    cells = [[np.pad(image, ((gap, 0), (gap, 0), (0, 0)), constant_values=255) for image in row] for row in rows]
+    sheet = np.concatenate([np.concatenate(row, axis=1) for row in cells], axis=0)
+    sheet = np.pad(sheet, ((0, gap), (0, gap), (0, 0)), constant_values=255)
+    return sheet.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def save_png(path: str | os.PathLike, picture: np.ndarray) -> None:
+    """Writes uint8 ``[H, W]`` or ``[H, W, 3]``; the file appears when it is complete."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    Image.fromarray(picture).save(temporary, format="PNG")
+    temporary.replace(path)

@@ -1,0 +1,176 @@
+"""A frozen base and a trained MCM together: what samples, and the folder that holds the MCM.
+
+The folder has ``config.json`` and ``mcm.safetensors`` (averaged params, float32; its header names the base and
+its fingerprint). A workdir is such a folder while it trains and after; the shipped MCMs are folders with nothing else.
+"""
+
+import functools
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from mcm_jax import assets, sampling
+from mcm_jax import config as config_lib
+from mcm_jax.base import Base, load_base
+from mcm_jax.errors import UserError
+from mcm_jax.mcm import Modulator
+
+WEIGHTS = "mcm.safetensors"
+
+
+def save_mcm(folder: pathlib.Path, params: Any, *, base: Base, step: int) -> None:
+    """Writes ``mcm.safetensors`` into a folder; a file that was there is replaced when the new one is complete.
+
+    Args:
+      folder: where, beside ``config.json``.
+      params: of the MCM.
+      base: what it was trained for.
+      step: how long, for the record.
+    """
+    flat = {k: np.asarray(v, np.float32) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
+    metadata = {"base": base.name, "fingerprint": base.fingerprint, "step": str(step)}
+    temporary = folder / (WEIGHTS + ".tmp")
+    temporary.write_bytes(safetensors.numpy.save(flat, metadata))
+    temporary.replace(folder / WEIGHTS)
+
+
+def _read_mcm(path: pathlib.Path, like: Any, base: Base) -> tuple[Any, int]:
+    """Reads params of ``like``'s structure; raises UserError where the file is not of this MCM and this base."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; train.py writes it with its first checkpoint")
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            found = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (no mapping)
+    except (safetensors.SafetensorError, OSError) as e:
+        raise UserError(f"{path}: corrupt or cut short ({e}); export or train it again") from e
+    if metadata.get("fingerprint") != base.fingerprint:
+        raise UserError(
+            f"{path} was trained on the base {metadata.get('base')!r} with fingerprint "
+            f"{str(metadata.get('fingerprint'))[:16]}, but the base {base.name!r} has {base.fingerprint[:16]}. "
+            f"Set base.path to the base that it was trained on"
+        )
+    expected = traverse_util.flatten_dict(like, sep="/")
+    config_lib.check_same_shapes(
+        {k: v.shape for k, v in found.items()}, {k: v.shape for k, v in expected.items()}, str(path)
+    )
+    return traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in found.items()}, sep="/"), int(metadata["step"])
+
+
+class Pipeline:
+    """Samples from a base under an MCM's control.
+
+    Args:
+      base: the frozen model.
+      modulator: the MCM's network and settings.
+      params: of the MCM.
+      config: the run's; ``config.sampling`` are the defaults of :meth:`__call__`.
+      step: how long the MCM was trained.
+    """
+
+    def __init__(self, base: Base, modulator: Modulator, params: Any, config: ml_collections.ConfigDict, step: int = 0):
+        self.base, self.modulator, self.params, self.config, self.step = base, modulator, params, config, step
+        self._compiled = functools.cache(self._compile)
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike) -> "Pipeline":
+        """Loads a workdir, or a shipped MCM by its name, with its base.
+
+        Raises:
+          UserError: something is missing, corrupt, or does not belong together.
+        """
+        path = assets.resolve(os.fspath(folder))
+        config = config_lib.load(path)
+        base = load_base(assets.resolve(config.base.path), config.base.dtype)
+        modulator = config_lib.modulator(config, base)
+        like = jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape))
+        params, step = _read_mcm(path / WEIGHTS, like, base)
+        return cls(base, modulator, params, config, step)
+
+    def _compile(self, sampler: str, steps: int, eta: float, alone: bool) -> Any:
+        base, modulator = self.base, self.modulator
+
+        @jax.jit
+        def run(base_params, params, conditions, present, keys, guidance):
+            def denoise(x, t):
+                eps = base.predict(base_params, x, t).astype(jnp.float32)
+                if alone:
+                    return eps
+                modulated, _, _ = modulator(params, x, eps, t, conditions, present)
+                return sampling.guide(eps, modulated, guidance)
+
+            x = sampling.initial_noise(keys, base.latent_shape)
+            x = sampling.sample(denoise, x, keys, base.schedule, sampler=sampler, steps=steps, eta=eta)
+            return base.decode(base_params, x)
+
+        return run
+
+    def __call__(
+        self,
+        conditions: Mapping[str, np.ndarray],
+        keys: jax.Array,
+        *,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        steps: int | None = None,
+        eta: float | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """Samples one image a key.
+
+        Args:
+          conditions: for each modality that is given, ``[N, H, W]`` on the base's grid (labels int, maps in
+            [0, 1]); any subset. None at all samples from the base under an MCM that sees no condition.
+          keys: ``[N]``, see :func:`mcm_jax.sampling.sample_keys`.
+          guidance: modality guidance scale; 0 is the base alone (then the MCM does not run).
+          sampler: ``ddim`` or ``ddpm``.
+          steps: sampling steps.
+          eta: DDIM's share of fresh noise.
+          batch_size: images at a time; the last batch is filled up, so one compiled function serves any N.
+
+        Returns:
+          float32 ``[N, H, W, 3]`` in about [-1, 1].
+        """
+        defaults = self.config.sampling
+        guidance = defaults.guidance if guidance is None else guidance
+        sampler = sampler or defaults.sampler
+        steps = defaults.steps if steps is None else steps
+        eta = defaults.eta if eta is None else eta
+        batch_size = batch_size or defaults.batch_size
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        total = self.base.schedule.num_train_timesteps
+        if not 1 <= steps <= total:
+            raise UserError(f"steps must be in 1..{total} (the base's timesteps), got {steps}")
+        count, (height, width, _) = len(keys), self.base.latent_shape
+        unknown = set(conditions) - {m.name for m in self.modulator.modalities}
+        if unknown:
+            names = ", ".join(m.name for m in self.modulator.modalities)
+            raise UserError(f"this MCM knows the modalities {names}, got {', '.join(sorted(unknown))}")
+        full, present = {}, np.zeros((count, len(self.modulator.modalities)), bool)
+        for i, modality in enumerate(self.modulator.modalities):
+            given = conditions.get(modality.name)
+            if given is not None:
+                if given.shape[:3] != (count, height, width):
+                    raise UserError(
+                        f"{modality.name}: expected shape [{count}, {height}, {width}], got {list(given.shape)}"
+                    )
+                present[:, i] = True
+            full[modality.name] = modality.null(count, height, width) if given is None else np.asarray(given)
+        run = self._compiled(sampler, int(steps), float(eta), guidance == 0)
+        images = []
+        for start in range(0, count, batch_size):
+            rows = np.arange(start, start + batch_size) % count  # the last batch starts over to fill up
+            batch = {name: value[rows] for name, value in full.items()}
+            out = run(self.base.params, self.params, batch, present[rows], keys[rows], jnp.float32(guidance))
+            images.append(np.asarray(out, np.float32))
+        return np.concatenate(images)[:count]

@@ -1,0 +1,113 @@
+"""Samplers: one ``lax.scan`` each over ``denoise(x, t) -> eps``. They know no network.
+
+With ``abar`` the schedule's cumulative product, ``x0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)`` and ``s`` the next
+timestep of the grid:
+
+* DDIM (Song et al. 2021, eq. 12): ``x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - std^2) eps + std z`` with
+  ``std = eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s)``.
+* ancestral DDPM (Ho et al. 2020, eq. 7): the posterior mean of ``x_s`` given ``x0`` and ``x_t``, plus its standard
+  deviation times z; over a coarser grid than the training's, alpha and beta are those between the two grid points.
+
+Noise is drawn for every sample from its own key, so a sample does not depend on which others are in its batch.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcm_jax.schedules import Schedule
+
+SAMPLERS = ("ddim", "ddpm")
+
+Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def sample_keys(seed: int, count: int) -> jax.Array:
+    """One key per sample, ``[count]``: sample i is the same whatever ``count`` is."""
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(count))
+
+
+def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Starting noise x_T, float32 ``[B, *shape]``, one key a sample."""
+    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape))(keys)
+
+
+def _noise(keys: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, step), shape))(keys)
+
+
+def guide(eps: jax.Array, modulated: jax.Array, scale: float) -> jax.Array:
+    """Modality guidance (ours): ``eps + scale (eps' - eps)``. 0 is the base alone, 1 the MCM, more exaggerates it."""
+    return eps + scale * (modulated - eps)
+
+
+def sample(
+    denoise: Denoise,
+    x: jax.Array,
+    keys: jax.Array,
+    schedule: Schedule,
+    *,
+    sampler: str = "ddim",
+    steps: int = 25,
+    eta: float = 0.0,
+    timesteps: np.ndarray | None = None,
+) -> jax.Array:
+    """Runs a sampler from ``x_T`` to ``x_0``.
+
+    Args:
+      denoise: predicts eps, ``[B, H, W, C]``, from x_t and int32 t ``[B]``.
+      x: starting noise ``[B, H, W, C]``, see :func:`initial_noise`.
+      keys: one key a sample ``[B]``, see :func:`sample_keys`.
+      schedule: the base's.
+      sampler: ``ddim`` or ``ddpm``.
+      steps: steps on the schedule's own spacing.
+      eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
+      timesteps: an own grid, descending, in place of ``steps``.
+
+    Returns:
+      x_0, float32 ``[B, H, W, C]``; clipped where the schedule says so (``clip_sample``).
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}")
+    grid = np.asarray(schedule.timesteps(steps) if timesteps is None else timesteps, np.int32)
+    abar = np.asarray(schedule.alphas_cumprod, np.float64)
+    here = abar[grid]
+    final = schedule.final_alpha_cumprod if sampler == "ddim" else 1.0
+    there = np.append(abar[grid[1:]], final)
+    table = {
+        "t": grid,
+        "number": np.arange(1, len(grid) + 1, dtype=np.int32),
+        "abar_t": here.astype(np.float32),
+        "abar_s": there.astype(np.float32),
+        "last": np.arange(len(grid)) == len(grid) - 1,
+    }
+
+    def ddim(x, x0, eps, row, z):
+        abar_t, abar_s = row["abar_t"], row["abar_s"]
+        variance = (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
+        std = eta * jnp.sqrt(jnp.maximum(variance, 0))
+        return jnp.sqrt(abar_s) * x0 + jnp.sqrt(jnp.maximum(1 - abar_s - std**2, 0)) * eps + std * z
+
+    def ddpm(x, x0, eps, row, z):
+        abar_t, abar_s = row["abar_t"], row["abar_s"]
+        alpha = abar_t / abar_s
+        beta = 1 - alpha
+        mean = (jnp.sqrt(abar_s) * beta * x0 + jnp.sqrt(alpha) * (1 - abar_s) * x) / (1 - abar_t)
+        variance = jnp.maximum((1 - abar_s) / (1 - abar_t) * beta, 1e-20)
+        return jnp.where(row["last"], mean, mean + jnp.sqrt(variance) * z)
+
+    noisy = sampler == "ddpm" or eta > 0
+    update = ddim if sampler == "ddim" else ddpm
+
+    def step(x, row):
+        eps = denoise(x, jnp.full(x.shape[0], row["t"], jnp.int32)).astype(jnp.float32)
+        x0 = (x - jnp.sqrt(1 - row["abar_t"]) * eps) / jnp.sqrt(row["abar_t"])
+        if schedule.clip_sample:
+            x0 = jnp.clip(x0, -schedule.clip_sample_range, schedule.clip_sample_range)
+        z = _noise(keys, row["number"], x.shape[1:]) if noisy else 0.0
+        return update(x, x0, eps, row, z), None
+
+    x, _ = jax.lax.scan(step, x.astype(jnp.float32), jax.tree.map(jnp.asarray, table))
+    return x

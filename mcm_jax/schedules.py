@@ -1,0 +1,228 @@
+r"""The noise schedule of a base model, read from a diffusers ``scheduler_config.json``.
+
+With ``beta_t`` the variance added at step ``t`` in ``0 .. T-1`` and ``abar_t = prod_{s<=t} (1 - beta_s)``, the forward
+process (Ho et al. 2020, eq. 4) is
+
+    x_t = alpha_t x_0 + sigma_t eps,    alpha_t = sqrt(abar_t),    sigma_t = sqrt(1 - abar_t),    eps ~ N(0, I)
+
+so ``alpha_t^2 + sigma_t^2 = 1`` (variance preserving). The betas are one of
+
+    linear              beta_t = linspace(beta_start, beta_end, T)
+    scaled_linear       beta_t = linspace(sqrt(beta_start), sqrt(beta_end), T)^2                  (latent diffusion)
+    squaredcos_cap_v2   beta_t = min(1 - f(t+1)/f(t), 0.999),  f(t) = cos^2((t/T + 0.008)/1.008 pi/2)  (Nichol 2021)
+    trained_betas       a list of T numbers in the file
+
+``rescale_betas_zero_snr`` shifts and scales ``sqrt(abar)`` so that its last value is 0 (Lin et al. 2024, alg. 1).
+There ``alpha_{T-1} = 0``, eps says nothing of x_0 and ``x_0 = (x_t - sigma_t eps)/alpha_t`` is 0/0: a sampler that
+works on eps should then start below ``T-1``.
+
+A grid of ``N`` sampling steps (same paper, table 2) is
+
+    leading    t_i = i floor(T/N) + steps_offset
+    trailing   t_i = round(T - i T/N) - 1
+    linspace   t_i = round(i (T-1)/(N-1))
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("leading", "trailing", "linspace")
+_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+
+# What a key means when the file leaves it out: diffusers' own defaults, which differ by class. DDPM has no
+# set_alpha_to_one (its last step is always to abar = 1), PNDM has no clipping.
+_COMMON = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+    "set_alpha_to_one": True,
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "rescale_betas_zero_snr": False,
+    "thresholding": False,
+    "variance_type": "fixed_small",
+}
+_DEFAULTS = {
+    "DDPMScheduler": _COMMON,
+    "DDIMScheduler": _COMMON,
+    "PNDMScheduler": _COMMON | {"set_alpha_to_one": False, "clip_sample": False},
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """A discrete variance-preserving noise schedule.
+
+    Attributes:
+        alphas_cumprod: float32 ``[T]``, ``abar_t``, falling, in [0, 1].
+        prediction_type: what the network of the base predicts: ``epsilon``, ``v_prediction`` or ``sample``.
+        timestep_spacing: the base's own way to space sampling steps: ``leading``, ``trailing`` or ``linspace``.
+        steps_offset: added to each timestep of a ``leading`` grid.
+        set_alpha_to_one: whether the last sampling step goes to ``abar = 1`` rather than to ``abar_0``.
+        clip_sample: whether the base's scheduler clips its estimate of x_0.
+        clip_sample_range: the bound of that clipping.
+        variance_type: the noise that the base's own ancestral sampler adds.
+    """
+
+    alphas_cumprod: np.ndarray
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    variance_type: str = "fixed_small"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
+        """Builds the schedule that a diffusers ``scheduler_config.json`` describes.
+
+        Args:
+            config: the parsed file. Keys it lacks take the defaults of its ``_class_name`` in diffusers; keys that mean
+                nothing to a schedule are ignored, as diffusers does.
+
+        Raises:
+            ValueError: a class or a value that is not supported; names the key, what was found and what is expected.
+        """
+        name = config.get("_class_name")
+        if name not in _DEFAULTS:
+            raise ValueError(f"_class_name: found {name!r}, expected one of {', '.join(_DEFAULTS)}")
+        # PNDM has no such options: there diffusers ignores them in a file, and so do we.
+        ignored = {"clip_sample", "rescale_betas_zero_snr", "thresholding"} if name == "PNDMScheduler" else set()
+        if name == "DDPMScheduler":
+            ignored = {"set_alpha_to_one"}
+        c = _DEFAULTS[name] | {k: v for k, v in config.items() if k in _COMMON and k not in ignored}
+        _expect_in(c, "prediction_type", PREDICTION_TYPES)
+        _expect_in(c, "timestep_spacing", SPACINGS)
+        _expect_in(c, "variance_type", _VARIANCE_TYPES)
+        _expect_in(c, "thresholding", (False,))
+        kept = [field.name for field in dataclasses.fields(cls) if field.name != "alphas_cumprod"]
+        return cls(_alphas_cumprod(c), **{key: c[key] for key in kept})
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T."""
+        return len(self.alphas_cumprod)
+
+    @property
+    def final_alpha_cumprod(self) -> float:
+        """``abar`` that the last sampling step goes to (there is no timestep below 0 to read it from)."""
+        return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod[0])
+
+    def alpha(self, t: jax.Array) -> jax.Array:
+        """``sqrt(abar_t)``: int32 ``[B]`` in 0..T-1 to float32 ``[B]``."""
+        return jnp.asarray(np.sqrt(self.alphas_cumprod))[t]
+
+    def sigma(self, t: jax.Array) -> jax.Array:
+        """``sqrt(1 - abar_t)``: int32 ``[B]`` in 0..T-1 to float32 ``[B]``."""
+        return jnp.asarray(np.sqrt(1 - self.alphas_cumprod))[t]
+
+    def add_noise(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """``x_t = alpha_t x_0 + sigma_t eps``.
+
+        Args:
+            x0: float32 ``[B, ...]``, clean images or latents.
+            noise: float32, x0's shape, standard normal.
+            t: int32 ``[B]`` in 0..T-1.
+        """
+        shape = (-1,) + (1,) * (x0.ndim - 1)
+        return self.alpha(t).reshape(shape) * x0 + self.sigma(t).reshape(shape) * noise
+
+    def timesteps(self, num_steps: int, spacing: str | None = None) -> np.ndarray:
+        """The timesteps of a sampler with `num_steps` steps, equal to diffusers' ``DDIMScheduler.set_timesteps``.
+
+        Args:
+            num_steps: 1..T.
+            spacing: one of :data:`SPACINGS`; None takes the base's own.
+
+        Returns:
+            int32 ``[num_steps]``, falling, in 0..T-1.
+
+        Raises:
+            ValueError: `num_steps` or `spacing` out of range, or `steps_offset` leads past T-1.
+        """
+        total, spacing = self.num_train_timesteps, spacing or self.timestep_spacing
+        if not 1 <= num_steps <= total:
+            raise ValueError(
+                f"num_steps: found {num_steps}, expected 1..{total} (the timesteps the base was trained on)"
+            )
+        if spacing == "leading":
+            grid = np.arange(num_steps)[::-1] * (total // num_steps) + self.steps_offset
+        elif spacing == "trailing":
+            # Cut to length: rounding in arange can append one more element, which would be the timestep -1.
+            grid = np.round(np.arange(total, 0, -total / num_steps))[:num_steps] - 1
+        elif spacing == "linspace":
+            grid = np.linspace(0, total - 1, num_steps).round()[::-1]
+        else:
+            raise ValueError(f"spacing: found {spacing!r}, expected one of {', '.join(SPACINGS)}")
+        if grid[0] >= total:
+            raise ValueError(
+                f"num_steps: {num_steps} leading steps with steps_offset {self.steps_offset} start at timestep "
+                f"{int(grid[0])}, expected at most {total - 1}: take fewer steps or another spacing"
+            )
+        return grid.astype(np.int32)
+
+
+def _expect_in(config: Mapping[str, Any], key: str, supported: tuple) -> None:
+    if config[key] not in supported:
+        raise ValueError(f"{key}: found {config[key]!r}, expected one of {', '.join(map(str, supported))}")
+
+
+def _alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
+    """``abar``, float32 ``[T]``, rounded where diffusers rounds: betas in float32, products in float64."""
+    total = config["num_train_timesteps"]
+    if not (isinstance(total, int) and total >= 1):
+        raise ValueError(f"num_train_timesteps: found {total!r}, expected a positive integer")
+    start, end = config["beta_start"], config["beta_end"]
+    if config["trained_betas"] is not None:
+        betas = np.asarray(config["trained_betas"], np.float32)
+        if betas.ndim != 1 or len(betas) != total:
+            raise ValueError(
+                f"trained_betas: found shape {list(betas.shape)}, expected [{total}] (num_train_timesteps)"
+            )
+    else:
+        _expect_in(config, "beta_schedule", BETA_SCHEDULES)
+        if config["beta_schedule"] == "linear":
+            betas = _linspace(start, end, total)
+        elif config["beta_schedule"] == "scaled_linear":
+            betas = _linspace(start**0.5, end**0.5, total) ** 2
+        else:
+            bar = [math.cos((i / total + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(total + 1)]
+            betas = np.array([min(1 - bar[i + 1] / bar[i], 0.999) for i in range(total)], np.float32)
+    if not np.all((betas >= 0) & (betas <= 1)):
+        raise ValueError(f"betas: found values in {betas.min()}..{betas.max()}, expected 0..1")
+    if config["rescale_betas_zero_snr"]:
+        root = np.sqrt(_cumprod(1 - betas))
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        bar = root**2
+        # Back to alphas and forward again, as diffusers does: the round trip decides the last bits.
+        return _cumprod(1 - (1 - np.concatenate([bar[:1], bar[1:] / bar[:-1]])))
+    return _cumprod(1 - betas)
+
+
+def _linspace(start: float, end: float, num: int) -> np.ndarray:
+    """``torch.linspace`` to the last bit: a float32 step, counted from the nearer end, and one rounding at the end.
+
+    ``np.linspace`` differs by one ulp, which `rescale_betas_zero_snr` amplifies where the schedule is short.
+    """
+    start, end = np.float32(start), np.float32(end)
+    step = np.float64((end - start) / np.float32(max(num - 1, 1)))
+    i = np.arange(num)
+    return np.where(i < (num + 1) // 2, start + step * i, end - step * (num - 1 - i)).astype(np.float32)
+
+
+def _cumprod(alphas: np.ndarray) -> np.ndarray:
+    return np.cumprod(alphas, dtype=np.float64).astype(np.float32)

@@ -1,0 +1,5 @@
+"""Training the MCM; the base is an argument that is never differentiated."""
+
+from mcm_jax.training.loop import train_and_evaluate
+
+__all__ = ["train_and_evaluate"]

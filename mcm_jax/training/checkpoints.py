@@ -1,0 +1,75 @@
+"""Checkpoints of a run, by Orbax: the MCM's state and, as JSON, what it belongs to. The base is not in them."""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from mcm_jax.config import check_same_shapes
+from mcm_jax.errors import UserError
+from mcm_jax.training.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, ``W/checkpoints/STEP``.
+
+    Args:
+      workdir: of the run.
+      keep: how many of the newest stay.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep: int = 2, *, create: bool = True):
+        self.folder = workdir.absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=False)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint; one whose writing was cut off does not count."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Writes a checkpoint under a temporary name and renames it when it is complete."""
+        step = int(state.step)
+        if step == self.latest_step():
+            return
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=args, force=True)
+        self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState, meta: dict[str, Any]) -> TrainState:
+        """Reads the newest checkpoint.
+
+        Args:
+          like: a state of the expected structure, shapes and sharding; its values are not used.
+          meta: what the checkpoint must belong to; keys: ``base``, ``fingerprint``.
+
+        Raises:
+          UserError: there is none, it belongs to another base, or to an MCM of other shapes (lists both sides).
+        """
+        step = self.latest_step()
+        if step is None:
+            raise UserError(f"{self.folder}: no complete checkpoint; train first, or wait for the first one")
+        name = f"{self.folder}/{step}"
+        found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if found["fingerprint"] != meta["fingerprint"]:
+            raise UserError(
+                f"{name} was trained on the base {found['base']!r} with fingerprint {found['fingerprint'][:16]}, but "
+                f"the base {meta['base']!r} has {meta['fingerprint'][:16]}. Set config.base.path to the base it was "
+                f"trained on"
+            )
+        there = _params_shapes(self._manager.item_metadata(step)["state"])
+        check_same_shapes(there, _params_shapes(like), name)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.close()
+
+
+def _params_shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+    return {name: shape for name, shape in shapes.items() if name.startswith("params/")}

@@ -1,0 +1,50 @@
+"""What training changes: the MCM's params, their average and the optimizer's state. The base is no part of it."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State of a run.
+
+    Attributes:
+      step: int32 scalar, optimizer steps done.
+      params: of the MCM.
+      ema_params: their exponential moving average, which samples.
+      opt_state: of the optax optimizer.
+    """
+
+    step: jax.Array
+    params: Any
+    ema_params: Any
+    opt_state: Any
+
+
+def make_optimizer(
+    steps: int, learning_rate: float, warmup_steps: int, weight_decay: float, clip_norm: float
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW with linear warm-up, cosine decay to zero and, unless ``clip_norm`` is 0, clipping; and its schedule."""
+    warmup = min(warmup_steps, max(steps - 1, 0))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else learning_rate, learning_rate, warmup, max(steps, warmup + 1)
+    )
+    adamw = optax.adamw(schedule, weight_decay=weight_decay)
+    return (optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw), schedule
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    # The average is a copy: donated buffers must not be shared.
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+def update_ema(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
+    """One step of the moving average; early steps (``decay`` above (1 + step) / (10 + step)) forget the start
+    faster."""
+    now = jnp.minimum(decay, (1 + step) / (10 + step)).astype(jnp.float32)
+    return jax.tree.map(lambda a, b: a * now + b * (1 - now), ema, params)

@@ -1,0 +1,46 @@
+"""Samples from a frozen base under an MCM's control.
+
+python sample.py --segmentation=docs/examples/segmentation.png --sketch=docs/examples/sketch.png --out=runs/samples
+
+Either condition may be left out. --workdir is a folder that train.py made, or the name of a shipped MCM.
+"""
+
+from absl import flags
+
+from mcm_jax import cli
+from mcm_jax.generate import generate
+
+_WORKDIR = flags.DEFINE_string("workdir", "scenes-mcm", "Workdir of train.py, or the name of a shipped MCM")
+_OUT = flags.DEFINE_string("out", None, "Folder for the samples, a grid of them and a JSON that repeats the run")
+_CONDITIONS = {
+    "segmentation": flags.DEFINE_string("segmentation", None, "PNG with one class a pixel, any size"),
+    "sketch": flags.DEFINE_string("sketch", None, "PNG, white lines on black, any size"),
+}
+_NUM = flags.DEFINE_integer("num_samples", 8, "How many")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the noise; sample i of a seed is the same for any num_samples")
+_GUIDANCE = flags.DEFINE_float("guidance", None, "Modality guidance scale; default: the config's")
+_SAMPLER = flags.DEFINE_enum("sampler", None, ["ddim", "ddpm"], "Default: the config's")
+_STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the config's")
+_ETA = flags.DEFINE_float("eta", None, "DDIM's share of fresh noise; default: the config's")
+_BATCH = flags.DEFINE_integer("batch_size", None, "Images at a time; default: the config's")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    generate(
+        _WORKDIR.value,
+        {name: flag.value for name, flag in _CONDITIONS.items() if flag.value},
+        _OUT.value,
+        num_samples=_NUM.value,
+        seed=_SEED.value,
+        guidance=_GUIDANCE.value,
+        sampler=_SAMPLER.value,
+        steps=_STEPS.value,
+        eta=_ETA.value,
+        batch_size=_BATCH.value,
+    )
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["out"])
+    cli.run(main)

@@ -1,0 +1,18 @@
+"""Settings of all tests: JAX on the CPU with two devices, and no silent promotion of ranks or dtypes."""
+
+import os
+import pathlib
+
+# Read when JAX is first imported. Two devices, so that sharding is tested on any machine.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+
+import jax
+
+CACHE = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Compiling is most of the suite's time: a second run on the same machine reads the programs back.
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

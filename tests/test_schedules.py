@@ -1,0 +1,120 @@
+"""The schedule is diffusers' own, for each of its classes and options."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+
+from mcm_jax.schedules import BETA_SCHEDULES, Schedule
+
+CLASSES = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler, "PNDMScheduler": PNDMScheduler}
+
+
+@pytest.mark.parametrize("total", [10, 1000])
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_alphas_cumprod_equals_diffusers(name, beta_schedule, total, zero_snr):
+    options = {"num_train_timesteps": total, "beta_schedule": beta_schedule, "beta_start": 0.0015, "beta_end": 0.0195}
+    if name != "PNDMScheduler":
+        options["rescale_betas_zero_snr"] = zero_snr
+    theirs = CLASSES[name](**options)
+    ours = Schedule.from_config({"_class_name": name, **options})
+    assert ours.alphas_cumprod.dtype == np.float32 and ours.num_train_timesteps == total
+    # PyTorch's float32 sqrt is one ulp off here and there, which the rescaling amplifies; without it all bits agree.
+    tolerance = 1e-5 if options.get("rescale_betas_zero_snr") else 1e-7
+    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=tolerance)
+    assert not zero_snr or name == "PNDMScheduler" or ours.alphas_cumprod[-1] == 0
+    final = float(getattr(theirs, "final_alpha_cumprod", 1.0))
+    assert ours.final_alpha_cumprod == pytest.approx(final, rel=1e-6)
+
+
+def test_trained_betas():
+    betas = [0.1, 0.2, 0.4]
+    ours = Schedule.from_config({"_class_name": "DDIMScheduler", "trained_betas": betas, "num_train_timesteps": 3})
+    theirs = DDIMScheduler(trained_betas=betas, num_train_timesteps=3)
+    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_defaults_and_saved_configs(name, tmp_path):
+    """A file with no keys, and the file that diffusers writes, both mean what diffusers means by them."""
+    theirs = CLASSES[name]()
+    theirs.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    for config in (saved, {"_class_name": name}):
+        ours = Schedule.from_config(config)
+        assert ours.timestep_spacing == theirs.config.timestep_spacing
+        assert ours.prediction_type == theirs.config.prediction_type
+        assert ours.set_alpha_to_one == theirs.config.get("set_alpha_to_one", True)
+        assert ours.clip_sample == theirs.config.get("clip_sample", False)
+        np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("total, offset", list(itertools.product([10, 999, 1000], [0, 1])))
+def test_timesteps_equal_diffusers(spacing, total, offset):
+    options = {"num_train_timesteps": total, "timestep_spacing": spacing, "steps_offset": offset}
+    theirs, ours = DDIMScheduler(**options), Schedule.from_config({"_class_name": "DDIMScheduler", **options})
+    plain = Schedule.from_config({"_class_name": "DDIMScheduler", **options, "timestep_spacing": "leading"})
+    for steps in [n for n in (*range(1, 60), 100, 250, 333, 500, 998, 999, 1000) if n <= total]:
+        theirs.set_timesteps(steps)
+        expected = theirs.timesteps.numpy()
+        if expected[0] >= total:
+            with pytest.raises(ValueError, match="steps_offset"):
+                ours.timesteps(steps)
+            continue
+        expected = expected[expected >= 0]  # diffusers' "trailing" can append the timestep -1
+        for found in (ours.timesteps(steps), plain.timesteps(steps, spacing)):
+            assert found.dtype == np.int32 and len(found) == steps
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_add_noise_equals_diffusers_under_jit():
+    ours, theirs = Schedule.from_config({"_class_name": "DDPMScheduler"}), DDPMScheduler()
+    rng = np.random.default_rng(0)
+    x0, noise = rng.normal(size=(2, 3, 4, 4, 2)).astype(np.float32)
+    t = np.array([0, 500, 999], np.int32)
+    found = jax.jit(ours.add_noise)(x0, noise, t)
+    expected = theirs.add_noise(torch.tensor(x0), torch.tensor(noise), torch.tensor(t, dtype=torch.long)).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    alpha, sigma = ours.alpha(jnp.asarray(t)), ours.sigma(jnp.asarray(t))
+    assert alpha.dtype == sigma.dtype == jnp.float32 and alpha.shape == (3,)
+    np.testing.assert_allclose(alpha**2 + sigma**2, np.ones(3), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"_class_name": "EulerDiscreteScheduler"}, ["_class_name", "'EulerDiscreteScheduler'", "PNDMScheduler"]),
+        ({}, ["_class_name", "None", "DDPMScheduler"]),
+        ({"beta_schedule": "sigmoid"}, ["beta_schedule", "'sigmoid'", "scaled_linear"]),
+        ({"prediction_type": "flow"}, ["prediction_type", "'flow'", "v_prediction"]),
+        ({"timestep_spacing": "karras"}, ["timestep_spacing", "'karras'", "linspace"]),
+        ({"thresholding": True}, ["thresholding", "True", "False"]),
+        ({"variance_type": "learned_range"}, ["variance_type", "'learned_range'", "fixed_small"]),
+        ({"trained_betas": [0.1, 0.2]}, ["trained_betas", "[2]", "[1000]"]),
+        ({"num_train_timesteps": 0}, ["num_train_timesteps", "0", "positive"]),
+        ({"beta_end": 1.5}, ["betas", "1.5", "0..1"]),
+    ],
+)
+def test_unsupported_values_are_named(config, words):
+    with pytest.raises(ValueError) as error:
+        Schedule.from_config({"_class_name": "DDPMScheduler", **config} if config else {})
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_number_of_steps_out_of_range(steps):
+    with pytest.raises(ValueError, match=r"num_steps: found .*expected 1\.\.1000"):
+        Schedule.from_config({"_class_name": "DDIMScheduler"}).timesteps(steps)
+
+
+def test_unknown_spacing():
+    with pytest.raises(ValueError, match="spacing: found 'log'"):
+        Schedule.from_config({"_class_name": "DDIMScheduler"}).timesteps(5, "log")
