@@ -1,9 +1,9 @@
 """Control against the MCM's size, and the paper's form beside ours: the table of docs/mcm.md.
 
-python benchmarks/mcm_sizes.py --steps=1000 --maps=128 --out=benchmarks/results/mcm_sizes.json
+python -m benchmarks.mcm_sizes --steps=1000 --maps=128 --out=benchmarks/results/mcm_sizes.json
 
-All variants train in one process on the same batches, timesteps and noise (the base predicts once for all of them), with the
-settings of configs/scenes.py but for the number of steps.
+All variants train in one process on the same batches, timesteps and noise (the base predicts once for all of them),
+with the settings of configs/scenes.py but for the number of steps.
 """
 
 import argparse
@@ -12,16 +12,12 @@ import json
 import pathlib
 import platform
 import subprocess
-import sys
 import time
 
 import jax
 from tqdm import tqdm
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "configs"))
-import default
-import scenes
-
+from configs import default, scenes
 from mcm_jax import assets
 from mcm_jax import config as config_lib
 from mcm_jax.base import load_base

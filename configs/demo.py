@@ -3,11 +3,7 @@
 make demo
 """
 
-import pathlib
-import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import default
+from configs import default
 
 
 def get_config():

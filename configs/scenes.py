@@ -4,11 +4,7 @@ python train.py --config=configs/scenes.py --workdir=runs/scenes
 python evaluate.py --workdir=runs/scenes --out=runs/scenes/metrics.json
 """
 
-import pathlib
-import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import default  # noqa: E402
+from configs import default
 
 
 def get_config():

@@ -8,8 +8,8 @@ over ``concat(x_t, eps, y)``; its last convolution starts at zero, so an untrain
 
 * ``inputs`` may hold ``x0``, the base's estimate ``clip((x_t - sigma eps) / alpha)``: the layout that the base
   is heading for, which a small network would spend its capacity on deriving.
-* ``shift_space = "x0"`` scales the shift as a bounded change of x0: ``eps' = eps (1 + gamma) - nu min(1, alpha
-/ sigma)``.
+* ``shift_space = "x0"`` scales the shift as a bounded change of x0:
+  ``eps' = eps (1 + gamma) - nu min(1, alpha / sigma)``.
 """
 
 import dataclasses

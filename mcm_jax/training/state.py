@@ -44,7 +44,6 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
 
 
 def update_ema(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
-    """One step of the moving average; early steps (``decay`` above (1 + step) / (10 + step)) forget the start
-    faster."""
+    """One step of the moving average; early on its decay is (1 + step) / (10 + step), to forget the start faster."""
     now = jnp.minimum(decay, (1 + step) / (10 + step)).astype(jnp.float32)
     return jax.tree.map(lambda a, b: a * now + b * (1 - now), ema, params)

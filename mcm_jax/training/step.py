@@ -30,8 +30,8 @@ def make_predict_step(
 ) -> Callable[[Any, Mapping[str, jax.Array]], Record]:
     """Returns jitted ``predict_step(base_params, batch) -> record``: noise, timestep, and what the base makes of them.
 
-    A batch has ``image`` (float32 ``[B, H, W, C]`` in [-1, 1]), ``index`` and ``draw`` (int32 ``[B]``) and
-    every modality. A record has ``x_t``, ``eps`` (the base's), ``noise`` (the target), ``t``, ``conditions`` and ``present``.
+    A batch has ``image`` (float32 ``[B, H, W, C]`` in [-1, 1]), ``index`` and ``draw`` (int32 ``[B]``) and every
+    modality. A record has ``x_t``, ``eps`` (the base's), ``noise`` (the target), ``t``, ``conditions`` and ``present``.
     """
     names = [m.name for m in modulator.modalities]
     total = base.schedule.num_train_timesteps
