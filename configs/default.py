@@ -29,9 +29,9 @@ def get_config() -> ml_collections.ConfigDict:
         size=2_000,  # training examples
         seed=2,  # another seed is another data set; 0 trained the base, 1 the segmentation net
     )
-    c.modalities = dict(
+    c.modalities = dict(  # kind: labels (classes), map (values in [0, 1]), lines (a map of white lines on black)
         segmentation=dict(kind="labels", channels=6),
-        sketch=dict(kind="map", channels=1),
+        sketch=dict(kind="lines", channels=1),
         drop_rate=0.3,  # how often training hides each modality, independently
     )
     c.mcm = dict(

@@ -27,7 +27,7 @@ def test_alphas_cumprod_equals_diffusers(name, beta_schedule, total, zero_snr):
     ours = Schedule.from_config({"_class_name": name, **options})
     assert ours.alphas_cumprod.dtype == np.float32 and ours.num_train_timesteps == total
     # PyTorch's float32 sqrt is one ulp off here and there, which the rescaling amplifies; without it all bits agree.
-    tolerance = 1e-5 if options.get("rescale_betas_zero_snr") else 1e-7
+    tolerance = 2e-5 if options.get("rescale_betas_zero_snr") else 1e-7
     np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=tolerance)
     assert not zero_snr or name == "PNDMScheduler" or ours.alphas_cumprod[-1] == 0
     final = float(getattr(theirs, "final_alpha_cumprod", 1.0))

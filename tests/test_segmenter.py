@@ -19,7 +19,7 @@ def segmenter():
 @pytest.fixture(scope="module")
 def fresh():
     """Pictures and labels that neither the training nor the recorded score has seen."""
-    scenes = [Scenes("test", 256, seed=2)[i] for i in range(256)]
+    scenes = [Scenes("test", 160, seed=2)[i] for i in range(160)]
     return np.stack([s["image"] for s in scenes]), np.stack([s["segmentation"] for s in scenes])
 
 

@@ -53,6 +53,12 @@ def upsample_nearest(x: jax.Array) -> jax.Array:
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
+def downsample_mean(x: jax.Array) -> jax.Array:
+    """``[B, H, W, C]`` to the means of 2x2 positions, ``[B, H/2, W/2, C]``."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
+
+
 class GroupNorm(nn.Module):
     """Group normalisation over all axes but the batch, in float32, of ``[B, ..., C]``; C is a multiple of `groups`."""
 
@@ -134,7 +140,7 @@ class ResnetBlock(nn.Module):
         if self.resample == "up":
             x, h = upsample_nearest(x), upsample_nearest(h)
         elif self.resample == "down":
-            x, h = nn.avg_pool(x, (2, 2), (2, 2)), nn.avg_pool(h, (2, 2), (2, 2))
+            x, h = downsample_mean(x), downsample_mean(h)
         h = conv3x3(self.channels, self.dtype, "conv1")(h)
         norm2 = GroupNorm(self.groups, self.eps, self.dtype, name="norm2")
         if temb is None:

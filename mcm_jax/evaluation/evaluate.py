@@ -86,7 +86,7 @@ def evaluate(
     height, width, _ = pipeline.base.image_shape
     modalities = pipeline.modulator.modalities
     source = InMemory.render(Scenes("test", maps, height, width, config.data.seed))
-    examples = to_float(source.arrays, [m.name for m in modalities if m.kind == "map"])
+    examples = to_float(source.arrays, [m.name for m in modalities if m.kind != "labels"])
     labels, sketches = examples["segmentation"], source.arrays["sketch"].astype(np.float32) / 255
     keys = sampling.sample_keys(seed, maps)
     chosen = min(wanted.diversity_conditions, maps)

@@ -120,7 +120,8 @@ def save_segmenter(path: str | os.PathLike, net: SegmentationNet, params: Mappin
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(params, sep="/")
-    safetensors.save_file({k: np.asarray(v, np.float16) for k, v in flat.items()}, path / "model.safetensors")
+    weights = safetensors.save({k: np.asarray(v, np.float16) for k, v in flat.items()})
+    (path / "model.safetensors").write_bytes(weights)  # save_file would make a file that only its owner can read
     sizes = {"classes": net.classes, "widths": list(net.widths), "groups": net.groups}
     (path / "config.json").write_text(json.dumps({**config, "net": sizes}, indent=1) + "\n")
 

@@ -149,7 +149,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
 
     height, width, _ = base.image_shape
     source = InMemory.render(Scenes("train", config.data.size, height, width, config.data.seed))
-    maps = [m.name for m in modulator.modalities if m.kind == "map"]
+    maps = [m.name for m in modulator.modalities if m.kind != "labels"]
     batches = training_batches(source, train.batch_size, config.seed, maps)
     validation = InMemory.render(Scenes("test", _VALIDATION_IMAGES, height, width, config.data.seed)).arrays
     predict_step = step.make_predict_step(base, modulator, seed=config.seed, drop_rate=config.modalities.drop_rate)

@@ -1,0 +1,401 @@
+"""Conditions become channels without loss or leak, and whatever is no condition is refused with a reason."""
+
+import io
+import random
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from mcm_jax.errors import UserError
+from mcm_jax.modalities import Modality, drop, read_png, stack, total_channels
+
+SEGMENTATION = Modality("segmentation", "labels", 6)
+SKETCH = Modality("sketch", "map", 1)
+NORMALS = Modality("normals", "map", 3)
+ALL = (SEGMENTATION, SKETCH, NORMALS)
+
+
+def _labels(height=8, width=8, classes=6, seed=0):
+    return np.random.default_rng(seed).integers(0, classes, (height, width)).astype(np.uint8)
+
+
+def _conditions(batch=2, height=4, width=6, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "segmentation": rng.integers(0, 6, (batch, height, width)).astype(np.uint8),
+        "sketch": rng.random((batch, height, width), np.float32),
+        "normals": rng.random((batch, height, width, 3), np.float32),
+    }
+
+
+# Modality
+
+
+def test_kinds_and_channels_are_checked():
+    with pytest.raises(UserError, match=r"modalities\.depth\.kind must be one of .*labels.*map.*, got 'depth'"):
+        Modality("depth", "depth", 1)
+    for channels in (0, -1):
+        with pytest.raises(UserError, match=rf"modalities\.depth\.channels must be at least 1, got {channels}"):
+            Modality("depth", "map", channels)
+
+
+@pytest.mark.parametrize(
+    "modality, array",
+    [
+        (SEGMENTATION, np.array([[0, 5]], np.uint8)),
+        (SEGMENTATION, np.array([[0, 5]], np.int64)),
+        (SKETCH, np.array([[0.0, 1.0]], np.float32)),
+        (SKETCH, np.zeros((2, 3, 1))),
+        (NORMALS, np.ones((2, 3, 3), np.float32)),
+    ],
+)
+def test_check_accepts_conditions(modality, array):
+    modality.check(array, "here")
+
+
+@pytest.mark.parametrize(
+    "modality, array, message",
+    [
+        (SEGMENTATION, np.zeros((2, 2), np.float32), "2-D integer array of classes, got float32[2, 2]"),
+        (SEGMENTATION, np.zeros((2, 2), bool), "2-D integer array of classes, got bool[2, 2]"),
+        (SEGMENTATION, np.zeros((2, 2, 6), np.int32), "2-D integer array of classes, got int32[2, 2, 6]"),
+        (SEGMENTATION, np.array([[0, 6, 9]]), "found the classes [6, 9], but this model knows 0..5 (6 classes)"),
+        (SEGMENTATION, np.array([[-1, 0]]), "found the classes [-1], but this model knows 0..5 (6 classes)"),
+        (SKETCH, np.zeros(4), "has 1 channel(s), got shape [4]"),
+        (SKETCH, np.zeros((2, 2, 3)), "has 1 channel(s), got shape [2, 2, 3]"),
+        (NORMALS, np.zeros((2, 2)), "has 3 channel(s), got shape [2, 2]"),
+        (NORMALS, np.zeros((1, 2, 2, 3)), "has 3 channel(s), got shape [1, 2, 2, 3]"),
+        (SKETCH, np.array([[0, 255]], np.uint8), "has values in [0, 1], got 0 to 255"),
+        (SKETCH, np.array([[-0.5, 1.0]]), "has values in [0, 1], got -0.5 to 1.0"),
+        (SKETCH, np.array([[0.5, np.nan]]), "has values in [0, 1], got nan to nan"),
+        (SKETCH, np.array([[0.5, np.inf]]), "has values in [0, 1], got 0.5 to inf"),
+    ],
+)
+def test_check_says_what_was_found_and_expected(modality, array, message):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        modality.check(array, "my/file.png")
+    assert str(caught.value).startswith("my/file.png: ")
+
+
+# resize
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (16, 16), (4, 4), (3, 5), (13, 7), (1, 1), (32, 2)])
+def test_resized_labels_hold_only_their_own_classes(shape):
+    labels = _labels(8, 8) * 40  # classes between which an average would show
+    resized = SEGMENTATION.resize(labels, *shape)
+    assert resized.shape == shape and resized.dtype == labels.dtype
+    assert set(np.unique(resized)) <= set(np.unique(labels))
+
+
+@pytest.mark.parametrize("rows, columns", [(2, 2), (3, 1), (1, 4)])
+def test_labels_survive_going_up_and_down(rows, columns):
+    labels = _labels(6, 9)
+    up = SEGMENTATION.resize(labels, 6 * rows, 9 * columns)
+    np.testing.assert_array_equal(up, labels.repeat(rows, 0).repeat(columns, 1))
+    np.testing.assert_array_equal(SEGMENTATION.resize(up, 6, 9), labels)
+
+
+def test_nearest_takes_the_pixel_under_the_centre():
+    np.testing.assert_array_equal(SEGMENTATION.resize(np.arange(9)[None], 1, 3), [[1, 4, 7]])
+    np.testing.assert_array_equal(SEGMENTATION.resize(np.arange(3)[:, None], 5, 1), [[0], [0], [1], [2], [2]])
+
+
+@pytest.mark.parametrize("modality", [SKETCH, NORMALS])
+def test_maps_are_averaged_over_areas(modality):
+    values = np.random.default_rng(0).random((12, 8) + (3,) * (modality is NORMALS), np.float32)
+    small = modality.resize(values, 4, 4)  # 3 x 2 pixels each
+    expected = values.reshape(4, 3, 4, 2, *values.shape[2:]).mean((1, 3))
+    np.testing.assert_allclose(small, expected, atol=1e-6)
+    assert small.dtype == np.float32
+    np.testing.assert_allclose(modality.resize(small, 12, 8), small.repeat(3, 0).repeat(2, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (16, 4), (5, 24), (1, 1)])
+def test_resized_maps_keep_their_mean_and_range(shape):
+    values = np.zeros((8, 12), np.float32)
+    values[:, 5:] = 1
+    resized = SKETCH.resize(values, *shape)
+    assert resized.shape == shape and resized.min() >= 0 and resized.max() <= 1
+    if shape[0] <= 8 and shape[1] <= 12:
+        assert resized.mean() == pytest.approx(values.mean(), abs=1e-3)
+    np.testing.assert_array_equal(SKETCH.resize(np.ones((8, 12), np.float32), *shape), np.ones(shape))
+
+
+def test_the_same_grid_is_left_alone():
+    for modality, array in ((SEGMENTATION, _labels()), (SKETCH, np.random.default_rng(0).random((8, 8)))):
+        np.testing.assert_array_equal(modality.resize(array, 8, 8), array)
+
+
+# Channels
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+def test_labels_become_one_hot(dtype):
+    labels = _labels(4, 6)[None].astype(dtype)
+    channels = np.asarray(SEGMENTATION.channels_of(jnp.asarray(labels)))
+    assert channels.dtype == np.float32
+    np.testing.assert_array_equal(channels, np.eye(6)[labels])
+
+
+def test_maps_become_their_values():
+    y = _conditions()
+    np.testing.assert_array_equal(SKETCH.channels_of(jnp.asarray(y["sketch"]))[..., 0], y["sketch"])
+    np.testing.assert_array_equal(SKETCH.channels_of(jnp.asarray(y["sketch"][..., None]))[..., 0], y["sketch"])
+    np.testing.assert_array_equal(NORMALS.channels_of(jnp.asarray(y["normals"])), y["normals"])
+
+
+@pytest.mark.parametrize("modality", ALL, ids=lambda m: m.name)
+def test_null_is_a_condition_of_zeros(modality):
+    null = modality.null(2, 4, 6)
+    assert null.shape == _conditions()[modality.name].shape and not null.any()
+    for example in null:
+        modality.check(example, "null")
+
+
+def test_stack_shows_the_present_and_their_flags():
+    y = _conditions()
+    present = jnp.array([[True, False, True], [False, True, False]])
+    stacked = np.asarray(stack(ALL, y, present))
+    assert stacked.shape == (2, 4, 6, total_channels(ALL)) and total_channels(ALL) == 6 + 1 + 1 + 1 + 3 + 1
+    assert stacked.dtype == np.float32
+    one_hot, s_flag, sketch, k_flag, normals, n_flag = np.split(stacked, [6, 7, 8, 9, 12], axis=-1)
+    np.testing.assert_array_equal(one_hot[0], np.eye(6)[y["segmentation"][0]])
+    np.testing.assert_array_equal(sketch[1, ..., 0], y["sketch"][1])
+    np.testing.assert_array_equal(normals[0], y["normals"][0])
+    assert not one_hot[1].any() and not sketch[0].any() and not normals[1].any()
+    for i, flag in enumerate((s_flag, k_flag, n_flag)):
+        assert flag.shape[-1] == 1
+        np.testing.assert_array_equal(flag, np.broadcast_to(present[:, i, None, None, None], flag.shape))
+
+
+def test_an_absent_modality_cannot_leak():
+    first, second = _conditions(seed=0), _conditions(seed=1)
+    for hidden in range(8):
+        present = jnp.array([[not hidden >> i & 1 for i in range(3)]] * 2)
+        mixed = {m.name: (second if hidden >> i & 1 else first)[m.name] for i, m in enumerate(ALL)}
+        np.testing.assert_array_equal(stack(ALL, first, present), stack(ALL, mixed, present))
+    everything = jnp.ones((2, 3), bool)
+    assert not np.array_equal(stack(ALL, first, everything), stack(ALL, second, everything))
+
+
+def test_the_flag_tells_a_map_of_zeros_from_no_map():
+    y = _conditions() | {"sketch": np.zeros((2, 4, 6), np.float32)}
+    with_map, without = (stack(ALL, y, jnp.array([[True, flag, True]] * 2)) for flag in (True, False))
+    assert not np.array_equal(with_map, without)
+
+
+def test_stack_follows_the_order_of_the_modalities():
+    y, present = _conditions(), jnp.array([[True, False, True]] * 2)
+    forward, backward = stack(ALL, y, present), stack(ALL[::-1], y, present[:, ::-1])
+    np.testing.assert_array_equal(
+        jnp.concatenate([forward[..., 9:], forward[..., 7:9], forward[..., :7]], -1), backward
+    )
+
+
+# drop
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.8])
+def test_drop_hides_each_independently_at_its_rate(rate):
+    present = np.asarray(jax.vmap(lambda k: drop(k, 3, rate))(jax.random.split(jax.random.key(0), 4000)))
+    assert present.dtype == bool and present.shape == (4000, 3)
+    np.testing.assert_allclose(1 - present.mean(0), rate, atol=4 * 0.5 / 4000**0.5)
+    correlation = np.corrcoef(present.T)
+    assert np.abs(correlation - np.eye(3)).max() < 4 / 4000**0.5
+
+
+def test_drop_at_its_ends():
+    assert drop(jax.random.key(0), 50, 0.0).all() and not drop(jax.random.key(0), 50, 1.0).any()
+
+
+# read_png: labels
+
+
+def _save(tmp_path, picture, name="condition.png", **options):
+    path = tmp_path / name
+    picture.save(path, **options)
+    return path
+
+
+def _palette(labels):
+    picture = Image.fromarray(labels).convert("P")
+    picture.putdata(labels.reshape(-1).tolist())
+    picture.putpalette([255 - i // 3 for i in range(768)])  # colours that are not the indices
+    return picture
+
+
+@pytest.mark.parametrize("name", ["greyscale", "palette", "palette, transparent", "16 bit"])
+def test_labels_are_read_exactly(name, tmp_path):
+    labels, options = _labels(5, 9), {}
+    if name == "16 bit":
+        picture = Image.fromarray(labels.astype(np.uint16))
+    else:
+        picture = Image.fromarray(labels) if name == "greyscale" else _palette(labels)
+        options = {"transparency": 0} if "transparent" in name else {}
+    read = read_png(_save(tmp_path, picture, **options), SEGMENTATION)
+    assert read.dtype == np.int32
+    np.testing.assert_array_equal(read, labels)
+
+
+def test_a_bilevel_picture_is_labels_of_two_classes(tmp_path):
+    labels = _labels(5, 9, classes=2)
+    read = read_png(str(_save(tmp_path, Image.fromarray(labels.astype(bool)))), SEGMENTATION)
+    np.testing.assert_array_equal(read, labels)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_unknown_classes_are_listed(bits, tmp_path):
+    labels = _labels().astype(np.uint16 if bits == 16 else np.uint8)
+    labels[0, 0], labels[3, 4] = 6, 250
+    path = _save(tmp_path, Image.fromarray(labels))
+    expected = f"{path}: found the classes [6, 250], but this model knows 0..5 (6 classes)"
+    with pytest.raises(UserError, match=re.escape(expected)):
+        read_png(path, SEGMENTATION)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_colour_labels_are_refused(mode, tmp_path):
+    path = _save(tmp_path, Image.fromarray(_labels()).convert(mode))
+    expected = f"{path}: found a colour picture (mode {mode}), expected one class a pixel"
+    with pytest.raises(UserError, match=re.escape(expected)) as caught:
+        read_png(path, SEGMENTATION)
+    assert "0..5" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF"])
+@pytest.mark.parametrize("disguised", [False, True])
+def test_labels_that_are_no_png_are_refused_whatever_their_name(kind, disguised, tmp_path):
+    name = "labels.png" if disguised else f"labels.{kind.lower()}"
+    path = _save(tmp_path, Image.fromarray(_labels()), name, format=kind)
+    with pytest.raises(UserError, match=re.escape(f"{path}: a label map saved as {kind} has lost its classes")):
+        read_png(path, SEGMENTATION)
+
+
+# read_png: files that are no pictures
+
+
+@pytest.mark.parametrize("modality", [SEGMENTATION, SKETCH], ids=lambda m: m.name)
+def test_missing_files_and_folders(modality, tmp_path):
+    for path in (tmp_path / "nowhere.png", tmp_path):
+        expected = f"{path}: no such file (wanted: the {modality.name}'s PNG)"
+        with pytest.raises(UserError, match=re.escape(expected)):
+            read_png(path, modality)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture at all\n", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0"])
+def test_files_that_are_no_pictures(content, tmp_path):
+    path = tmp_path / "odd.png"
+    path.write_bytes(content)
+    for modality in (SEGMENTATION, SKETCH):
+        with pytest.raises(UserError, match=re.escape(f"{path}: not a picture that can be read (")) as caught:
+            read_png(path, modality)
+        assert f"A {modality.name} is a PNG file" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_damaged_png_is_read_or_refused_but_never_a_crash(tmp_path):
+    buffer, rng, path = io.BytesIO(), random.Random(0), tmp_path / "damaged.png"
+    _palette(_labels()).save(buffer, "PNG")
+    whole = buffer.getvalue()
+    damaged = [whole[:n] for n in range(0, len(whole), 5)]
+    for _ in range(200):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.choice((rng.randrange(48), rng.randrange(len(whole))))] = rng.randrange(256)
+        damaged.append(bytes(data))
+    refused = 0
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            SEGMENTATION.check(read_png(path, SEGMENTATION), "read")
+        except UserError as e:
+            assert str(e).startswith(f"{path}: ")
+            refused += 1
+    assert refused > len(damaged) / 2
+    path.write_bytes(whole[:-40])
+    with pytest.raises(UserError, match=re.escape(f"{path}: not a picture that can be read (")):
+        read_png(path, SEGMENTATION)
+
+
+def test_a_picture_too_large_to_unpack_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    path = _save(tmp_path, Image.fromarray(_labels()))
+    with pytest.raises(UserError, match="not a picture that can be read .*exceeds limit"):
+        read_png(path, SEGMENTATION)
+
+
+# read_png: maps
+
+_GREY = (np.arange(72).reshape(8, 9) * 3).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "mode, kind, tolerance",
+    [
+        ("L", "PNG", 0),
+        ("P", "PNG", 0),
+        ("LA", "PNG", 0),
+        ("RGB", "PNG", 0),
+        ("RGBA", "PNG", 0),
+        ("L", "GIF", 0),
+        ("L", "TIFF", 0),
+        ("RGB", "TIFF", 0),
+        ("L", "JPEG", 4),
+        ("CMYK", "JPEG", 4),
+        ("RGB", "WEBP", 8),
+    ],
+)
+def test_a_map_is_read_from_a_picture_of_any_mode(mode, kind, tolerance, tmp_path):
+    path = _save(tmp_path, Image.fromarray(_GREY).convert(mode), format=kind)
+    grey = read_png(path, SKETCH)
+    assert grey.shape == (8, 9) and grey.dtype == np.float32 and grey.min() >= 0 and grey.max() <= 1
+    np.testing.assert_allclose(grey * 255, _GREY, atol=tolerance + 1e-3)
+    colour = read_png(path, NORMALS)
+    assert colour.shape == (8, 9, 3) and colour.dtype == np.float32
+    np.testing.assert_allclose(colour * 255, np.stack([_GREY] * 3, -1), atol=tolerance + 1e-3)
+
+
+def test_a_bilevel_map_is_0_and_1(tmp_path):
+    drawn = _labels(classes=2).astype(bool)
+    np.testing.assert_array_equal(read_png(_save(tmp_path, Image.fromarray(drawn)), SKETCH), drawn)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "TIFF, big-endian"])
+def test_a_map_of_16_bits_keeps_its_precision(kind, tmp_path):
+    deep = np.linspace(0, 65535, 72).round().astype(np.uint16).reshape(8, 9)
+    picture = Image.fromarray(deep)
+    if "big" in kind:
+        picture = Image.frombytes("I;16B", (9, 8), deep.astype(">u2").tobytes())
+    read = read_png(_save(tmp_path, picture, format=kind.split(",")[0]), SKETCH)
+    assert read.dtype == np.float32
+    np.testing.assert_allclose(read * 65535, deep, atol=0.01)
+
+
+def test_a_colour_map_keeps_its_channels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3)).astype(np.uint8)
+    read = read_png(_save(tmp_path, Image.fromarray(pixels)), NORMALS)
+    np.testing.assert_allclose(read * 255, pixels, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_of_an_animation_the_first_frame_counts(kind, tmp_path):
+    frames = [Image.fromarray(_GREY), Image.fromarray(255 - _GREY)]
+    path = _save(tmp_path, frames[0], format=kind, save_all=True, append_images=frames[1:])
+    np.testing.assert_allclose(read_png(path, SKETCH) * 255, _GREY, atol=1e-3)
+
+
+def test_a_mode_that_cannot_be_turned_into_grey_is_refused(tmp_path):
+    path = _save(tmp_path, Image.merge("LAB", [Image.fromarray(_GREY)] * 3), format="TIFF")
+    with pytest.raises(UserError, match=re.escape(f"{path}: ")):
+        read_png(path, NORMALS)
+
+
+def test_a_map_of_two_channels_has_no_picture(tmp_path):
+    path = _save(tmp_path, Image.fromarray(_GREY))
+    with pytest.raises(UserError, match="a picture cannot hold the 2 channels of a flow"):
+        read_png(path, Modality("flow", "map", 2))

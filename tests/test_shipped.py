@@ -1,0 +1,120 @@
+"""What ships works right after installation: base, MCM, segmentation net, examples, configs."""
+
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from mcm_jax import assets, load_base
+from mcm_jax.data.scenes import CLASSES, Scenes
+from mcm_jax.evaluation import evaluate as evaluation
+from mcm_jax.generate import generate
+from mcm_jax.modalities import Modality, read_png
+from mcm_jax.pipeline import Pipeline
+from mcm_jax.training import train_and_evaluate
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "docs" / "examples"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base(assets.resolve("scenes-ddpm"))
+
+
+def test_assets_are_small():
+    sizes = {p: p.stat().st_size for p in (ROOT / "mcm_jax" / "assets").rglob("*") if p.is_file()}
+    folders = {name: sum(s for p, s in sizes.items() if name in p.parts) for name in assets.shipped()}
+    assert set(folders) >= {"scenes-ddpm", "scenes-mcm", "scenes-segmenter"}
+    assert max(folders.values()) <= 12 * 2**20
+    assert sum(sizes.values()) <= 40 * 2**20
+
+
+def test_base_equals_pytorch(base):
+    folder = assets.resolve("scenes-ddpm")
+    oracle = diffusers.DDPMPipeline.from_pretrained(folder, torch_dtype=torch.float32).unet.float().eval()
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 32, 32, 3)).astype(np.float32)
+    t = np.array([0, 500, 999], np.int32)
+    with torch.no_grad():
+        expected = oracle(torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(t)).sample.numpy()
+    found = jax.jit(base.predict)(base.params, jnp.asarray(x), jnp.asarray(t))
+    np.testing.assert_allclose(
+        found, expected.transpose(0, 2, 3, 1), atol=1e-5 * max(1, np.abs(expected).max()), rtol=0
+    )
+
+
+def test_base_removes_noise_from_scenes(base):
+    """The base is a real model: it predicts the noise in held-out scenes far better than chance."""
+    images = np.stack([Scenes("test", 8, seed=2)[i]["image"] for i in range(8)])
+    noise = np.random.default_rng(1).standard_normal(images.shape).astype(np.float32)
+    t = jnp.full(8, 500, jnp.int32)
+    eps = jax.jit(base.predict)(base.params, base.schedule.add_noise(jnp.asarray(images), jnp.asarray(noise), t), t)
+    assert float(jnp.mean((eps - noise) ** 2)) < 0.03
+
+
+@pytest.mark.slow
+def test_shipped_mcm_controls(tmp_path):
+    result = evaluation.evaluate("scenes-mcm", tmp_path / "metrics.json", maps=32, steps=10)
+    miou = result["miou"]
+    assert miou["real"] > 0.9
+    assert miou["base"] < 0.4
+    assert miou["both"] > 0.75
+    assert miou["segmentation"] > 0.7
+    assert miou["sketch"] > 0.5
+    assert result["mcm_parameters"] <= 0.1 * result["base_parameters"]
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["miou"] == miou
+    assert (tmp_path / "samples.png").stat().st_size > 10_000
+
+
+def test_examples_are_conditions():
+    labels = read_png(EXAMPLES / "segmentation.png", Modality("segmentation", "labels", len(CLASSES)))
+    assert len(np.unique(labels)) >= 4
+    sketch = read_png(EXAMPLES / "sketch.png", Modality("sketch", "map", 1))
+    assert 0.01 < sketch.mean() < 0.4
+
+
+def test_sample_script_with_the_shipped_mcm(tmp_path):
+    """The README's command, fewer steps."""
+    command = [sys.executable, "sample.py", f"--segmentation={EXAMPLES / 'segmentation.png'}", "--num_samples=2"]
+    command += [f"--sketch={EXAMPLES / 'sketch.png'}", "--steps=4", f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = sorted(p.name for p in tmp_path.iterdir())
+    assert written == ["grid.png", "sample_000.png", "sample_001.png", "samples.json"]
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["fingerprint"] == Pipeline.from_folder("scenes-mcm").base.fingerprint
+
+
+def test_seed_and_number_name_a_sample(tmp_path):
+    conditions = {"sketch": str(EXAMPLES / "sketch.png")}
+    three = generate("scenes-mcm", conditions, tmp_path / "a", num_samples=3, seed=5, steps=3)
+    one = generate("scenes-mcm", conditions, tmp_path / "b", num_samples=1, seed=5, steps=3)
+    other = generate("scenes-mcm", conditions, tmp_path / "c", num_samples=1, seed=6, steps=3)
+    np.testing.assert_allclose(three[:1], one, atol=1e-4)
+    assert np.abs(three[1] - three[0]).mean() > 0.01
+    assert np.abs(other - one).mean() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__"))
+def test_every_config_trains_a_step(name, tmp_path):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.data.size = 4
+    config.train.update(steps=1, batch_size=2, log_every=1, validate_every=0)
+    if name == "default":
+        config.mcm.multipliers = (1, 1)
+        config.mcm.attention = (0, 0)
+        config.mcm.blocks = 1
+    state = train_and_evaluate(config, tmp_path)
+    assert int(state.step) == 1
+    assert (tmp_path / "mcm.safetensors").exists()
