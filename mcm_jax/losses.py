@@ -34,7 +34,7 @@ def weight(weighting: str, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
         case "v":
             return jnp.minimum(1 / abar, 20.0)
         case "min_snr":
-            return jnp.minimum(snr, 5.0) / snr
+            return jnp.minimum(1.0, 5.0 / snr)  # not min(snr, 5) / snr, which is 0 / 0 at zero SNR
     raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}")
 
 

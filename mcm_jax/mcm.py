@@ -57,13 +57,14 @@ class Size:
             )
         if min(self.channels, self.blocks, self.groups, *self.multipliers) < 1:
             raise UserError("mcm.channels, mcm.multipliers, mcm.blocks and mcm.groups must be at least 1")
-        for m in self.multipliers:
+        for i, m in enumerate(self.multipliers):
             if self.channels * m % self.groups:
                 raise UserError(
                     f"mcm: a level of {self.channels * m} channels cannot be split into {self.groups} groups; "
                     f"choose mcm.channels or mcm.groups so that it can"
                 )
-            if self.head_dim and self.channels * m % self.head_dim:
+            attends = self.attention[i] or i == len(self.multipliers) - 1  # the last level's width is the middle's
+            if attends and self.head_dim and self.channels * m % self.head_dim:
                 raise UserError(f"mcm: a level of {self.channels * m} channels has no whole heads of {self.head_dim}")
 
 

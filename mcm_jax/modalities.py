@@ -1,9 +1,9 @@
 """Two-dimensional conditions and the channels that the MCM sees of them.
 
 A *modality* is a named kind of 2-D condition (segmentation, sketch, depth, ...). Every one becomes channels on the
-grid of ``x_t``: labels one-hot by nearest neighbour, maps and lines by area averaging. An absent modality is its null condition,
-zeros, and a presence flag tells it from a map that happens to be zero, so that one MCM serves any subset. One-hot
-labels, flags and zeros are ours; the paper claims the subsets and shows the grids (see also ``drop``).
+grid of ``x_t``: labels one-hot by nearest neighbour, maps and lines by area averaging. An absent modality is its null
+condition, zeros, and a presence flag tells it from a map that happens to be zero, so that one MCM serves any subset.
+One-hot labels, flags and zeros are ours; the paper claims the subsets and shows the grids (see also ``drop``).
 """
 
 import dataclasses
@@ -79,8 +79,8 @@ class Modality:
         ]
         out = np.stack(resized, -1).reshape(height, width, *array.shape[2:])
         if self.kind == "lines" and (out > 0).any():
-            # A line two pixels wide fills an eighth of a sixteen-pixel cell: scaled so that most inked cells are near 1,
-            # it looks as lines drawn on the small grid do (correlation 0.97 on scenes, 256 to 32 pixels).
+            # A line two pixels wide fills an eighth of a sixteen-pixel cell: scaled so that most inked cells are near
+            # 1, it looks as lines drawn on the small grid do (correlation 0.97 on scenes, 256 to 32 pixels).
             out = out / np.quantile(out[out > 0], 0.8)
         return np.clip(out, 0, 1)
 
@@ -162,9 +162,15 @@ def read_png(path: str | pathlib.Path, modality: Modality) -> np.ndarray:
     else:
         if modality.channels not in (1, 3):
             raise UserError(f"{path}: a picture cannot hold the {modality.channels} channels of a {modality.name}")
-        if picture.mode == "I;16":
+        if picture.mode.startswith("I;16"):  # also I;16B, big-endian TIFF, which convert() would cut off at 255
             array = np.asarray(picture).astype(np.float32) / 65535
         else:
-            array = np.asarray(picture.convert("L" if modality.channels == 1 else "RGB")).astype(np.float32) / 255
+            try:
+                converted = picture.convert("L" if modality.channels == 1 else "RGB")
+            except ValueError as e:
+                raise UserError(
+                    f"{path}: cannot read a picture of mode {picture.mode} as a {modality.name} ({e})"
+                ) from e
+            array = np.asarray(converted).astype(np.float32) / 255
     modality.check(array, str(path))
     return array

@@ -9,6 +9,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 
 import jax
 
+# Fixtures of a tiny base and a run on it, for the tests of whole runs.
+pytest_plugins = ["tiny"]
+
 CACHE = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -122,7 +122,8 @@ def test_resized_maps_keep_their_mean_and_range(shape):
     resized = SKETCH.resize(values, *shape)
     assert resized.shape == shape and resized.min() >= 0 and resized.max() <= 1
     if shape[0] <= 8 and shape[1] <= 12:
-        assert resized.mean() == pytest.approx(values.mean(), abs=1e-3)
+        # Exact at whole ratios; elsewhere Pillow's box counts a pixel for the cell that holds its centre.
+        assert resized.mean() == pytest.approx(values.mean(), abs=0.03)
     np.testing.assert_array_equal(SKETCH.resize(np.ones((8, 12), np.float32), *shape), np.ones(shape))
 
 
@@ -391,8 +392,8 @@ def test_of_an_animation_the_first_frame_counts(kind, tmp_path):
 
 def test_a_mode_that_cannot_be_turned_into_grey_is_refused(tmp_path):
     path = _save(tmp_path, Image.merge("LAB", [Image.fromarray(_GREY)] * 3), format="TIFF")
-    with pytest.raises(UserError, match=re.escape(f"{path}: ")):
-        read_png(path, NORMALS)
+    with pytest.raises(UserError, match=re.escape(f"{path}: cannot read a picture of mode LAB as a sketch")):
+        read_png(path, SKETCH)
 
 
 def test_a_map_of_two_channels_has_no_picture(tmp_path):

@@ -38,7 +38,7 @@ def _start(count=COUNT, seed=0, shape=SHAPE):
 def _fresh_noise(keys, steps, shape=SHAPE):
     """The noise of steps 1..N, ``[N, B, H, W, C]``: of each sample's key, folded with the step's number."""
     of_step = jax.vmap(lambda k, n: jax.random.normal(jax.random.fold_in(k, n), shape), in_axes=(0, None))
-    return np.asarray(jax.vmap(of_step, in_axes=(None, 0))(keys, jnp.arange(1, steps + 1)))
+    return np.array(jax.vmap(of_step, in_axes=(None, 0))(keys, jnp.arange(1, steps + 1)))
 
 
 def _close(ours, theirs):
@@ -169,12 +169,9 @@ def test_without_eta_ddim_draws_nothing():
 
 
 @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("steps, spacing", [(1, "trailing"), (7, "leading"), (7, "trailing"), (7, "linspace")])
 def test_data_of_one_point_are_sampled_exactly(steps, spacing, sampler, eta):
     schedule = _schedule(timestep_spacing=spacing, steps_offset=1)
-    if spacing == "linspace" and steps == 1:
-        pytest.skip("one step of linspace is the timestep 0: it starts where there is no noise")
     keys, x = _start()
     point = jax.random.uniform(jax.random.key(9), SHAPE, minval=-1.0)
 

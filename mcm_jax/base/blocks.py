@@ -187,9 +187,11 @@ class Attention(nn.Module):
             nn.Dense(heads * self.head_dim, dtype=self.dtype, name=name)(h).reshape(batch, -1, heads, self.head_dim)
             for name in ("to_q", "to_k", "to_v")
         )
+        if q.dtype == jnp.float16:  # jax asks for a float16 product that CPUs and TPUs do not have
+            q, k, v = (part.astype(jnp.float32) for part in (q, k, v))
         with jax.numpy_dtype_promotion("standard"):  # jax's own softmax mixes bfloat16 and float32
             h = jax.nn.dot_product_attention(q, k, v).reshape(batch, -1, heads * self.head_dim)
-        h = nn.Dense(channels, dtype=self.dtype, name="to_out_0")(h)
+        h = nn.Dense(channels, dtype=self.dtype, name="to_out_0")(h.astype(self.dtype))
         return (x + h.reshape(x.shape)) / self.rescale
 
 

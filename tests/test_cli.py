@@ -1,0 +1,337 @@
+"""The scripts: every mistake ends in one message that says how to mend it, and a stopped run goes on."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from mcm_jax.generate import generate
+from mcm_jax.training import loop
+from mcm_jax.training.checkpoints import Checkpoints
+
+SETTINGS = ("num_samples", "seed", "guidance", "sampler", "steps", "eta", "batch_size")
+
+
+def _edit_config(workdir, key, value):
+    content = json.loads((workdir / "config.json").read_text())
+    section, _, name = key.partition(".")
+    content[section][name] = value
+    (workdir / "config.json").write_text(json.dumps(content))
+
+
+# --- train.py -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"train.stepz": 5}, ["stepz", "configs/default.py"]),
+        ({"trian.steps": 5}, ["trian", "configs/default.py"]),
+        ({"train.steps": "many"}, ["config.train.steps", "many"]),
+        ({"train.steps": 1.5}, ["config.train.steps", "1.5"]),
+        ({"mcm.residual_scale": "perhaps"}, ["config.mcm.residual_scale", "perhaps"]),
+        ({"train.steps": 0}, ["config.train.steps", "at least 1", "got 0"]),
+        ({"train.batch_size": -4}, ["config.train.batch_size", "at least 1", "got -4"]),
+        ({"train.learning_rate": 0.0}, ["config.train.learning_rate", "above 0", "got 0.0"]),
+        ({"train.learning_rate": "nan"}, ["config.train.learning_rate", "above 0", "got nan"]),
+        ({"train.learning_rate": "inf"}, ["config.train.learning_rate", "finite", "got inf"]),
+        ({"data.size": 0}, ["config.data.size", "at least 1", "got 0"]),
+        ({"seed": -1}, ["config.seed", "at least 0", "got -1"]),
+        ({"seed": 2**64}, ["config.seed", "4294967295", str(2**64)]),
+        ({"modalities.drop_rate": 1.0}, ["config.modalities.drop_rate", "below 1", "got 1.0"]),
+        ({"train.ema_decay": 1.5}, ["config.train.ema_decay", "[0, 1]", "got 1.5"]),
+        ({"loss.weighting": "huber"}, ["config.loss.weighting", "min_snr", "huber"]),
+        ({"base.dtype": "float8"}, ["config.base.dtype", "bfloat16", "float8"]),
+        ({"data.name": "photos"}, ["config.data.name", "scenes", "photos"]),
+        ({"base.path": "nowhere"}, ["nowhere", "neither a folder nor a shipped name"]),
+        ({"modalities.segmentation.channels": 3}, ["config.modalities.segmentation", "6", "3"]),
+        ({"mcm.groups": 3}, ["mcm", "8 channels", "3 groups"]),
+        ({"mcm.attention": (0,)}, ["mcm.attention", "2 levels", "got 1"]),
+        ({"mcm.multipliers": (1, 1, 1, 1, 1, 1), "mcm.attention": (0,) * 6}, ["divisible by 32", "got 16x16"]),
+        ({"mcm.inputs": ("x_t", "noise")}, ["config.mcm.inputs", "noise", "eps"]),
+        ({"sampling.steps": 1001}, ["config.sampling.steps", "1000", "1001"]),
+        ({"train.batch_size": 3}, ["train.batch_size=3", "multiple of the 2 devices"]),
+    ],
+    ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
+)
+def test_a_bad_config_is_explained_and_writes_nothing(script, base_path, tmp_path, changes, words):
+    if changes == {"train.batch_size": 3} and jax.device_count() != 2:
+        pytest.skip("as conftest.py sets it up, there are two devices")
+    workdir = tmp_path / "run"
+    assert script("train.py", *tiny.config_flags(base_path, changes), f"--workdir={workdir}").explains(*words)
+    assert not workdir.exists()
+
+
+def test_a_config_file_that_is_none_is_explained(script, tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    absent = tmp_path / "absent.py"
+    for more in ([], ["--config.train.steps=5"]):
+        assert script("train.py", f"--config={absent}", workdir, *more).explains("cannot be read", str(absent))
+    for name, text, words in (
+        ("syntax", "def get_config(:\n", ["cannot be read", "syntax"]),
+        ("imports", "import no_such_module\n", ["cannot be read", "no_such_module"]),
+        ("empty", "", ["get_config"]),
+        (
+            "short",
+            "import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({'seed': 0})\n",
+            ["lacks", "train.steps", "configs/default.py"],
+        ),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
+        assert script("train.py", f"--config={tmp_path / name}.py", workdir).explains(*words)
+    assert script("train.py", workdir).explains("config")
+    assert script("train.py", f"--config={tiny.ROOT / 'configs/default.py'}").explains("workdir")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_of_another_config_is_refused(script, trained, base_path, tmp_path):
+    workdir = trained.copy(tmp_path / "run")
+    before = tiny.contents(workdir)
+    arguments = tiny.config_flags(base_path, {"train.steps": 8, "seed": 3, "mcm.multipliers": (1, 3)})
+    outcome = script("train.py", *arguments, f"--workdir={workdir}")
+    assert outcome.explains(
+        "another run's config",
+        "train.steps: there 6, now 8",
+        "seed: there 0, now 3",
+        "mcm.multipliers: there [1, 2], now [1, 3]",
+        "Take another --workdir",
+    )
+    assert "train.batch_size" not in outcome.err  # only what differs
+    assert tiny.contents(workdir) == before
+
+
+def test_a_checkpoint_of_another_base_is_refused(script, trained, other_base_path, tmp_path):
+    workdir = trained.copy(tmp_path / "run")
+    _edit_config(workdir, "base.path", str(other_base_path))
+    before = tiny.contents(workdir)
+    outcome = script("train.py", *tiny.config_flags(other_base_path), f"--workdir={workdir}")
+    assert outcome.explains("checkpoints/6", "'tiny'", trained.base.fingerprint[:16], "'other'", "config.base.path")
+    assert tiny.contents(workdir) == before
+
+
+def test_a_checkpoint_of_another_mcm_is_refused(script, trained, base_path, tmp_path):
+    workdir = trained.copy(tmp_path / "run")
+    _edit_config(workdir, "mcm.multipliers", [1, 3])
+    before = tiny.contents(workdir)
+    outcome = script("train.py", *tiny.config_flags(base_path, {"mcm.multipliers": (1, 3)}), f"--workdir={workdir}")
+    assert outcome.status == 1 and "Traceback" not in outcome.err
+    for word in ("checkpoints/6 holds another MCM", "params/unet/", "there (", "expected (", "more"):
+        assert word in outcome.err
+    assert tiny.contents(workdir) == before
+
+
+def test_a_damaged_checkpoint_is_explained(script, trained, base_path, tmp_path):
+    workdir = trained.copy(tmp_path / "run")
+    for path in (workdir / "checkpoints/6/state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:100])
+    outcome = script("train.py", *tiny.config_flags(base_path), f"--workdir={workdir}")
+    assert outcome.explains("checkpoints/6", "cannot be read", "Remove")
+    shutil.rmtree(workdir / "checkpoints/6")  # as it says
+    outcome = script("train.py", *tiny.config_flags(base_path), f"--workdir={workdir}")
+    assert outcome.status == 0 and "going on from step 3" in outcome.out
+    assert tiny.metrics_of(workdir) == tiny.metrics_of(trained.workdir)
+
+
+def test_a_workdir_that_cannot_be_written_is_explained(script, base_path, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for workdir in (file, file / "run", "/proc/mcm-jax/run"):
+        outcome = script("train.py", *tiny.config_flags(base_path), f"--workdir={workdir}")
+        assert outcome.explains(f"workdir {workdir}", "cannot be written", "another --workdir")
+    assert file.read_text() == "mine"
+
+
+def test_a_finished_workdir_says_so(script, trained, base_path):
+    """The config that came by the command line is the one that came by the API."""
+    before = tiny.contents(trained.workdir)
+    outcome = script("train.py", *tiny.config_flags(base_path), f"--workdir={trained.workdir}")
+    assert outcome.status == 0 and "is finished: 6 of 6 steps" in outcome.out
+    assert tiny.contents(trained.workdir) == before
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_goes_on(base_path, tmp_path):
+    """In a real process: 130, one message, and in the end every report once."""
+    workdir = tmp_path / "run"
+    changes = {"train.steps": 150, "train.log_every": 5, "train.checkpoint_every": 1000, "train.validate_every": 0}
+    command = [sys.executable, "train.py", *tiny.config_flags(base_path, changes), f"--workdir={workdir}"]
+    with (tmp_path / "err").open("w+") as err:
+        process = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stderr=err, stdout=err)
+        metrics, until = workdir / "metrics.jsonl", time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < until:
+            if metrics.exists() and metrics.stat().st_size:
+                process.send_signal(signal.SIGINT)
+                break
+            time.sleep(0.01)
+        try:
+            status = process.wait(60)
+        finally:
+            process.kill()
+        err.seek(0)
+        printed = err.read()
+    assert status == 130, printed
+    assert "Traceback" not in printed and "Go on with the same command" in printed and str(workdir) in printed
+    stopped = json.loads((workdir / "checkpoints" / _steps(workdir)[-1] / "meta/metadata").read_text())
+    assert stopped["base"] == "tiny" and 5 <= int(_steps(workdir)[-1]) < 150
+
+    outcome = tiny.run_process(command, env=tiny.environment())
+    assert outcome.status == 0, outcome.err
+    assert f"going on from step {stopped_at(printed)}" in outcome.out
+    assert "orbax" not in outcome.err.lower() and "Warning" not in outcome.err
+    assert [line["step"] for line in tiny.metrics_of(workdir)] == list(range(5, 151, 5))
+    assert _steps(workdir)[-1] == "150"
+
+
+def _steps(workdir):
+    return sorted((p.name for p in (workdir / "checkpoints").iterdir()), key=int)
+
+
+def stopped_at(printed):
+    """The step in the message of a stopped run."""
+    return int(printed.split("stopped by a signal at step ")[1].split()[0])
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_explained_and_the_last_checkpoint_stands(trained, base_path, tmp_path):
+    """Files above a limit cannot be written in this process, as on a full disk or over a quota."""
+    workdir = trained.copy(tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints/6")
+    train = [sys.executable, "train.py", *tiny.config_flags(base_path), f"--workdir={workdir}"]
+    limited = ["sh", "-c", 'ulimit -f 64 && exec "$@"', "sh", *train]  # 32 KiB a file
+    outcome = tiny.run_process(limited)
+    print(outcome.err)
+    assert outcome.status == 1 and "Traceback" not in outcome.err
+    message = outcome.err[outcome.err.index("error: ") :]
+    assert all(w in message for w in (str(workdir), "step 6", "complete one is of step 3", "same command again"))
+
+    checkpoints = Checkpoints(workdir, create=False)
+    meta = {"base": "tiny", "fingerprint": trained.base.fingerprint}
+    assert int(checkpoints.restore(trained.state, meta)[0].step) == 3
+    checkpoints.close()
+    end = loop.train_and_evaluate(trained.config, workdir)
+    tiny.assert_same_bits(jax.device_get(end), jax.device_get(trained.state))
+    assert not list(workdir.rglob("*tmp*"))
+
+
+# --- sample.py ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def maps(tmp_path):
+    """Condition files of odd sizes."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "maps"
+    folder.mkdir()
+    segmentation = rng.integers(0, 6, (23, 37)).astype(np.uint8)
+    sketch = (rng.random((31, 9)) < 0.2).astype(np.uint8) * 255
+    colours = rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    Image.fromarray(segmentation).save(folder / "segmentation.png")
+    Image.fromarray(sketch).save(folder / "sketch.png")
+    Image.fromarray(segmentation).save(folder / "labels.jpg")
+    shutil.copy(folder / "labels.jpg", folder / "renamed.png")
+    Image.fromarray(colours).save(folder / "colours.png")
+    Image.fromarray(np.where(segmentation == 5, 9, segmentation).astype(np.uint8)).save(folder / "unknown.png")
+    (folder / "text.png").write_text("This is no picture.\n")
+    (folder / "cut.png").write_bytes((folder / "segmentation.png").read_bytes()[:200])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], ["no condition given", "--segmentation=PNG", "--sketch=PNG"]),
+        (["--segmentation=absent.png"], ["absent.png: no such file"]),
+        (["--segmentation={maps}"], ["no such file"]),
+        (["--segmentation={maps}/text.png"], ["text.png: not a picture", "PNG"]),
+        (["--sketch={maps}/text.png"], ["text.png: not a picture"]),
+        (["--segmentation={maps}/cut.png"], ["cut.png: not a picture"]),
+        (["--segmentation={maps}/labels.jpg"], ["labels.jpg", "JPEG", "PNG"]),
+        (["--segmentation={maps}/renamed.png"], ["renamed.png", "JPEG", "PNG"]),
+        (["--segmentation={maps}/colours.png"], ["colours.png", "colour picture", "0..5"]),
+        (["--segmentation={maps}/unknown.png"], ["unknown.png", "[9]", "0..5"]),
+        (["--sketch={maps}/sketch.png", "--segmentation={maps}/unknown.png"], ["unknown.png", "[9]"]),
+        (["--sketch={maps}/sketch.png", "--num_samples=0"], ["num_samples", "at least 1", "got 0"]),
+        (["--sketch={maps}/sketch.png", "--num_samples=two"], ["num_samples", "two"]),
+        (["--sketch={maps}/sketch.png", "--seed=-1"], ["seed", "at least 0", "got -1"]),
+        (["--sketch={maps}/sketch.png", f"--seed={2**64}"], ["seed", "4294967295", str(2**64)]),
+        (["--sketch={maps}/sketch.png", "--eta=1.5"], ["eta", "[0, 1]", "got 1.5"]),
+        (["--sketch={maps}/sketch.png", "--guidance=-1"], ["guidance", "at least 0", "got -1"]),
+        (["--sketch={maps}/sketch.png", "--guidance=nan"], ["guidance", "got nan"]),
+        (["--sketch={maps}/sketch.png", "--batch_size=0"], ["batch_size", "at least 1", "got 0"]),
+        (["--sketch={maps}/sketch.png", "--steps=0"], ["steps", "1..1000", "got 0"]),
+        (["--sketch={maps}/sketch.png", "--steps=1001"], ["steps", "1..1000", "got 1001"]),
+        (["--sketch={maps}/sketch.png", "--sampler=euler"], ["sampler", "ddim", "euler"]),
+        (["--sketch={maps}/sketch.png", "--workdir=absent"], ["absent", "neither a folder nor a shipped name"]),
+        (["--sketch={maps}/sketch.png", "--workdir={maps}"], ["config.json: no such file", "no workdir", "train.py"]),
+        (["--sketch={maps}/sketch.png", "--depth={maps}/sketch.png"], ["depth"]),
+    ],
+    ids=lambda v: " ".join(v).replace("{maps}/", "") if v and v[0].startswith("--") else "",
+)
+def test_bad_input_of_sampling_is_explained_and_writes_nothing(script, trained, maps, tmp_path, arguments, words):
+    arguments = [a.format(maps=maps) for a in arguments]
+    outcome = script("sample.py", f"--workdir={trained.workdir}", f"--out={tmp_path / 'out'}", *arguments)
+    assert outcome.explains(*words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_must_be_given_and_writable(script, trained, maps):
+    arguments = [f"--workdir={trained.workdir}", f"--sketch={maps / 'sketch.png'}", "--num_samples=2"]
+    assert script("sample.py", *arguments).explains("out")
+    outcome = script("sample.py", *arguments, f"--out={maps / 'text.png'}")
+    assert outcome.explains("text.png", "cannot be written", "--out")
+
+
+@pytest.mark.slow
+def test_samples_can_be_repeated(trained, maps, tmp_path):
+    """A real process writes them; samples.json alone says how to have them again, bit for bit."""
+    out = tmp_path / "out"
+    outcome = tiny.run_process(
+        [
+            *(sys.executable, "sample.py", f"--workdir={trained.workdir}", f"--out={out}", "--num_samples=3"),
+            *(f"--segmentation={maps / 'segmentation.png'}", f"--sketch={maps / 'sketch.png'}"),
+            *("--seed=5", "--guidance=1.5", "--eta=0.3", "--steps=2"),
+        ],
+        env=tiny.environment(),
+    )
+    assert outcome.status == 0, outcome.err
+    assert str(out) in outcome.out and "Warning" not in outcome.err
+    names = ["grid.png", "sample_000.png", "sample_001.png", "sample_002.png", "samples.json"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    pictures = [np.asarray(Image.open(out / name)) for name in names[1:4]]
+    assert all(p.shape == (tiny.SIZE, tiny.SIZE, 3) and p.dtype == np.uint8 and p.std() > 5 for p in pictures)
+    assert np.asarray(Image.open(out / "grid.png")).shape == (6 * 18, 6 * (5 * 17 + 1), 3)
+
+    said = json.loads((out / "samples.json").read_text())
+    given = {"num_samples": 3, "seed": 5, "guidance": 1.5, "eta": 0.3, "steps": 2, "sampler": "ddim"}
+    assert {key: said[key] for key in given} == given
+    assert said["fingerprint"] == trained.base.fingerprint and said["mcm_step"] == 6
+    again = tmp_path / "again"
+    generate(said["workdir"], said["conditions"], again, **{key: said[key] for key in SETTINGS})
+    assert {n: b for n, b in tiny.contents(again).items() if n.endswith("png")} == {
+        n: b for n, b in tiny.contents(out).items() if n.endswith("png")
+    }
+
+
+def test_a_sample_does_not_depend_on_how_many_there_are(script, trained, maps, tmp_path):
+    """Two samples, then three in the same folder: the first two are the same, and one condition is enough."""
+    sketch = {"sketch": str(maps / "sketch.png")}
+    images = {n: generate(str(trained.workdir), sketch, tmp_path / str(n), num_samples=n, seed=7) for n in (2, 3)}
+    np.testing.assert_allclose(images[2], images[3][:2], atol=1e-5)
+    outcome = script(
+        *("sample.py", f"--workdir={trained.workdir}", f"--sketch={maps / 'sketch.png'}", "--num_samples=2"),
+        *("--seed=7", f"--out={tmp_path / 'script'}"),
+    )
+    assert outcome.status == 0 and str(tmp_path / "script") in outcome.out
+    for name in ("sample_000.png", "sample_001.png", "grid.png"):
+        assert (tmp_path / "script" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    other = generate(str(trained.workdir), sketch, tmp_path / "8", num_samples=2, seed=8)
+    assert np.abs(other - images[2]).max() > 1e-2

@@ -1,0 +1,256 @@
+"""Laws of sampling under control, and of the folder that holds an MCM."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from safetensors import safe_open
+
+from mcm_jax import pipeline as pipeline_lib
+from mcm_jax import sampling
+from mcm_jax.base import load_base
+from mcm_jax.data.pipeline import InMemory, to_float
+from mcm_jax.data.scenes import Scenes
+from mcm_jax.errors import UserError
+from mcm_jax.pipeline import Pipeline
+
+N = 3
+SUBSETS = [(), ("segmentation",), ("sketch",), ("segmentation", "sketch")]
+
+
+@pytest.fixture(scope="module")
+def pipeline(trained):
+    return Pipeline.from_folder(trained.workdir)
+
+
+@pytest.fixture(scope="module")
+def strong(pipeline):
+    """The same pipeline under an MCM whose every weight does something."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), pipeline.params)
+    return Pipeline(pipeline.base, pipeline.modulator, params, pipeline.config)
+
+
+@pytest.fixture(scope="module")
+def untrained(pipeline):
+    base, modulator = pipeline.base, pipeline.modulator
+    params = jax.jit(lambda key: modulator.init(key, base.latent_shape))(jax.random.key(0))
+    return Pipeline(base, modulator, params, pipeline.config)
+
+
+@pytest.fixture(scope="module")
+def conditions():
+    examples = to_float(InMemory.render(Scenes("test", N, tiny.SIZE, tiny.SIZE, 2)).arrays, ["sketch"])
+    return {name: examples[name] for name in ("segmentation", "sketch")}
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return sampling.sample_keys(0, N)
+
+
+@pytest.fixture(scope="module")
+def samples(strong, conditions, keys):
+    """Samples for every subset of the modalities."""
+    return {s: strong({name: conditions[name] for name in s}, keys, batch_size=N) for s in SUBSETS}
+
+
+def test_samples_are_images(samples):
+    for images in samples.values():
+        assert images.shape == (N, tiny.SIZE, tiny.SIZE, 3) and images.dtype == np.float32
+        assert np.isfinite(images).all() and images.std() > 0.05
+
+
+def test_every_subset_is_a_sample_of_its_own(samples):
+    for i, a in enumerate(SUBSETS):
+        for b in SUBSETS[:i]:
+            assert np.abs(samples[a] - samples[b]).max() > 1e-2, (a, b)
+
+
+def test_samples_follow_their_own_condition(strong, conditions, keys, samples):
+    """Another map for example 0 changes sample 0 and no other."""
+    sketch = conditions["sketch"].copy()
+    sketch[0] = 1 - sketch[0]
+    changed = strong(conditions | {"sketch": sketch}, keys, batch_size=N)
+    both = samples["segmentation", "sketch"]
+    assert np.abs(changed[0] - both[0]).max() > 1e-2
+    np.testing.assert_allclose(changed[1:], both[1:], atol=1e-5)
+
+
+def test_guidance_zero_is_the_base_alone(strong, conditions, keys, samples):
+    base = strong.base
+    alone = strong(conditions, keys, guidance=0.0, batch_size=N)
+    x = sampling.sample(
+        lambda x, t: base.predict(base.params, x, t),
+        sampling.initial_noise(keys, base.latent_shape),
+        keys,
+        base.schedule,
+        steps=strong.config.sampling.steps,
+    )
+    np.testing.assert_allclose(alone, x, atol=1e-4)
+    np.testing.assert_array_equal(strong({}, keys, guidance=0.0, batch_size=N), alone)
+    assert np.abs(samples["segmentation", "sketch"] - alone).max() > 1e-2
+    # The scale acts continuously from there.
+    near = strong(conditions, keys, guidance=1e-4, batch_size=N)
+    assert np.abs(near - alone).max() < 1e-2
+
+
+@pytest.mark.parametrize("subset", SUBSETS, ids=lambda s: "+".join(s) or "none")
+def test_an_untrained_mcm_leaves_the_base_as_it_is(untrained, conditions, keys, subset):
+    alone = untrained(conditions, keys, guidance=0.0, batch_size=N)
+    given = {name: conditions[name] for name in subset}
+    np.testing.assert_allclose(untrained(given, keys, guidance=2.0, batch_size=N), alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_batch_size_does_not_matter(strong, conditions, keys, samples, batch_size):
+    found = strong(conditions, keys, batch_size=batch_size)
+    np.testing.assert_allclose(found, samples["segmentation", "sketch"], atol=1e-5)
+
+
+def test_the_number_of_samples_does_not_matter(strong, conditions, samples):
+    two = strong({k: v[:2] for k, v in conditions.items()}, sampling.sample_keys(0, 2), batch_size=N)
+    np.testing.assert_allclose(two, samples["segmentation", "sketch"][:2], atol=1e-5)
+
+
+def test_keys_decide_the_sample(strong, conditions, samples):
+    one = np.repeat(conditions["sketch"][:1], N, axis=0)
+    found = strong({"sketch": one}, sampling.sample_keys(0, N), batch_size=N)
+    assert np.abs(found[0] - found[1]).max() > 1e-2
+    other = strong(conditions, sampling.sample_keys(1, N), batch_size=N)
+    assert np.abs(other - samples["segmentation", "sketch"]).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: {"depth": c["sketch"]}, ["segmentation, sketch", "depth"]),
+        (lambda c: {"sketch": c["sketch"][:2]}, ["sketch", "[3, 16, 16]", "[2, 16, 16]"]),
+        (lambda c: {"segmentation": c["segmentation"][:, :8]}, ["segmentation", "[3, 16, 16]", "[3, 8, 16]"]),
+        (lambda c: {"sketch": c["sketch"][0]}, ["sketch", "[3, 16, 16]", "[16, 16]"]),
+    ],
+)
+def test_wrong_conditions_are_named(pipeline, conditions, keys, change, words):
+    with pytest.raises(UserError) as error:
+        pipeline(change(conditions), keys)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [({"steps": 0}, ["1..1000", "0"]), ({"steps": 1001}, ["1..1000", "1001"]), ({"batch_size": -1}, [])],
+)
+def test_wrong_settings_are_named(pipeline, keys, setting, words):
+    with pytest.raises(UserError) as error:
+        pipeline({}, keys, **setting)
+    assert all(word in str(error.value) for word in [*setting, *words]), error.value
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+def test_folder_gives_back_the_averaged_params(trained, pipeline):
+    tiny.assert_same_bits(jax.device_get(pipeline.params), jax.device_get(trained.state.ema_params))
+    assert pipeline.step == 6
+    assert pipeline.base.fingerprint == trained.base.fingerprint
+    with safe_open(trained.workdir / "mcm.safetensors", "numpy") as file:
+        assert file.metadata() == {"base": "tiny", "fingerprint": trained.base.fingerprint, "step": "6"}
+
+
+def test_params_survive_the_file(trained, pipeline, strong, tmp_path, conditions, keys, samples):
+    """Only config.json and mcm.safetensors are needed, and the params come back bit for bit, whatever their dtype."""
+    shutil.copy(trained.workdir / "config.json", tmp_path)
+    pipeline_lib.save_mcm(tmp_path, strong.params, base=pipeline.base, step=7)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "mcm.safetensors"}
+    loaded = Pipeline.from_folder(str(tmp_path))
+    assert loaded.step == 7
+    tiny.assert_same_bits(jax.device_get(loaded.params), jax.device_get(strong.params))
+    found = loaded(conditions, keys, batch_size=N)
+    np.testing.assert_array_equal(found, samples["segmentation", "sketch"])
+
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), strong.params)
+    pipeline_lib.save_mcm(tmp_path, half, base=pipeline.base, step=8)
+    loaded = Pipeline.from_folder(tmp_path)
+    tiny.assert_same_bits(jax.device_get(loaded.params), jax.tree.map(np.float32, jax.device_get(half)))
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(trained, pipeline, tmp_path, monkeypatch):
+    folder = trained.copy(tmp_path / "run")
+    before = tiny.contents(folder)
+
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(folder), "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        pipeline_lib.save_mcm(folder, pipeline.params, base=pipeline.base, step=9)
+    monkeypatch.undo()
+    assert tiny.contents(folder) == before
+
+
+def _edit_config(folder, **changes):
+    content = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        content[section][name] = value
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def _cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda f, _: shutil.rmtree(f), ["neither a folder nor a shipped name"]),
+        (lambda f, _: (f / "config.json").unlink(), ["config.json: no such file", "no workdir", "train.py"]),
+        (lambda f, _: (f / "config.json").write_text("{"), ["config.json", "not a config that train.py wrote"]),
+        (lambda f, _: (f / "config.json").write_text("[1]"), ["config.json", "not a config that train.py wrote"]),
+        (lambda f, _: (f / "config.json").write_text("{}"), ["config.json", "lacks", "train.steps"]),
+        (lambda f, _: (f / "config.json").write_bytes(b"\xff\xfe\0"), ["config.json", "not a config"]),
+        (lambda f, _: _edit_config(f, train__steps="six"), ["config.json"]),
+        (lambda f, _: _edit_config(f, mcm__inputs=["xt"]), ["config.json", "mcm.inputs", "xt", "x_t"]),
+        (lambda f, _: (f / "mcm.safetensors").unlink(), ["mcm.safetensors: no such file", "train.py"]),
+        (lambda f, _: _cut(f / "mcm.safetensors", 5000), ["mcm.safetensors", "corrupt or cut short"]),
+        (lambda f, _: _cut(f / "mcm.safetensors", 0), ["mcm.safetensors", "corrupt or cut short"]),
+        (lambda f, o: _edit_config(f, base__path=str(o)), ["mcm.safetensors", "'tiny'", "'other'", "base.path"]),
+        (lambda f, _: _edit_config(f, base__path="nowhere"), ["nowhere", "shipped"]),
+        (
+            lambda f, _: _edit_config(f, mcm__multipliers=[1, 3]),
+            ["another MCM", "unet/", "there (", "expected (", "more"],
+        ),
+        (
+            lambda f, _: _edit_config(f, mcm__multipliers=[1, 2, 2], mcm__attention=[0, 0, 0]),
+            ["another MCM", "missing there: unet/down_blocks_2"],
+        ),
+        (
+            lambda f, _: _edit_config(f, mcm__multipliers=[1], mcm__attention=[0]),
+            ["another MCM", "only there: unet/down_blocks_1"],
+        ),
+    ],
+)
+def test_every_kind_of_damage_is_explained(trained, other_base_path, tmp_path, damage, words):
+    folder = trained.copy(tmp_path / "run")
+    damage(folder, other_base_path)
+    with pytest.raises(UserError) as error:
+        Pipeline.from_folder(folder)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_other_base_is_told_by_its_weights(trained, other_base_path, tmp_path):
+    """Both fingerprints are in the message, and the same base at another place is no other base."""
+    folder = trained.copy(tmp_path / "run")
+    moved = shutil.copytree(trained.config.base.path, tmp_path / "moved")
+    _edit_config(folder, base__path=str(moved))
+    assert Pipeline.from_folder(folder).base.fingerprint == trained.base.fingerprint
+    _edit_config(folder, base__path=str(other_base_path))
+    with pytest.raises(UserError, match=trained.base.fingerprint[:16]) as error:
+        Pipeline.from_folder(folder)
+    assert load_base(other_base_path).fingerprint[:16] in str(error.value)

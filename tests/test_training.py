@@ -1,0 +1,363 @@
+"""Laws of a training run: nothing reaches the base, a resumed run is the uninterrupted one, devices do not matter."""
+
+import inspect
+import json
+import os
+import signal
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+from jax.sharding import AxisType
+from PIL import Image
+from safetensors.numpy import load_file
+
+from mcm_jax import config as config_lib
+from mcm_jax.base import load_base
+from mcm_jax.data.pipeline import InMemory, training_batches
+from mcm_jax.data.scenes import Scenes
+from mcm_jax.errors import UserError
+from mcm_jax.training import loop, sharding, state, step
+from mcm_jax.training.checkpoints import Checkpoints
+
+METRICS = {"mse", "mse_of_base", "modulation", "loss", "gradient_norm", "images_per_second", "learning_rate"}
+
+
+@pytest.fixture(scope="module")
+def modulator(base, base_path):
+    return config_lib.modulator(tiny.make_config(base_path), base)
+
+
+@pytest.fixture(scope="module")
+def params(base, modulator):
+    """An MCM with no parameter at zero, so that every one has a gradient."""
+    initial = jax.jit(lambda key: modulator.init(key, base.latent_shape))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(np.float32), initial)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    source = InMemory.render(Scenes("train", 12, tiny.SIZE, tiny.SIZE, 2))
+    return training_batches(source, 4, 0, ["sketch"])[0]
+
+
+@pytest.fixture(scope="module")
+def predict_step(base, modulator):
+    return step.make_predict_step(base, modulator, seed=0, drop_rate=0.3)
+
+
+@pytest.fixture(scope="module")
+def record(base, predict_step, batch):
+    return predict_step(base.params, batch)
+
+
+@pytest.fixture(scope="module")
+def adam(modulator):
+    """(optimizer, train_step) that the tests of single steps share."""
+    optimizer, _ = state.make_optimizer(60, 3e-3, 0, 0.0, 1.0)
+    return optimizer, step.make_train_step(modulator, optimizer, weighting="v", l1=0.01, ema_decay=0.999)
+
+
+def fresh(params, optimizer):
+    """A state whose buffers may be donated."""
+    return state.init_state(jax.tree.map(jnp.array, params), optimizer)
+
+
+# --- the base is out of reach ---------------------------------------------------------------------------------------
+
+
+def test_base_is_bit_identical_after_training(trained, base_path):
+    tiny.assert_same_bits(trained.base.params, load_base(base_path).params)
+    assert load_base(base_path).fingerprint == trained.base.fingerprint
+
+
+def test_train_step_holds_nothing_of_the_base(base, params, adam, record):
+    optimizer, train_step = adam
+    assert list(inspect.signature(train_step).parameters) == ["state", "record"]
+    begin = fresh(params, optimizer)
+    closed = jax.make_jaxpr(train_step)(begin, record)
+    assert len(closed.jaxpr.invars) == len(jax.tree.leaves((begin, record)))
+
+    def constants(jaxpr):
+        """Arrays that a program or one nested in it has closed over."""
+        found = list(jaxpr.consts)
+        for equation in jaxpr.jaxpr.eqns:
+            nested = [p for p in equation.params.values() if isinstance(p, jax.extend.core.ClosedJaxpr)]
+            found += [c for inner in nested for c in constants(inner)]
+        return found
+
+    seen = {v.aval.shape for v in closed.jaxpr.invars} | {np.shape(c) for c in constants(closed)}
+    of_base = {leaf.shape for leaf in jax.tree.leaves(base.params)}
+    assert not seen & of_base
+    assert (3, 3, 12, 12) in of_base and (3, 3, 8, 8) in seen  # the shapes do tell the two apart
+
+
+def test_a_base_without_derivatives_can_be_trained_on(base, modulator, params, adam, batch):
+    """Whoever differentiated the base, with respect to anything, would get an error here."""
+    optimizer, train_step = adam
+
+    @jax.custom_jvp
+    def opaque(base_params, x_t, t):
+        return base.predict(base_params, x_t, t)
+
+    @opaque.defjvp
+    def _(primals, tangents):
+        raise AssertionError("the base was differentiated")
+
+    black_box = types.SimpleNamespace(predict=opaque, encode=base.encode, schedule=base.schedule)
+    predict_step = step.make_predict_step(black_box, modulator, seed=0, drop_rate=0.3)
+    with pytest.raises(AssertionError, match="the base was differentiated"):
+        jax.grad(lambda p: predict_step(p, batch)["eps"].sum())(base.params)
+    now, metrics = train_step(fresh(params, optimizer), predict_step(base.params, batch))
+    assert float(metrics["gradient_norm"]) > 0
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), now.params, params)
+    assert all(jax.tree.leaves(changed))
+
+
+def test_optimizer_and_files_hold_the_mcm_alone(trained):
+    size = tiny.count(trained.state.params)
+    arrays = [leaf for leaf in jax.tree.leaves(trained.state) if leaf.ndim]
+    assert sum(a.size for a in arrays) == 4 * size  # params, average, Adam's two moments
+    saved = ocp.StandardCheckpointer().restore(trained.workdir / "checkpoints/6/state")
+    assert sum(leaf.size for leaf in jax.tree.leaves(saved) if leaf.ndim) == 4 * size
+    weights = load_file(trained.workdir / "mcm.safetensors")
+    assert sum(w.size for w in weights.values()) == size
+    assert f"MCM of {size:,} parameters" in trained.printed
+
+
+# --- single steps ---------------------------------------------------------------------------------------------------
+
+
+def test_an_examples_noise_does_not_depend_on_its_batch(base, predict_step, batch, record):
+    order = np.array([2, 0, 3, 1])
+    other = predict_step(base.params, {key: value[order] for key, value in batch.items()})
+    for key in ("t", "noise", "present"):
+        np.testing.assert_array_equal(other[key], record[key][order], err_msg=key)
+    np.testing.assert_allclose(other["eps"], record["eps"][order], atol=1e-5)
+    again = predict_step(base.params, batch | {"draw": batch["draw"] + 1})
+    assert not np.isclose(again["noise"], record["noise"]).any(axis=(1, 2, 3)).all()
+
+
+def test_two_devices_train_as_one(base, modulator, params, predict_step, batch):
+    if jax.device_count() < 2:
+        pytest.skip("one device")
+    # SGD: Adam would blow up rounding errors where a gradient is near zero.
+    train_step = step.make_train_step(modulator, optax.sgd(0.1), weighting="v", l1=0.01, ema_decay=0.9)
+    ends = []
+    for devices in (jax.devices()[:1], jax.devices()[:2]):
+        mesh = jax.make_mesh((len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,))
+        now = sharding.replicate(fresh(params, optax.sgd(0.1)), mesh)
+        base_params = sharding.replicate(base.params, mesh)
+        for _ in range(2):
+            record = predict_step(base_params, sharding.split_batch(batch, mesh))
+            assert len(record["eps"].sharding.device_set) == len(devices)
+            now, metrics = train_step(now, record)
+        ends.append(jax.device_get((now, metrics)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *ends)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), ends[0][0].params, jax.device_get(params))
+    assert max(jax.tree.leaves(moved)) > 1e-2
+
+
+def test_loss_falls_on_a_fixed_batch(params, adam, record):
+    optimizer, train_step = adam
+    now, losses = fresh(params, optimizer), []
+    for _ in range(60):
+        now, metrics = train_step(now, record)
+        losses.append(float(metrics["loss"]))
+    print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}")
+    assert np.isfinite(losses).all()
+    assert losses[-1] < 0.5 * losses[0]
+    assert np.mean(losses[-10:]) < np.mean(losses[20:30]) < np.mean(losses[:10])
+
+
+def test_average_is_the_moving_average_of_the_params(params, adam, record):
+    optimizer, train_step = adam
+    now = fresh(params, optimizer)
+    expected = jax.tree.map(np.float64, jax.device_get(params))
+    for k in range(4):
+        now, _ = train_step(now, record)
+        decay = min(0.999, (1 + k) / (10 + k))
+        expected = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, expected, jax.device_get(now.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(now.ema_params), expected)
+    assert int(now.step) == 4
+
+
+@pytest.mark.parametrize(
+    "at, decay, expected", [(0, 0.999, 0.1), (10**6, 0.999, 0.999), (10**6, 0.5, 0.5), (5, 0.0, 0)]
+)
+def test_average_forgets_its_start(at, decay, expected):
+    ema = state.update_ema({"w": jnp.ones(3)}, {"w": jnp.zeros(3)}, jnp.int32(at), decay)
+    np.testing.assert_allclose(ema["w"], expected, atol=1e-4)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    _, schedule = state.make_optimizer(100, 1e-3, 10, 0.0, 1.0)
+    rates = [float(schedule(i)) for i in range(101)]
+    assert rates[0] == 0 and max(rates) == rates[10] == pytest.approx(1e-3) and rates[100] < 1e-8
+    assert np.all(np.diff(rates[:11]) > 0) and np.all(np.diff(rates[10:]) < 0)
+    for steps in (1, 2):  # shorter than the warm-up
+        _, schedule = state.make_optimizer(steps, 1e-3, 100, 0.0, 0.0)
+        assert float(schedule(steps - 1)) == pytest.approx(1e-3)
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------
+
+
+def test_workdir_of_a_run(trained):
+    workdir = trained.workdir
+    assert {p.name for p in workdir.iterdir()} == {
+        "config.json",
+        "checkpoints",
+        "mcm.safetensors",
+        "metrics.jsonl",
+        "tensorboard",
+        "validation",
+    }
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"3", "6"}
+    assert config_lib.flatten(config_lib.load(workdir)) == config_lib.flatten(trained.config)
+
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line.pop("step") for line in lines] == [2, 4, 6]
+    assert all(set(line) == METRICS and np.isfinite(list(line.values())).all() for line in lines)
+    assert all(line["images_per_second"] > 0 and line["mse_of_base"] > 0 for line in lines)
+
+    events = [p.read_bytes() for p in (workdir / "tensorboard").iterdir()]
+    assert len(events) == 1 and all(name.encode() in events[0] for name in METRICS)
+
+    pictures = sorted((workdir / "validation").iterdir())
+    assert [p.name for p in pictures] == ["step_0000003.png", "step_0000006.png"]
+    for path in pictures:
+        with Image.open(path) as picture:
+            picture.load()
+        # Two modalities, the base alone, the base under control; eight scenes; 6 times as large; white gaps.
+        assert picture.format == "PNG" and picture.size == (6 * (8 * 17 + 1), 6 * (4 * 17 + 1))
+        assert np.asarray(picture).std() > 10
+    assert int(trained.state.step) == 6
+
+
+class _Killed(BaseException):
+    """Stands for a process that is gone."""
+
+
+def _hook(monkeypatch, at, action):
+    """Runs ``action`` in the middle of step ``at``, before anything of that step is reported or saved."""
+
+    class Bar(loop.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            if self.n == at:
+                action()
+
+    monkeypatch.setattr(loop, "tqdm", Bar)
+
+
+def _signal(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def _kill():
+    raise _Killed
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch, capsys):
+    """Stopped between two reports, at a checkpoint, and killed: bit for bit the same params, moments and metrics."""
+    workdir, original = tmp_path / "run", loop.tqdm
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    for at, action, error in (
+        (1, _signal(signal.SIGINT), loop.Interrupted),
+        (3, _signal(signal.SIGTERM), loop.Interrupted),
+        (5, _kill, _Killed),
+    ):
+        _hook(monkeypatch, at, action)
+        with pytest.raises(error) as stopped:
+            loop.train_and_evaluate(trained.config, workdir)
+        if error is loop.Interrupted:
+            assert f"step {at} of 6" in str(stopped.value) and str(workdir) in str(stopped.value)
+        monkeypatch.setattr(loop, "tqdm", original)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [line["step"] for line in tiny.metrics_of(workdir)] == [2, 4]
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # torn by the kill
+    capsys.readouterr()
+    end = loop.train_and_evaluate(trained.config, workdir)
+    assert "going on from step 3" in capsys.readouterr().out
+
+    tiny.assert_same_bits(jax.device_get(end), jax.device_get(trained.state))
+    assert tiny.metrics_of(workdir) == tiny.metrics_of(trained.workdir)
+    found, expected = tiny.contents(workdir), tiny.contents(trained.workdir)
+    for name in expected:
+        if name.startswith("validation") or name in ("config.json", "mcm.safetensors"):
+            assert found[name] == expected[name], name
+
+
+def test_killed_between_its_two_files_a_run_still_ends_with_both(trained, tmp_path, monkeypatch):
+    """The last checkpoint is there or not, mcm.safetensors is there or not: the same command completes the workdir."""
+    workdir = trained.copy(tmp_path / "run")
+    final = (workdir / "mcm.safetensors").read_bytes()
+    (workdir / "checkpoints/6").rename(tmp_path / "6")
+    (workdir / "mcm.safetensors").unlink()
+    save = Checkpoints.save
+
+    def save_and_die(self, *args):
+        save(self, *args)
+        raise _Killed
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+    with pytest.raises(_Killed):
+        loop.train_and_evaluate(trained.config, workdir)
+    monkeypatch.undo()
+    loop.train_and_evaluate(trained.config, workdir)
+    assert (workdir / "mcm.safetensors").read_bytes() == final
+
+
+def test_a_finished_run_stays_as_it_is(trained, tmp_path, capsys):
+    workdir = trained.copy(tmp_path / "run")
+    before = tiny.contents(workdir)
+    end = loop.train_and_evaluate(trained.config, workdir)
+    assert "is finished: 6 of 6 steps" in capsys.readouterr().out
+    assert tiny.contents(workdir) == before
+    tiny.assert_same_bits(jax.device_get(end), jax.device_get(trained.state))
+
+
+def test_a_checkpoint_that_was_cut_off_does_not_count(trained, tmp_path):
+    workdir = trained.copy(tmp_path / "run")
+    tiny_copy = workdir / "checkpoints" / "9.orbax-checkpoint-tmp"
+    (workdir / "checkpoints/6").rename(tiny_copy)
+    (tiny_copy / "_CHECKPOINT_METADATA").unlink()
+    checkpoints = Checkpoints(workdir, create=False)
+    assert checkpoints.latest_step() == 3
+    meta = {"base": "tiny", "fingerprint": trained.base.fingerprint}
+    restored, _ = checkpoints.restore(trained.state, meta)
+    checkpoints.close()
+    assert int(restored.step) == 3
+
+
+def test_no_checkpoint_yet(trained, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        checkpoints.restore(trained.state, {"base": "", "fingerprint": ""})
+    checkpoints.close()
+
+
+@pytest.mark.slow
+def test_another_seed_is_another_run(trained, base_path, tmp_path):
+    config = tiny.make_config(base_path, {"seed": 1, "train.validate_every": 0})
+    other = loop.train_and_evaluate(config, tmp_path / "run")
+    kernels = [s.params["unet"]["conv_in"]["kernel"] for s in (other, trained.state)]
+    assert not np.isclose(*kernels).any(axis=(0, 1)).all()
+    pairs = zip(tiny.metrics_of(tmp_path / "run"), tiny.metrics_of(trained.workdir), strict=True)
+    assert all(a["mse_of_base"] != b["mse_of_base"] for a, b in pairs)  # other noise, other order
+    assert not (tmp_path / "run/validation").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(base_path, tmp_path):
+    config = tiny.make_config(base_path, {"train.learning_rate": 1e30, "train.validate_every": 0})
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d; lower train.learning_rate"):
+        loop.train_and_evaluate(config, tmp_path / "run")

@@ -1,0 +1,196 @@
+"""A tiny base, a tiny run on it, and the scripts' command line inside this process: shared by the tests of whole runs.
+
+Widths of the base (12, 20) and of the MCM (8, 16) differ, so an array's shape tells whose it is.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import runpy
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import app, flags
+
+from configs import default
+from mcm_jax.base import load_base
+from mcm_jax.training import loop
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SIZE = 16
+OVERRIDES = {
+    "data.size": 12,
+    "mcm.channels": 8,
+    "mcm.multipliers": (1, 2),
+    "mcm.blocks": 1,
+    "mcm.attention": (0, 0),
+    "mcm.groups": 4,
+    "train.steps": 6,
+    "train.batch_size": 4,
+    "train.log_every": 2,
+    "train.checkpoint_every": 3,
+    "train.validate_every": 3,
+    "sampling.steps": 3,
+}
+
+
+def save_base(folder, seed):
+    """Writes a random base in diffusers' own format."""
+    import diffusers  # here, so that tests that need no base do not wait for PyTorch
+    import torch
+
+    torch.manual_seed(seed)
+    net = diffusers.UNet2DModel(
+        sample_size=SIZE,
+        block_out_channels=(12, 20),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        add_attention=False,
+    )
+    diffusers.DDPMPipeline(net, diffusers.DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def make_config(base_path, changes=None):
+    """configs/default.py, shrunken; ``changes`` has dotted keys."""
+    config = default.get_config().lock()
+    config.update_from_flattened_dict(OVERRIDES | {"base.path": str(base_path)} | (changes or {}))
+    return config
+
+
+def config_flags(base_path, changes=None):
+    """The same config as :func:`make_config`, as arguments of train.py."""
+    values = OVERRIDES | {"base.path": str(base_path)} | (changes or {})
+    return [f"--config={ROOT / 'configs/default.py'}", *(f"--config.{key}={value}" for key, value in values.items())]
+
+
+def contents(folder):
+    """Bytes of every file below a folder, by relative path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def metrics_of(workdir):
+    """The lines of metrics.jsonl, without the one value that is a matter of the machine."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+def assert_same_bits(found, expected):
+    """Two pytrees have the same structure, dtypes and values."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b), jax.tree_util.keystr(path)
+
+
+def count(tree):
+    """Number of values in a pytree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished training run; its workdir is never changed (tests copy it)."""
+
+    workdir: pathlib.Path
+    config: object
+    state: object
+    base: object  # the object that the run itself had loaded and used
+    printed: str
+
+    def copy(self, folder):
+        """A copy of the workdir, to be changed."""
+        return shutil.copytree(self.workdir, folder)
+
+
+@pytest.fixture(scope="session")
+def base_path(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("bases") / "tiny", seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_base_path(tmp_path_factory):
+    """A base of the same architecture and other weights."""
+    return save_base(tmp_path_factory.mktemp("bases") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def base(base_path):
+    return load_base(base_path)
+
+
+@pytest.fixture(scope="session")
+def trained(base_path, tmp_path_factory):
+    """Six steps without a break."""
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    config, used = make_config(base_path), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "load_base", lambda *args: used.append(load_base(*args)) or used[-1])
+        patch.setattr("builtins.print", lambda *args, **_: used.append(" ".join(map(str, args))))
+        state = loop.train_and_evaluate(config, workdir)
+    return Run(workdir, config, state, used[0], "\n".join(used[1:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a script did: exit status, and what it printed (a message that it exits with counts as printed)."""
+
+    status: int
+    out: str
+    err: str
+
+    def explains(self, *words):
+        """Holds if the script failed with one short message, free of tracebacks, that has all the words."""
+        message = self.err.strip().splitlines()
+        assert self.status not in (0, None), self
+        assert "Traceback" not in self.err and len(message) <= 12, self.err
+        assert not [word for word in words if word not in self.err], self.err
+        return True
+
+
+@pytest.fixture
+def script(monkeypatch, capfd):
+    """``script("train.py", *arguments)`` runs a script as ``__main__`` in this process, where imports cost nothing."""
+
+    def run(name, *arguments):
+        app.define_help_flags()
+        known = set(flags.FLAGS)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.chdir(ROOT)
+        capfd.readouterr()
+        code = None
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as e:
+            code = e.code
+        finally:
+            flags.FLAGS.unparse_flags()
+            for flag in set(flags.FLAGS) - known:
+                delattr(flags.FLAGS, flag)
+        out, err = capfd.readouterr()
+        if isinstance(code, str):
+            return Outcome(1, out, err + code)
+        return Outcome(code or 0, out, err)
+
+    return run
+
+
+def environment():
+    """Of a script's own process: compiled programs are read back from the tests' cache."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
+    return os.environ | cache
+
+
+def run_process(command, **kwargs):
+    """Runs a command from the repository's root to its end."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
+    return Outcome(done.returncode, done.stdout, done.stderr)
