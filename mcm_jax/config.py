@@ -1,6 +1,7 @@
 """Where a config enters: checked once, turned into plain objects, written into the workdir and compared with it."""
 
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -10,6 +11,7 @@ import ml_collections
 
 from mcm_jax import losses, sampling
 from mcm_jax.base import Base
+from mcm_jax.data.scenes import CLASSES
 from mcm_jax.errors import UserError
 from mcm_jax.mcm import INPUTS, MCM, SHIFT_SPACES, Modulator, Size
 from mcm_jax.modalities import Modality
@@ -49,6 +51,8 @@ _AT_LEAST_ZERO = (
     "sampling.guidance",
     "evaluation.diversity_seeds",
 )
+_SEEDS = 2**32  # a JAX key takes 32 bits; more would be cut off silently
+_MAPS = {"scenes": {"segmentation": ("labels", len(CLASSES)), "sketch": ("map", 1)}}  # what each data set holds
 _ABOVE_ZERO = ("train.learning_rate", "mcm.x0_clip")
 _SHARES = ("train.ema_decay", "modalities.drop_rate", "sampling.eta")
 
@@ -87,10 +91,22 @@ def check(config: ml_collections.ConfigDict) -> None:
         expect(0 <= flat[key] <= 1, key, "in [0, 1]")
     expect(flat["modalities.drop_rate"] < 1, "modalities.drop_rate", "below 1: at 1 no condition is ever seen")
     expect(flat["train.ema_decay"] < 1, "train.ema_decay", "below 1: at 1 the average never moves")
+    expect(flat["seed"] < _SEEDS, "seed", f"at most {_SEEDS - 1}")
+    for key, value in flat.items():
+        expect(not isinstance(value, float) or math.isfinite(value), key, "finite")
     inputs = flat["mcm.inputs"]
     expect(len(set(inputs)) == len(inputs) > 0 and set(inputs) <= set(INPUTS), "mcm.inputs", f"out of {INPUTS}")
     if not modalities(config):
         raise UserError("config.modalities names no modality; see configs/default.py")
+    maps = _MAPS[flat["data.name"]]
+    for m in modalities(config):
+        found = ("labels" if m.kind == "labels" else "map", m.channels)
+        if found != maps.get(m.name):
+            held = ", ".join(f"{name} ({kind}, channels={channels})" for name, (kind, channels) in maps.items())
+            raise UserError(
+                f"config.modalities.{m.name} is kind={m.kind!r}, channels={m.channels}, but the data set "
+                f"{flat['data.name']!r} holds {held}"
+            )
 
 
 def modalities(config: ml_collections.ConfigDict) -> tuple[Modality, ...]:

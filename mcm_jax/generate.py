@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -53,11 +54,11 @@ def generate(
         raise UserError("no condition given; pass --segmentation=PNG, --sketch=PNG or both")
     if num_samples < 1:
         raise UserError(f"num_samples must be at least 1, got {num_samples}")
-    if seed < 0:
-        raise UserError(f"seed must be at least 0, got {seed}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be at least 0 and at most {2**32 - 1}, got {seed}")
     if eta is not None and not 0 <= eta <= 1:
         raise UserError(f"eta must be in [0, 1], got {eta}")
-    if guidance is not None and guidance < 0:
+    if guidance is not None and not 0 <= guidance < math.inf:
         raise UserError(f"guidance must be at least 0, got {guidance}")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
@@ -90,6 +91,10 @@ def generate(
     strip = np.concatenate([*shown, values])
     columns = min(len(strip), 9)
     strip = np.concatenate([strip, np.full((-len(strip) % columns, *strip.shape[1:]), 255, np.uint8)])
+    try:
+        version = importlib.metadata.version("mcm-jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a clone that is not installed
+        version = "not installed"
     record = {
         "workdir": workdir,
         "conditions": dict(conditions),
@@ -98,7 +103,7 @@ def generate(
         "fingerprint": pipeline.base.fingerprint,
         "mcm_step": pipeline.step,
         "config": json.loads(pipeline.config.to_json()),
-        "versions": {"mcm_jax": importlib.metadata.version("mcm-jax"), "jax": jax.__version__},
+        "versions": {"mcm_jax": version, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
     }
     try:

@@ -39,8 +39,11 @@ def save_mcm(folder: pathlib.Path, params: Any, *, base: Base, step: int) -> Non
     flat = {k: np.asarray(v, np.float32) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
     metadata = {"base": base.name, "fingerprint": base.fingerprint, "step": str(step)}
     temporary = folder / (WEIGHTS + ".tmp")
-    temporary.write_bytes(safetensors.numpy.save(flat, metadata))
-    temporary.replace(folder / WEIGHTS)
+    try:
+        temporary.write_bytes(safetensors.numpy.save(flat, metadata))
+        temporary.replace(folder / WEIGHTS)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_mcm(path: pathlib.Path, like: Any, base: Base) -> tuple[Any, int]:

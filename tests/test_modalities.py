@@ -16,6 +16,7 @@ from mcm_jax.modalities import Modality, drop, read_png, stack, total_channels
 SEGMENTATION = Modality("segmentation", "labels", 6)
 SKETCH = Modality("sketch", "map", 1)
 NORMALS = Modality("normals", "map", 3)
+LINES = Modality("sketch", "lines", 1)
 ALL = (SEGMENTATION, SKETCH, NORMALS)
 
 
@@ -51,6 +52,7 @@ def test_kinds_and_channels_are_checked():
         (SKETCH, np.array([[0.0, 1.0]], np.float32)),
         (SKETCH, np.zeros((2, 3, 1))),
         (NORMALS, np.ones((2, 3, 3), np.float32)),
+        (LINES, np.array([[0.0, 1.0]], np.float32)),
     ],
 )
 def test_check_accepts_conditions(modality, array):
@@ -71,6 +73,7 @@ def test_check_accepts_conditions(modality, array):
         (NORMALS, np.zeros((1, 2, 2, 3)), "has 3 channel(s), got shape [1, 2, 2, 3]"),
         (SKETCH, np.array([[0, 255]], np.uint8), "has values in [0, 1], got 0 to 255"),
         (SKETCH, np.array([[-0.5, 1.0]]), "has values in [0, 1], got -0.5 to 1.0"),
+        (LINES, np.array([[0, 255]], np.uint8), "has values in [0, 1], got 0 to 255"),
         (SKETCH, np.array([[0.5, np.nan]]), "has values in [0, 1], got nan to nan"),
         (SKETCH, np.array([[0.5, np.inf]]), "has values in [0, 1], got 0.5 to inf"),
     ],
@@ -127,8 +130,39 @@ def test_resized_maps_keep_their_mean_and_range(shape):
     np.testing.assert_array_equal(SKETCH.resize(np.ones((8, 12), np.float32), *shape), np.ones(shape))
 
 
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_lines_keep_their_brightness(width):
+    """Where an average would dim them: a line of 1 pixel in a cell of 8 is 1/8."""
+    drawing = np.zeros((64, 96), np.float32)
+    drawing[19 : 19 + width] = drawing[:, 34 : 34 + width] = 1
+    cells = np.zeros((8, 12))
+    cells[2] = cells[:, 4] = 1
+    np.testing.assert_allclose(LINES.resize(drawing, 8, 12), cells, atol=1e-6)
+    np.testing.assert_allclose(SKETCH.resize(drawing, 8, 12)[0], cells[0] * width / 8, atol=1e-6)
+
+
+def test_lines_enlarged_and_no_lines_at_all():
+    drawing = _labels(6, 9, classes=2).astype(np.float32)
+    np.testing.assert_allclose(LINES.resize(drawing, 12, 27), drawing.repeat(2, 0).repeat(3, 1), atol=1e-6)
+    assert not LINES.resize(np.zeros((64, 96), np.float32), 8, 12).any()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 7), (40, 3), (1, 1)])
+def test_resized_lines_stay_in_range(shape):
+    resized = LINES.resize(np.random.default_rng(0).random((24, 16), np.float32) ** 8, *shape)
+    assert resized.shape == shape and resized.dtype == np.float32 and resized.min() >= 0 and resized.max() <= 1
+
+
+def test_lines_are_maps_in_all_else():
+    y = _conditions()["sketch"]
+    np.testing.assert_array_equal(LINES.channels_of(jnp.asarray(y)), y[..., None])
+    np.testing.assert_array_equal(LINES.null(2, 4, 6), SKETCH.null(2, 4, 6))
+    assert total_channels((LINES,)) == 2
+
+
 def test_the_same_grid_is_left_alone():
-    for modality, array in ((SEGMENTATION, _labels()), (SKETCH, np.random.default_rng(0).random((8, 8)))):
+    grey = np.random.default_rng(0).random((8, 8), np.float32)
+    for modality, array in ((SEGMENTATION, _labels()), (SKETCH, grey), (LINES, grey / 2)):
         np.testing.assert_array_equal(modality.resize(array, 8, 8), array)
 
 

@@ -38,21 +38,22 @@ class Checkpoints:
         self._manager.save(step, args=args, force=True)
         self._manager.wait_until_finished()
 
-    def restore(self, like: TrainState, meta: dict[str, Any]) -> TrainState:
-        """Reads the newest checkpoint.
+    def restore(self, like: TrainState, meta: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+        """Reads the newest checkpoint: its state, and the ``meta`` that it was saved with.
 
         Args:
           like: a state of the expected structure, shapes and sharding; its values are not used.
           meta: what the checkpoint must belong to; keys: ``base``, ``fingerprint``.
 
         Raises:
-          UserError: there is none, it belongs to another base, or to an MCM of other shapes (lists both sides).
+          UserError: there is none, it belongs to another base, or to an MCM of other shapes (lists both sides), or
+            it is damaged.
         """
         step = self.latest_step()
         if step is None:
             raise UserError(f"{self.folder}: no complete checkpoint; train first, or wait for the first one")
         name = f"{self.folder}/{step}"
-        found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        found = self._read(step, meta=ocp.args.JsonRestore())
         if found["fingerprint"] != meta["fingerprint"]:
             raise UserError(
                 f"{name} was trained on the base {found['base']!r} with fingerprint {found['fingerprint'][:16]}, but "
@@ -62,7 +63,18 @@ class Checkpoints:
         there = _params_shapes(self._manager.item_metadata(step)["state"])
         check_same_shapes(there, _params_shapes(like), name)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        return self._read(step, state=ocp.args.StandardRestore(abstract)), found
+
+    def _read(self, step: int, **item: Any) -> Any:
+        """One item of a checkpoint."""
+        (name,) = item
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
+        except Exception as e:  # Orbax and TensorStore have no common kind of error for damaged files
+            raise UserError(
+                f"{self.folder}/{step}: the checkpoint cannot be read ({(str(e).strip() or repr(e)).splitlines()[0][:300]}). "
+                f"Remove that folder to go on from the one before it"
+            ) from e
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -122,6 +122,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     mesh = sharding.make_mesh()
     sharding.check_batch_size(train.batch_size, mesh)
     base = load_base(assets.resolve(config.base.path), config.base.dtype)
+    timesteps = base.schedule.num_train_timesteps
+    if config.sampling.steps > timesteps:
+        raise UserError(
+            f"config.sampling.steps must be at most {timesteps}, the base's timesteps; got {config.sampling.steps}"
+        )
     modulator = config_lib.modulator(config, base)
     meta = {"base": base.name, "fingerprint": base.fingerprint, "config": json.loads(config.to_json())}
 
@@ -135,8 +140,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     _prepare_workdir(workdir)
     config_lib.save(config, workdir)
     checkpoints = Checkpoints(workdir, train.keep)
+    reported, sums = 0, None  # the last reported step, and the metrics' sums since then
     if checkpoints.latest_step() is not None:
-        now = checkpoints.restore(now, meta)
+        now, found = checkpoints.restore(now, meta)
+        reported, sums = found["reported"], found["sums"] and {k: np.float32(v) for k, v in found["sums"].items()}
     first = int(now.step)
     size = sum(p.size for p in jax.tree.leaves(params))
     frozen = sum(p.size for p in jax.tree.leaves(base.params))
@@ -159,17 +166,22 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     pipeline = Pipeline(base, modulator, None, config)
     log = _Log(workdir, first)
 
+    def last_complete() -> str:
+        step = checkpoints.latest_step()
+        return "There is no complete checkpoint yet" if step is None else f"The last complete one is of step {step}"
+
     def checkpoint() -> None:
-        try:
-            checkpoints.save(now, meta)
+        pending = {"reported": reported, "sums": sums and {k: float(v) for k, v in sums.items()}}
+        try:  # the checkpoint comes last: a run that is killed between the two writes both again
             save_mcm(workdir, now.ema_params, base=base, step=int(now.step))
+            checkpoints.save(now, meta | pending)
         except Exception as e:  # Orbax wraps the system's error in several kinds
             raise UserError(
-                f"workdir {workdir}: the checkpoint of step {int(now.step)} could not be written ({e}). The last "
-                f"complete one is of step {checkpoints.latest_step()}. Free space there and run the same command again"
+                f"workdir {workdir}: the checkpoint of step {int(now.step)} could not be written ({e}). "
+                f"{last_complete()}. Free space there and run the same command again"
             ) from e
 
-    reported, began, sums = first, time.perf_counter(), None
+    began, timed = time.perf_counter(), first
     try:
         with (
             _stop_requests() as stop,
@@ -183,7 +195,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
                 done = i + 1
                 if done % train.log_every == 0 or done == train.steps:
                     means = {k: float(v) / (done - reported) for k, v in sums.items()}
-                    rate = train.batch_size * (done - reported) / (time.perf_counter() - began)
+                    rate = train.batch_size * (done - timed) / (time.perf_counter() - began)
                     if not np.isfinite(means["loss"]):
                         raise UserError(
                             f"the loss is {means['loss']} at step {done}; lower train.learning_rate or set "
@@ -191,24 +203,26 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
                         )
                     log.write(done, means | {"images_per_second": rate, "learning_rate": float(learning_rate(i))})
                     bar.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{rate:.0f}")
-                    reported, began, sums = done, time.perf_counter(), None
-                if done % train.checkpoint_every == 0 or done == train.steps or stop:
+                    reported, sums = done, None
+                    began, timed = time.perf_counter(), done
+                stopping = bool(stop) and done < train.steps  # asked once: a later signal stops the next step
+                if done % train.checkpoint_every == 0 or done == train.steps or stopping:
                     checkpoint()
                     began = time.perf_counter() if reported == done else began
-                if stop and done < train.steps:
-                    raise Interrupted(
-                        f"stopped by a signal at step {done} of {train.steps}; the state is saved in {workdir}. "
-                        f"Go on with the same command"
-                    )
                 if train.validate_every and done % train.validate_every == 0:
                     pipeline.params = now.ema_params
                     examples = to_float(validation, maps)
                     sheet = _validation_pictures(pipeline, modulator, examples)
                     pictures.save_png(workdir / "validation" / f"step_{done:07d}.png", sheet)
+                if stopping:
+                    raise Interrupted(
+                        f"stopped by a signal at step {done} of {train.steps}; the state is saved in {workdir}. "
+                        f"Go on with the same command"
+                    )
     except OSError as e:
         raise UserError(
-            f"workdir {workdir}: writing failed ({e.strerror or e}). The last complete checkpoint is of step "
-            f"{checkpoints.latest_step()}. Free space there and run the same command again"
+            f"workdir {workdir}: writing failed ({e.strerror or e}). {last_complete()}. Free space there and run the "
+            f"same command again"
         ) from e
     finally:
         log.close()
