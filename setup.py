@@ -1,6 +1,7 @@
 """Packaging of mcm-jax. The tools' settings (ruff, pytest) are in pyproject.toml."""
 
 import pathlib
+import re
 
 from setuptools import find_packages, setup
 
@@ -8,7 +9,9 @@ README = pathlib.Path(__file__).with_name("README.md")
 
 setup(
     name="mcm-jax",
-    version="0.1.0",
+    version=re.search(
+        r'__version__ = "(.+)"', pathlib.Path(__file__).with_name("mcm_jax").joinpath("version.py").read_text()
+    )[1],
     description="Spatial control for frozen diffusion models: Multimodal Conditioning Modules in JAX and Flax",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",

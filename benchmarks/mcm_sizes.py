@@ -65,7 +65,7 @@ def main() -> None:
     height, width, _ = base.image_shape
     source = InMemory.render(Scenes("train", one.data.size, height, width, one.data.seed))
     batches = training_batches(source, one.train.batch_size, one.seed, ["sketch"])
-    runs, predict_step = {}, None
+    runs, noise_step = {}, None
     for name, c in configs.items():
         t = c.train
         modulator = config_lib.modulator(c, base)
@@ -75,12 +75,14 @@ def main() -> None:
             modulator, optimizer, weighting=c.loss.weighting, l1=c.loss.l1, ema_decay=t.ema_decay
         )
         runs[name] = [state.init_state(params, optimizer), train_step]
-        predict_step = predict_step or step.make_predict_step(
-            base, modulator, seed=c.seed, drop_rate=c.modalities.drop_rate
+        noise_step = noise_step or step.make_noise_step(
+            base, modulator, seed=c.seed, drop_rate=c.modalities.drop_rate, draws=c.data.draws
         )
+    predictions = step.Predictions(base, len(source), one.data.draws)
     began = time.perf_counter()
     for i in tqdm(range(args.steps)):
-        record = predict_step(base.params, batches[i])
+        batch = batches[i]
+        record = predictions(base.params, batch, noise_step(base.params, batch))
         for run in runs.values():
             run[0], _ = run[1](run[0], record)
     seconds = time.perf_counter() - began

@@ -9,14 +9,18 @@ from configs import default
 def get_config():
     c = default.get_config()
     c.mcm.update(default.SIZES["medium"])
-    c.data.size = 2_000
+    c.data.size = 1_500
+    c.data.draws = 3
     c.train.steps = 800
     c.train.batch_size = 32
     c.train.learning_rate = 2e-3
     c.train.ema_decay = 0.99
     c.train.checkpoint_every = 400
     c.train.validate_every = 0
-    c.sampling.guidance = 1.0
+    c.sampling.steps = 16
+    c.sampling.guidance = 1.25
     c.evaluation.maps = 64
+    c.evaluation.diversity_conditions = 8
+    c.evaluation.diversity_seeds = 2
     c.evaluation.expected = dict(both="at least 0.70", base="at most 0.40")
     return c

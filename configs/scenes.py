@@ -11,10 +11,13 @@ def get_config():
     c = default.get_config()
     c.mcm.update(default.SIZES["medium"])
     c.data.size = 4_000
-    c.train.steps = 4_000
+    c.data.draws = 4
+    c.modalities.drop_rate = 0.4
+    c.train.steps = 4_200
     c.train.learning_rate = 2e-3
     c.train.ema_decay = 0.998
-    c.train.validate_every = 1_000
+    c.train.checkpoint_every = 700
+    c.train.validate_every = 1_400
     c.sampling.guidance = 1.5
     c.evaluation.expected = dict(both="at least 0.87", sketch="at least 0.62")
     return c

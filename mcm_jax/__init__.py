@@ -3,6 +3,6 @@
 from mcm_jax.base import load_base
 from mcm_jax.mcm import MCM, modulate
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["MCM", "Pipeline", "load_base", "modulate"]
+__all__ = ["MCM", "Pipeline", "__version__", "load_base", "modulate"]

@@ -42,6 +42,7 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     "seed",
     "data.seed",
+    "data.draws",
     "loss.l1",
     "train.warmup_steps",
     "train.weight_decay",

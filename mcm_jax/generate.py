@@ -1,6 +1,5 @@
 """Condition files in, samples out: what sample.py does."""
 
-import importlib.metadata
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from mcm_jax import pictures, sampling
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import read_png
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.version import __version__
 
 
 def generate(
@@ -91,10 +91,6 @@ def generate(
     strip = np.concatenate([*shown, values])
     columns = min(len(strip), 9)
     strip = np.concatenate([strip, np.full((-len(strip) % columns, *strip.shape[1:]), 255, np.uint8)])
-    try:
-        version = importlib.metadata.version("mcm-jax")
-    except importlib.metadata.PackageNotFoundError:  # run from a clone that is not installed
-        version = "not installed"
     record = {
         "workdir": workdir,
         "conditions": dict(conditions),
@@ -103,7 +99,7 @@ def generate(
         "fingerprint": pipeline.base.fingerprint,
         "mcm_step": pipeline.step,
         "config": json.loads(pipeline.config.to_json()),
-        "versions": {"mcm_jax": version, "jax": jax.__version__},
+        "versions": {"mcm_jax": __version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
     }
     try:

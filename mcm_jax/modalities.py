@@ -81,7 +81,9 @@ class Modality:
         if self.kind == "lines" and (out > 0).any():
             # A line two pixels wide fills an eighth of a sixteen-pixel cell: scaled so that most inked cells are near
             # 1, it looks as lines drawn on the small grid do (correlation 0.97 on scenes, 256 to 32 pixels).
-            out = out / np.quantile(out[out > 0], 0.8)
+            # Never more than a line one pixel wide needs, or a scan's noise would become lines.
+            thinnest = min(1.0, height / array.shape[0], width / array.shape[1])
+            out = out / max(np.quantile(out[out > 0], 0.8), thinnest)
         return np.clip(out, 0, 1)
 
     def channels_of(self, condition: jax.Array) -> jax.Array:

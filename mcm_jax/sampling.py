@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mcm_jax.errors import UserError
 from mcm_jax.schedules import Schedule
 
 SAMPLERS = ("ddim", "ddpm")
@@ -74,6 +75,11 @@ def sample(
     grid = np.asarray(schedule.timesteps(steps) if timesteps is None else timesteps, np.int32)
     abar = np.asarray(schedule.alphas_cumprod, np.float64)
     here = abar[grid]
+    if (here == 0).any():
+        raise UserError(
+            f"the schedule has no signal left at timestep {grid[here == 0][0]} (zero terminal SNR), where eps says "
+            f"nothing of x0; pass a grid of timesteps that starts below it"
+        )
     final = schedule.final_alpha_cumprod if sampler == "ddim" else 1.0
     there = np.append(abar[grid[1:]], final)
     table = {
@@ -95,7 +101,8 @@ def sample(
         alpha = abar_t / abar_s
         beta = 1 - alpha
         mean = (jnp.sqrt(abar_s) * beta * x0 + jnp.sqrt(alpha) * (1 - abar_s) * x) / (1 - abar_t)
-        variance = jnp.maximum((1 - abar_s) / (1 - abar_t) * beta, 1e-20)
+        share = 1.0 if schedule.variance_type.startswith("fixed_large") else (1 - abar_s) / (1 - abar_t)
+        variance = jnp.maximum(share * beta, 1e-20)
         return jnp.where(row["last"], mean, mean + jnp.sqrt(variance) * z)
 
     noisy = sampler == "ddpm" or eta > 0

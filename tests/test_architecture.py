@@ -12,6 +12,7 @@ PACKAGE = ROOT / "mcm_jax"
 
 # A module imports from its own layer and from those before it. `mcm_jax/__init__.py` stands above all.
 LAYERS = (
+    "version",
     "errors",
     "assets",
     "schedules",

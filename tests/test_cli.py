@@ -17,6 +17,8 @@ from mcm_jax.generate import generate
 from mcm_jax.training import loop
 from mcm_jax.training.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SETTINGS = ("num_samples", "seed", "guidance", "sampler", "steps", "eta", "batch_size")
 
 
@@ -206,8 +208,8 @@ def test_a_full_disk_is_explained_and_the_last_checkpoint_stands(trained, base_p
     workdir = trained.copy(tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints/6")
     train = [sys.executable, "train.py", *tiny.config_flags(base_path), f"--workdir={workdir}"]
-    limited = ["sh", "-c", 'ulimit -f 64 && exec "$@"', "sh", *train]  # 32 KiB a file
-    outcome = tiny.run_process(limited)
+    limited = ["sh", "-c", 'ulimit -f 512 && exec "$@"', "sh", *train]  # 256 KiB a file: mcm.safetensors fits
+    outcome = tiny.run_process(limited, env=tiny.environment())
     print(outcome.err)
     assert outcome.status == 1 and "Traceback" not in outcome.err
     message = outcome.err[outcome.err.index("error: ") :]

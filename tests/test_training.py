@@ -15,6 +15,7 @@ import pytest
 import tiny
 from jax.sharding import AxisType
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from mcm_jax import config as config_lib
@@ -24,6 +25,8 @@ from mcm_jax.data.scenes import Scenes
 from mcm_jax.errors import UserError
 from mcm_jax.training import loop, sharding, state, step
 from mcm_jax.training.checkpoints import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 METRICS = {"mse", "mse_of_base", "modulation", "loss", "gradient_norm", "images_per_second", "learning_rate"}
 
@@ -95,7 +98,7 @@ def test_train_step_holds_nothing_of_the_base(base, params, adam, record):
     seen = {v.aval.shape for v in closed.jaxpr.invars} | {np.shape(c) for c in constants(closed)}
     of_base = {leaf.shape for leaf in jax.tree.leaves(base.params)}
     assert not seen & of_base
-    assert (3, 3, 12, 12) in of_base and (3, 3, 8, 8) in seen  # the shapes do tell the two apart
+    assert (3, 3, 20, 20) in of_base and (3, 3, 8, 8) in seen  # the shapes do tell the two apart
 
 
 def test_a_base_without_derivatives_can_be_trained_on(base, modulator, params, adam, batch):
@@ -172,7 +175,7 @@ def test_loss_falls_on_a_fixed_batch(params, adam, record):
         losses.append(float(metrics["loss"]))
     print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}")
     assert np.isfinite(losses).all()
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     assert np.mean(losses[-10:]) < np.mean(losses[20:30]) < np.mean(losses[:10])
 
 
@@ -241,6 +244,14 @@ def test_workdir_of_a_run(trained):
     assert int(trained.state.step) == 6
 
 
+def assert_same_weights(workdir, other):
+    """mcm.safetensors of two workdirs: tensors and header (whose order in the file is a matter of chance)."""
+    paths = [w / "mcm.safetensors" for w in (workdir, other)]
+    tiny.assert_same_bits(*map(load_file, paths))
+    headers = [safe_open(path, "numpy").metadata() for path in paths]
+    assert headers[0] == headers[1]
+
+
 class _Killed(BaseException):
     """Stands for a process that is gone."""
 
@@ -293,14 +304,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch, 
     assert tiny.metrics_of(workdir) == tiny.metrics_of(trained.workdir)
     found, expected = tiny.contents(workdir), tiny.contents(trained.workdir)
     for name in expected:
-        if name.startswith("validation") or name in ("config.json", "mcm.safetensors"):
+        if name.startswith("validation") or name == "config.json":
             assert found[name] == expected[name], name
+    assert_same_weights(workdir, trained.workdir)
 
 
 def test_killed_between_its_two_files_a_run_still_ends_with_both(trained, tmp_path, monkeypatch):
     """The last checkpoint is there or not, mcm.safetensors is there or not: the same command completes the workdir."""
     workdir = trained.copy(tmp_path / "run")
-    final = (workdir / "mcm.safetensors").read_bytes()
     (workdir / "checkpoints/6").rename(tmp_path / "6")
     (workdir / "mcm.safetensors").unlink()
     save = Checkpoints.save
@@ -314,7 +325,7 @@ def test_killed_between_its_two_files_a_run_still_ends_with_both(trained, tmp_pa
         loop.train_and_evaluate(trained.config, workdir)
     monkeypatch.undo()
     loop.train_and_evaluate(trained.config, workdir)
-    assert (workdir / "mcm.safetensors").read_bytes() == final
+    assert_same_weights(workdir, trained.workdir)
 
 
 def test_a_finished_run_stays_as_it_is(trained, tmp_path, capsys):
@@ -357,7 +368,14 @@ def test_another_seed_is_another_run(trained, base_path, tmp_path):
     assert not (tmp_path / "run/validation").exists()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(base_path, tmp_path):
-    config = tiny.make_config(base_path, {"train.learning_rate": 1e30, "train.validate_every": 0})
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d; lower train.learning_rate"):
-        loop.train_and_evaluate(config, tmp_path / "run")
+def test_a_loss_that_is_not_finite_ends_the_run(trained, tmp_path, monkeypatch):
+    make = step.make_predict_step
+
+    def broken(*args, **kwargs):
+        predict_step = make(*args, **kwargs)
+        return lambda *a: (r := predict_step(*a)) | {"noise": r["noise"] * np.float32("nan")}
+
+    monkeypatch.setattr(step, "make_predict_step", broken)
+    with pytest.raises(UserError, match=r"the loss is nan at step 2; lower train.learning_rate"):
+        loop.train_and_evaluate(trained.config, tmp_path / "run")
+    assert not (tmp_path / "run/mcm.safetensors").exists() and not (tmp_path / "run/metrics.jsonl").exists()

@@ -4,7 +4,6 @@ Samples for held-out maps are segmented by a net that neither the base nor the M
 Beside the subsets stand two bounds: real images of the same maps, and the base alone, which cannot know the maps.
 """
 
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -20,6 +19,7 @@ from mcm_jax.errors import UserError
 from mcm_jax.evaluation import metrics
 from mcm_jax.evaluation.segmenter import load_segmenter
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.version import __version__
 
 _SHOWN = 10
 
@@ -144,7 +144,7 @@ def evaluate(
         "base": pipeline.base.name,
         "fingerprint": pipeline.base.fingerprint,
         "seconds": round(time.perf_counter() - began, 1),
-        "versions": {"mcm_jax": importlib.metadata.version("mcm-jax"), "jax": jax.__version__},
+        "versions": {"mcm_jax": __version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
     }
     try:

@@ -71,8 +71,9 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
         except Exception as e:  # Orbax and TensorStore have no common kind of error for damaged files
+            reason = (str(e).strip() or repr(e)).splitlines()[0][:300]
             raise UserError(
-                f"{self.folder}/{step}: the checkpoint cannot be read ({(str(e).strip() or repr(e)).splitlines()[0][:300]}). "
+                f"{self.folder}/{step}: the checkpoint cannot be read ({reason}). "
                 f"Remove that folder to go on from the one before it"
             ) from e
 

@@ -159,7 +159,14 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     maps = [m.name for m in modulator.modalities if m.kind != "labels"]
     batches = training_batches(source, train.batch_size, config.seed, maps)
     validation = InMemory.render(Scenes("test", _VALIDATION_IMAGES, height, width, config.data.seed)).arrays
-    predict_step = step.make_predict_step(base, modulator, seed=config.seed, drop_rate=config.modalities.drop_rate)
+    noise_step = step.make_noise_step(
+        base,
+        modulator,
+        seed=config.seed,
+        drop_rate=config.modalities.drop_rate,
+        draws=config.data.draws,
+    )
+    predictions = step.Predictions(base, len(source), config.data.draws)
     train_step = step.make_train_step(
         modulator, optimizer, weighting=config.loss.weighting, l1=config.loss.l1, ema_decay=train.ema_decay
     )
@@ -188,8 +195,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
             tqdm(total=train.steps, initial=first, unit="step", dynamic_ncols=True, mininterval=1.0) as bar,
         ):
             for i in range(first, train.steps):
-                batch = sharding.split_batch(batches[i], mesh)
-                now, metrics = train_step(now, predict_step(base_params, batch))
+                batch = batches[i]
+                record = noise_step(base_params, sharding.split_batch(batch, mesh))
+                now, metrics = train_step(now, predictions(base_params, batch, record))
                 sums = metrics if sums is None else jax.tree.map(lambda a, b: a + b, sums, metrics)
                 bar.update()
                 done = i + 1

@@ -1,6 +1,6 @@
-"""One training step, in two halves: the base predicts, the MCM learns.
+"""One training step: noise is added, the base predicts, the MCM learns.
 
-The halves are two jitted functions. The second one, which holds the gradient, has no argument that contains the base's
+These are three jitted functions. The last one, which holds the gradient, has no argument that contains the base's
 params: a gradient with respect to them cannot be asked for.
 """
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mcm_jax import losses, modalities
@@ -25,33 +26,63 @@ def example_keys(seed: int, index: jax.Array, draw: jax.Array) -> jax.Array:
     return jax.vmap(lambda i, d: jax.random.fold_in(jax.random.fold_in(root, i), d))(index, draw)
 
 
-def make_predict_step(
-    base: Base, modulator: Modulator, *, seed: int, drop_rate: float
+def make_noise_step(
+    base: Base, modulator: Modulator, *, seed: int, drop_rate: float, draws: int
 ) -> Callable[[Any, Mapping[str, jax.Array]], Record]:
-    """Returns jitted ``predict_step(base_params, batch) -> record``: noise, timestep, and what the base makes of them.
+    """Returns jitted ``noise_step(base_params, batch) -> record``, a record that only lacks the base's prediction.
 
-    A batch has ``image`` (float32 ``[B, H, W, C]`` in [-1, 1]), ``index`` and ``draw`` (int32 ``[B]``) and every
-    modality. A record has ``x_t``, ``eps`` (the base's), ``noise`` (the target), ``t``, ``conditions`` and ``present``.
+    A batch has ``image`` (float32 ``[B, H, W, C]`` in [-1, 1]), ``index`` (which example), ``draw`` (how often it was
+    seen before; both int32 ``[B]``) and every modality. A record has ``x_t``, ``noise`` (the target), ``t``,
+    ``conditions`` and ``present``. Noise and timestep are those of draw ``draw % draws`` (or ``draw``, where ``draws``
+    is 0); which modalities are hidden is drawn anew each time.
     """
     names = [m.name for m in modulator.modalities]
     total = base.schedule.num_train_timesteps
 
-    def draw_one(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        key_t, key_noise, key_drop = jax.random.split(key, 3)
-        t = jax.random.randint(key_t, (), 0, total)
-        return t, jax.random.normal(key_noise, shape), modalities.drop(key_drop, len(names), drop_rate)
+    def draw_one(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        key_t, key_noise = jax.random.split(key)
+        return jax.random.randint(key_t, (), 0, total), jax.random.normal(key_noise, shape)
 
     @jax.jit
-    def predict_step(base_params: Any, batch: Mapping[str, jax.Array]) -> Record:
+    def noise_step(base_params: Any, batch: Mapping[str, jax.Array]) -> Record:
         x0 = base.encode(base_params, batch["image"])
-        keys = example_keys(seed, batch["index"], batch["draw"])
-        t, noise, present = jax.vmap(lambda k: draw_one(k, x0.shape[1:]))(keys)
+        index, draw = batch["index"], batch["draw"]
+        keys = example_keys(seed, index, draw % draws if draws else draw)
+        t, noise = jax.vmap(lambda k: draw_one(k, x0.shape[1:]))(keys)
+        seen = jax.vmap(lambda k: jax.random.fold_in(k, 1))(example_keys(seed, index, draw))
+        present = jax.vmap(lambda k: modalities.drop(k, len(names), drop_rate))(seen)
         x_t = base.schedule.add_noise(x0, noise, t)
-        eps = base.predict(base_params, x_t, t).astype(jnp.float32)
         conditions = {name: batch[name] for name in names}
-        return {"x_t": x_t, "eps": eps, "noise": noise, "t": t, "conditions": conditions, "present": present}
+        return {"x_t": x_t, "noise": noise, "t": t, "conditions": conditions, "present": present}
 
-    return predict_step
+    return noise_step
+
+
+class Predictions:
+    """The base's predictions for batches; those of the first ``draws`` epochs are kept in memory and serve all later.
+
+    Args:
+      base: the frozen model.
+      examples: how many the data set has.
+      draws: draws to keep of each example, 16 bits a value; 0 predicts every batch afresh.
+    """
+
+    def __init__(self, base: Base, examples: int, draws: int):
+        self._predict = jax.jit(lambda p, x_t, t: base.predict(p, x_t, t).astype(jnp.float32))
+        self._draws = draws
+        self._kept = np.zeros((examples, draws, *base.latent_shape), np.float16)
+        self._known = np.zeros((examples, draws), bool)
+
+    def __call__(self, base_params: Any, batch: Mapping[str, np.ndarray], record: Record) -> Record:
+        """Adds ``eps`` to the record of a batch, a float32 device array (rounded to 16 bits where it is kept)."""
+        if not self._draws:
+            return record | {"eps": self._predict(base_params, record["x_t"], record["t"])}
+        at = batch["index"], batch["draw"] % self._draws
+        if not self._known[at].all():
+            self._kept[at] = np.asarray(self._predict(base_params, record["x_t"], record["t"]))
+            self._known[at] = True
+        eps = self._kept[at].astype(np.float32)
+        return record | {"eps": jax.device_put(eps, record["x_t"].sharding)}
 
 
 def make_train_step(
@@ -85,7 +116,7 @@ def make_train_step(
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = update_ema(state.ema_params, params, state.step, ema_decay)
-        metrics |= {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+        metrics |= {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)
