@@ -14,7 +14,7 @@ _WORKDIR = flags.DEFINE_string("workdir", "scenes-mcm", "Workdir of train.py, or
 _OUT = flags.DEFINE_string("out", None, "Folder for the samples, a grid of them and a JSON that repeats the run")
 _CONDITIONS = {
     "segmentation": flags.DEFINE_string("segmentation", None, "PNG with one class a pixel, any size"),
-    "sketch": flags.DEFINE_string("sketch", None, "PNG, white lines on black, any size"),
+    "sketch": flags.DEFINE_string("sketch", None, "PNG, black lines on white, any size"),
 }
 _NUM = flags.DEFINE_integer("num_samples", 8, "How many")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise; sample i of a seed is the same for any num_samples")

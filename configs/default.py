@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
         # draws are kept in memory and serve all later epochs: the base then runs in the first ones only
         seed=2,  # another seed is another data set; 0 trained the base, 1 the segmentation net
     )
-    c.modalities = dict(  # kind: labels (classes), map (values in [0, 1]), lines (a map of white lines on black)
+    c.modalities = dict(  # kind: labels (classes), map (values in [0, 1]), lines (a map, black lines on white)
         segmentation=dict(kind="labels", channels=6),
         sketch=dict(kind="lines", channels=1),
         drop_rate=0.3,  # how often training hides each modality, independently

@@ -11,11 +11,11 @@ def get_config():
     c.mcm.update(default.SIZES["medium"])
     c.data.size = 1_500
     c.data.draws = 3
-    c.train.steps = 800
+    c.train.steps = 700
     c.train.batch_size = 32
     c.train.learning_rate = 2e-3
     c.train.ema_decay = 0.99
-    c.train.checkpoint_every = 400
+    c.train.checkpoint_every = 350
     c.train.validate_every = 0
     c.sampling.steps = 16
     c.sampling.guidance = 1.25

@@ -5,14 +5,20 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from mcm_jax.errors import UserError
-from mcm_jax.training.loop import Interrupted
+from mcm_jax.errors import Interrupted, UserError
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses flags; a config key that does not exist, or of the wrong type, is a flag's error."""
     try:
-        return flags.FLAGS(argv)
+        remaining = flags.FLAGS(argv)
+        if len(remaining) > 1:
+            sys.exit(
+                f"error: found {' '.join(remaining[1:])!r}, expected flags only (--name=value); try {argv[0]} --help"
+            )
+        for name in flags.FLAGS:  # ml_collections reports a missing config file when its value is first used: now
+            getattr(flags.FLAGS[name].value, "lock", None)
+        return remaining
     except flags.Error as e:
         sys.exit(f"error: {e}\nTry {argv[0]} --help")
     except (AttributeError, KeyError, TypeError, ValueError) as e:  # what ml_collections raises for overrides
@@ -36,4 +42,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         print(f"\n{e}", file=sys.stderr)
         sys.exit(130)
     except KeyboardInterrupt:
+        print(
+            "\nstopped; a training run goes on from its last complete checkpoint with the same command", file=sys.stderr
+        )
         sys.exit(130)

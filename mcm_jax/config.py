@@ -13,6 +13,7 @@ from mcm_jax import losses, sampling
 from mcm_jax.base import Base
 from mcm_jax.data.scenes import CLASSES
 from mcm_jax.errors import UserError
+from mcm_jax.files import write_atomically
 from mcm_jax.mcm import INPUTS, MCM, SHIFT_SPACES, Modulator, Size
 from mcm_jax.modalities import Modality
 
@@ -55,6 +56,17 @@ _AT_LEAST_ZERO = (
 _SEEDS = 2**32  # a JAX key takes 32 bits; more would be cut off silently
 _MAPS = {"scenes": {"segmentation": ("labels", len(CLASSES)), "sketch": ("map", 1)}}  # what each data set holds
 _ABOVE_ZERO = ("train.learning_rate", "mcm.x0_clip")
+_WHOLE = (
+    "seed",
+    "data.seed",
+    "data.draws",
+    "train.warmup_steps",
+    "train.validate_every",
+    "mcm.head_dim",
+    "evaluation.diversity_seeds",
+)
+_LISTS = {"mcm.multipliers": 1, "mcm.attention": 0}  # with the least value of an element
+_OTHERS = ("base.path", "mcm.inputs", "mcm.residual_scale", "modalities.drop_rate")
 _SHARES = ("train.ema_decay", "modalities.drop_rate", "sampling.eta")
 
 
@@ -77,9 +89,19 @@ def check(config: ml_collections.ConfigDict) -> None:
         if not holds:
             raise UserError(f"config.{key} must be {expected}, got {flat[key]!r}")
 
-    missing = [k for k in (*_CHOICES, *_AT_LEAST_ONE, *_AT_LEAST_ZERO, *_ABOVE_ZERO, *_SHARES) if k not in flat]
-    if missing:
+    known = (*_CHOICES, *_AT_LEAST_ONE, *_AT_LEAST_ZERO, *_ABOVE_ZERO, *_SHARES, *_LISTS, *_OTHERS)
+    if missing := [k for k in known if k not in flat]:
         raise UserError(f"the config lacks {', '.join(missing)}; start from configs/default.py, which has every key")
+    for key in (*_AT_LEAST_ONE, *_AT_LEAST_ZERO, *_ABOVE_ZERO, *_SHARES):
+        number = isinstance(flat[key], int | float) and not isinstance(flat[key], bool) and math.isfinite(flat[key])
+        expect(number, key, "a finite number")
+    for key in (*_AT_LEAST_ONE, *_WHOLE):
+        expect(isinstance(flat[key], int), key, "a whole number")
+    for key, least in _LISTS.items():
+        whole = isinstance(flat[key], list) and all(isinstance(v, int) and v >= least for v in flat[key])
+        expect(whole and len(flat[key]) > 0, key, f"a list of whole numbers, each at least {least}")
+    expect(isinstance(flat["mcm.residual_scale"], bool), "mcm.residual_scale", "True or False")
+    expect(isinstance(flat["base.path"], str) and flat["base.path"] != "", "base.path", "a folder or a shipped name")
     for key, choices in _CHOICES.items():
         expect(flat[key] in choices, key, f"one of {', '.join(choices)}")
     for key in _AT_LEAST_ONE:
@@ -114,6 +136,12 @@ def modalities(config: ml_collections.ConfigDict) -> tuple[Modality, ...]:
     """The config's modalities, in the order of their names."""
     section = config.modalities
     entries = [(k, v) for k, v in sorted(section.items()) if isinstance(v, dict | ml_collections.ConfigDict)]
+    for name, v in entries:
+        if set(v) != {"kind", "channels"} or not isinstance(v["channels"], int):
+            raise UserError(
+                f"config.modalities.{name} must have kind and channels (a whole number), got {dict(v)}; see "
+                f"configs/default.py"
+            )
     return tuple(Modality(name, v["kind"], v["channels"]) for name, v in entries)
 
 
@@ -181,9 +209,7 @@ def save(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                 f"Take another --workdir, or the same values to go on with that run"
             )
         return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n").encode())
 
 
 def check_same_shapes(found: dict[str, Any], expected: dict[str, Any], source: str) -> None:

@@ -1,4 +1,4 @@
-"""The error that a user can mend."""
+"""The ways in which a command ends early."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line scripts print it without a traceback; any other exception is a bug and keeps its own.
     """
+
+
+class Interrupted(Exception):
+    """A run was stopped by a signal, after its state was saved."""

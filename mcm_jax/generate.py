@@ -1,7 +1,7 @@
 """Condition files in, samples out: what sample.py does."""
 
+import hashlib
 import json
-import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -9,11 +9,16 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from mcm_jax import pictures, sampling
+from mcm_jax import assets, pictures, sampling
 from mcm_jax.errors import UserError
+from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.modalities import read_png
-from mcm_jax.pipeline import Pipeline
+from mcm_jax.pipeline import WEIGHTS, Pipeline
 from mcm_jax.version import __version__
+
+
+def _sha256(path: str | os.PathLike) -> str:
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 
 def generate(
@@ -52,26 +57,7 @@ def generate(
     """
     if not conditions:
         raise UserError("no condition given; pass --segmentation=PNG, --sketch=PNG or both")
-    if num_samples < 1:
-        raise UserError(f"num_samples must be at least 1, got {num_samples}")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed must be at least 0 and at most {2**32 - 1}, got {seed}")
-    if eta is not None and not 0 <= eta <= 1:
-        raise UserError(f"eta must be in [0, 1], got {eta}")
-    if guidance is not None and not 0 <= guidance < math.inf:
-        raise UserError(f"guidance must be at least 0, got {guidance}")
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     pipeline = Pipeline.from_folder(workdir)
-    known = {m.name: m for m in pipeline.modulator.modalities}
-    if unknown := sorted(conditions.keys() - known.keys()):
-        raise UserError(f"the MCM {workdir!r} knows {', '.join(known)}, not {', '.join(unknown)}")
-    height, width, _ = pipeline.base.latent_shape
-    maps = {}
-    for name, path in conditions.items():
-        map_ = known[name].resize(read_png(path, known[name]), height, width)
-        maps[name] = np.repeat(map_[None], num_samples, axis=0)
-
     defaults = pipeline.config.sampling
     settings = {
         "num_samples": num_samples,
@@ -82,22 +68,37 @@ def generate(
         "eta": defaults.eta if eta is None else eta,
         "batch_size": min(num_samples, defaults.batch_size) if batch_size is None else batch_size,
     }
+    checked = {k: v for k, v in settings.items() if k != "sampler"}
+    sampling.check_settings(pipeline.base.schedule, **checked)
+    known = {m.name: m for m in pipeline.modulator.modalities}
+    if unknown := sorted(conditions.keys() - known.keys()):
+        raise UserError(f"the MCM {workdir!r} knows {', '.join(known)}, not {', '.join(unknown)}")
+    height, width, _ = pipeline.base.latent_shape
+    maps = {}
+    for name, path in conditions.items():
+        map_ = known[name].resize(read_png(path, known[name]), height, width)
+        maps[name] = np.repeat(map_[None], num_samples, axis=0)
+
+    out = pathlib.Path(out)
+    check_writable(out, "--out")
     sampled = {k: v for k, v in settings.items() if k not in ("num_samples", "seed")}
     images = pipeline(maps, sampling.sample_keys(seed, num_samples), **sampled)
 
-    out = pathlib.Path(out)
     values = pictures.to_uint8(images)
-    shown = [np.repeat(pictures.show(known[name], maps[name][:1]), 1, axis=0) for name in sorted(maps)]
+    shown = [pictures.show(known[name], maps[name][:1]) for name in sorted(maps)]
     strip = np.concatenate([*shown, values])
     columns = min(len(strip), 9)
     strip = np.concatenate([strip, np.full((-len(strip) % columns, *strip.shape[1:]), 255, np.uint8)])
     record = {
         "workdir": workdir,
-        "conditions": dict(conditions),
+        "conditions": {
+            name: {"file": os.path.abspath(path), "sha256": _sha256(path)} for name, path in conditions.items()
+        },
         **settings,
         "base": pipeline.base.name,
         "fingerprint": pipeline.base.fingerprint,
         "mcm_step": pipeline.step,
+        "mcm_sha256": _sha256(assets.resolve(workdir) / WEIGHTS),
         "config": json.loads(pipeline.config.to_json()),
         "versions": {"mcm_jax": __version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
@@ -107,7 +108,7 @@ def generate(
             pictures.save_png(out / f"sample_{i:03d}.png", image)
         rows = [strip[i : i + columns] for i in range(0, len(strip), columns)]
         pictures.save_png(out / "grid.png", pictures.grid(rows))
-        (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_atomically(out / "samples.json", (json.dumps(record, indent=2) + "\n").encode())
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror or e}); take another --out") from e
     print(f"{num_samples} samples, grid.png and samples.json are in {out}")

@@ -164,6 +164,11 @@ def modulate(
     raise ValueError(f"shift_space must be one of {SHIFT_SPACES}, got {shift_space!r}")
 
 
+def parameter_count(params: Any) -> int:
+    """How many numbers a pytree of params holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 @dataclasses.dataclass(frozen=True)
 class Modulator:
     """An MCM with all that stands between it and a base: conditions to channels, estimate of x0, modulation.

@@ -27,8 +27,8 @@ class Modality:
     Attributes:
       name: what flags, configs and data sets call it.
       kind: ``labels`` (integer classes ``[H, W]``, one-hot to ``channels`` channels) or ``map`` (values in [0, 1],
-        ``[H, W]`` for one channel or ``[H, W, channels]``), or ``lines``: a map of white lines on black, whose lines
-        keep their brightness when a large drawing is brought to a small grid.
+        ``[H, W]`` for one channel or ``[H, W, channels]``), or ``lines``: a map of black lines on white, whose lines
+        keep their strength when a large drawing is brought to a small grid. The MCM sees the ink, 1 - value.
       channels: number of classes, or of the map's channels.
     """
 
@@ -77,20 +77,21 @@ class Modality:
             np.asarray(Image.fromarray(planes[..., c]).resize((width, height), Image.Resampling.BOX))
             for c in range(planes.shape[-1])
         ]
-        out = np.stack(resized, -1).reshape(height, width, *array.shape[2:])
-        if self.kind == "lines" and (out > 0).any():
+        out = np.clip(np.stack(resized, -1).reshape(height, width, *array.shape[2:]), 0, 1)
+        if self.kind == "lines" and (ink := 1 - out).any():
             # A line two pixels wide fills an eighth of a sixteen-pixel cell: scaled so that most inked cells are near
-            # 1, it looks as lines drawn on the small grid do (correlation 0.97 on scenes, 256 to 32 pixels).
-            # Never more than a line one pixel wide needs, or a scan's noise would become lines.
+            # 1, it looks as lines drawn on the small grid do (correlation 0.97 on scenes, 256 to 32 pixels). Never
+            # more than a line one pixel wide needs, or a scan's noise would become lines.
             thinnest = min(1.0, height / array.shape[0], width / array.shape[1])
-            out = out / max(np.quantile(out[out > 0], 0.8), thinnest)
-        return np.clip(out, 0, 1)
+            out = 1 - np.clip(ink / max(np.quantile(ink[ink > 0], 0.8), thinnest), 0, 1)
+        return out
 
     def channels_of(self, condition: jax.Array) -> jax.Array:
         """Turns a batch ``[B, H, W]`` (or ``[B, H, W, C]`` for a map) into float32 ``[B, H, W, channels]``."""
         if self.kind == "labels":
             return jax.nn.one_hot(condition, self.channels, dtype=jnp.float32)
-        return condition.reshape(*condition.shape[:3], self.channels).astype(jnp.float32)
+        values = condition.reshape(*condition.shape[:3], self.channels).astype(jnp.float32)
+        return 1 - values if self.kind == "lines" else values
 
     def null(self, batch: int, height: int, width: int) -> np.ndarray:
         """A batch of conditions for an absent modality (its values are never seen: the flag zeroes them)."""
@@ -152,8 +153,8 @@ def read_png(path: str | pathlib.Path, modality: Modality) -> np.ndarray:
     if modality.kind == "labels":
         if picture.format != "PNG":
             raise UserError(
-                f"{path}: a label map saved as {picture.format} has lost its classes to compression or scaling. "
-                f"Save it as PNG from the labels themselves"
+                f"{path}: found a {picture.format} file, expected PNG: lossy formats change the classes. Save it as "
+                f"PNG from the labels themselves"
             )
         if picture.mode not in ("L", "P", "1", "I", "I;16"):
             raise UserError(

@@ -1,5 +1,6 @@
 """Grids of images and conditions as PNG files."""
 
+import io
 import os
 import pathlib
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mcm_jax.data.scenes import PALETTE
+from mcm_jax.files import write_atomically
 from mcm_jax.modalities import Modality
 
 
@@ -52,6 +54,6 @@ def save_png(path: str | os.PathLike, picture: np.ndarray) -> None:
     """Writes uint8 ``[H, W]`` or ``[H, W, 3]``; the file appears when it is complete."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    Image.fromarray(picture).save(temporary, format="PNG")
-    temporary.replace(path)
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, format="PNG")
+    write_atomically(path, data.getvalue())

@@ -22,6 +22,7 @@ from mcm_jax import assets, sampling
 from mcm_jax import config as config_lib
 from mcm_jax.base import Base, load_base
 from mcm_jax.errors import UserError
+from mcm_jax.files import write_atomically
 from mcm_jax.mcm import Modulator
 
 WEIGHTS = "mcm.safetensors"
@@ -38,12 +39,7 @@ def save_mcm(folder: pathlib.Path, params: Any, *, base: Base, step: int) -> Non
     """
     flat = {k: np.asarray(v, np.float32) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
     metadata = {"base": base.name, "fingerprint": base.fingerprint, "step": str(step)}
-    temporary = folder / (WEIGHTS + ".tmp")
-    try:
-        temporary.write_bytes(safetensors.numpy.save(flat, metadata))
-        temporary.replace(folder / WEIGHTS)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(folder / WEIGHTS, safetensors.numpy.save(flat, metadata))
 
 
 def _read_mcm(path: pathlib.Path, like: Any, base: Base) -> tuple[Any, int]:
@@ -148,12 +144,10 @@ class Pipeline:
         sampler = sampler or defaults.sampler
         steps = defaults.steps if steps is None else steps
         eta = defaults.eta if eta is None else eta
-        batch_size = batch_size or defaults.batch_size
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        total = self.base.schedule.num_train_timesteps
-        if not 1 <= steps <= total:
-            raise UserError(f"steps must be in 1..{total} (the base's timesteps), got {steps}")
+        batch_size = defaults.batch_size if batch_size is None else batch_size
+        sampling.check_settings(self.base.schedule, guidance=guidance, steps=steps, eta=eta, batch_size=batch_size)
+        if not len(keys):
+            raise UserError("no keys given: at least one sample is drawn")
         count, (height, width, _) = len(keys), self.base.latent_shape
         unknown = set(conditions) - {m.name for m in self.modulator.modalities}
         if unknown:

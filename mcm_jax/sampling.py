@@ -11,6 +11,7 @@ timestep of the grid:
 Noise is drawn for every sample from its own key, so a sample does not depend on which others are in its batch.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -37,6 +38,39 @@ def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _noise(keys: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, step), shape))(keys)
+
+
+def check_settings(
+    schedule: Schedule,
+    *,
+    seed: int = 0,
+    guidance: float = 1.0,
+    steps: int = 25,
+    eta: float = 0.0,
+    num_samples: int = 1,
+    batch_size: int = 1,
+) -> None:
+    """Raises UserError, naming the setting, where one is out of its range for a base's schedule."""
+    total = schedule.num_train_timesteps
+    for name, value, holds, expected in (
+        ("num_samples", num_samples, num_samples >= 1, "at least 1"),
+        ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+        ("seed", seed, 0 <= seed < 2**32, "in 0..4294967295"),
+        ("guidance", guidance, math.isfinite(guidance) and guidance >= 0, "at least 0"),
+        ("eta", eta, 0 <= eta <= 1, "in [0, 1]"),
+        ("steps", steps, 1 <= steps <= total, f"in 1..{total} (the base's timesteps)"),
+    ):
+        if not holds:
+            raise UserError(f"{name} must be {expected}, got {value}")
+    try:
+        grid = schedule.timesteps(steps)
+    except ValueError as e:
+        raise UserError(f"steps={steps}: {e}") from e
+    if (schedule.alphas_cumprod[grid] == 0).any():
+        raise UserError(
+            f"the schedule has no signal left at timestep {grid[0]} (zero terminal SNR), where eps says nothing of x0; "
+            f"such bases are not supported yet"
+        )
 
 
 def guide(eps: jax.Array, modulated: jax.Array, scale: float) -> jax.Array:
@@ -75,11 +109,6 @@ def sample(
     grid = np.asarray(schedule.timesteps(steps) if timesteps is None else timesteps, np.int32)
     abar = np.asarray(schedule.alphas_cumprod, np.float64)
     here = abar[grid]
-    if (here == 0).any():
-        raise UserError(
-            f"the schedule has no signal left at timestep {grid[here == 0][0]} (zero terminal SNR), where eps says "
-            f"nothing of x0; pass a grid of timesteps that starts below it"
-        )
     final = schedule.final_alpha_cumprod if sampler == "ddim" else 1.0
     there = np.append(abar[grid[1:]], final)
     table = {

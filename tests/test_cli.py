@@ -208,7 +208,8 @@ def test_a_full_disk_is_explained_and_the_last_checkpoint_stands(trained, base_p
     workdir = trained.copy(tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints/6")
     train = [sys.executable, "train.py", *tiny.config_flags(base_path), f"--workdir={workdir}"]
-    limited = ["sh", "-c", 'ulimit -f 512 && exec "$@"', "sh", *train]  # 256 KiB a file: mcm.safetensors fits
+    blocks = (workdir / "mcm.safetensors").stat().st_size // 512 + 8  # it just fits; the checkpoint's files do not
+    limited = ["sh", "-c", f'ulimit -f {blocks} && exec "$@"', "sh", *train]
     outcome = tiny.run_process(limited, env=tiny.environment())
     print(outcome.err)
     assert outcome.status == 1 and "Traceback" not in outcome.err

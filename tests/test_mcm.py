@@ -249,7 +249,7 @@ def _configured(name):
     return jax.eval_shape(lambda: modulator.init(jax.random.key(0), (32, 32, 3)))
 
 
-@pytest.mark.parametrize("name, percent", [("tiny", 0.9), ("small", 2.9), ("medium", 8.2), ("large", 30)])
+@pytest.mark.parametrize("name, percent", [("tiny", 0.9), ("small", 2.9), ("medium", 8.5), ("large", 33)])
 def test_the_sizes_are_the_shares_of_the_base_that_they_claim(name, percent):
     assert 100 * _count(_configured(name)) / BASE_PARAMS == pytest.approx(percent, rel=0.1)
 

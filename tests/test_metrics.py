@@ -15,8 +15,8 @@ def _step_picture(column: int, size: int = 12) -> np.ndarray:
 
 
 def _line(column: int, size: int = 12) -> np.ndarray:
-    sketches = np.zeros((1, size, size), np.float32)
-    sketches[:, :, column] = 1
+    sketches = np.ones((1, size, size), np.float32)
+    sketches[:, :, column] = 0
     return sketches
 
 
@@ -110,7 +110,7 @@ def test_edge_f1_of_nothing():
 
 def test_tolerance_does_not_reach_into_other_pictures():
     pictures = np.concatenate([_step_picture(6), np.zeros((1, 12, 12, 3), np.float32)])
-    sketches = np.concatenate([np.zeros((1, 12, 12), np.float32), _line(6)])
+    sketches = np.concatenate([np.ones((1, 12, 12), np.float32), _line(6)])
     assert edge_f1(pictures, sketches, 3)["f1"] == 0.0
 
 

@@ -133,18 +133,23 @@ def test_resized_maps_keep_their_mean_and_range(shape):
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_lines_keep_their_brightness(width):
     """Where an average would dim them: a line of 1 pixel in a cell of 8 is 1/8."""
-    drawing = np.zeros((64, 96), np.float32)
-    drawing[19 : 19 + width] = drawing[:, 34 : 34 + width] = 1
+    drawing = np.ones((64, 96), np.float32)
+    drawing[19 : 19 + width] = drawing[:, 34 : 34 + width] = 0
     cells = np.zeros((8, 12))
     cells[2] = cells[:, 4] = 1
-    np.testing.assert_allclose(LINES.resize(drawing, 8, 12), cells, atol=1e-6)
-    np.testing.assert_allclose(SKETCH.resize(drawing, 8, 12)[0], cells[0] * width / 8, atol=1e-6)
+    np.testing.assert_allclose(LINES.resize(drawing, 8, 12), 1 - cells, atol=1e-6)
+    np.testing.assert_allclose(SKETCH.resize(drawing, 8, 12)[0], 1 - cells[0] * width / 8, atol=1e-6)
+
+
+def test_faint_noise_does_not_become_lines():
+    noise = 1 - np.random.default_rng(0).integers(0, 3, (256, 256)).astype(np.float32) / 255
+    assert LINES.resize(noise, 32, 32).min() > 0.9
 
 
 def test_lines_enlarged_and_no_lines_at_all():
     drawing = _labels(6, 9, classes=2).astype(np.float32)
     np.testing.assert_allclose(LINES.resize(drawing, 12, 27), drawing.repeat(2, 0).repeat(3, 1), atol=1e-6)
-    assert not LINES.resize(np.zeros((64, 96), np.float32), 8, 12).any()
+    assert (LINES.resize(np.ones((64, 96), np.float32), 8, 12) == 1).all()
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 7), (40, 3), (1, 1)])
@@ -153,9 +158,9 @@ def test_resized_lines_stay_in_range(shape):
     assert resized.shape == shape and resized.dtype == np.float32 and resized.min() >= 0 and resized.max() <= 1
 
 
-def test_lines_are_maps_in_all_else():
+def test_the_mcm_sees_the_ink():
     y = _conditions()["sketch"]
-    np.testing.assert_array_equal(LINES.channels_of(jnp.asarray(y)), y[..., None])
+    np.testing.assert_allclose(LINES.channels_of(jnp.asarray(y)), 1 - y[..., None], atol=1e-7)
     np.testing.assert_array_equal(LINES.null(2, 4, 6), SKETCH.null(2, 4, 6))
     assert total_channels((LINES,)) == 2
 

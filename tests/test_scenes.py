@@ -291,7 +291,7 @@ def test_facts_cover_their_values():
 
 
 def test_borders_of_segmentation_have_ink(large):
-    shares = [(_near(e["sketch"] > 0.25, 2)[_borders(e["segmentation"])]).mean() for _, e in large]
+    shares = [(_near(e["sketch"] < 0.75, 2)[_borders(e["segmentation"])]).mean() for _, e in large]
     assert min(shares) >= 0.95, min(shares)
 
 
@@ -299,12 +299,12 @@ def test_sky_sun_and_meadow_have_ink_at_borders_only(large):
     """Mountains also have ridges and each other's outlines, water has ripples, trees stand before trees."""
     for scene, example in large:
         labels = example["segmentation"]
-        stray = (example["sketch"] > 0.25) & np.isin(labels, (SKY, SUN, MEADOW)) & ~_near(_borders(labels), 2)
+        stray = (example["sketch"] < 0.75) & np.isin(labels, (SKY, SUN, MEADOW)) & ~_near(_borders(labels), 2)
         assert not stray.any(), scene.caption
 
 
 def test_sketch_is_neither_empty_nor_full(large):
-    shares = [e["sketch"].mean() for _, e in large]
+    shares = [1 - e["sketch"].mean() for _, e in large]
     assert min(shares) > 0.005 and max(shares) < 0.25, (min(shares), max(shares))
 
 
@@ -318,14 +318,14 @@ def test_line_width_is_to_scale_and_never_under_a_pixel():
             row, reach = round(scene.horizon * size), max(3, size // 30)
             labels = example["segmentation"][row - reach : row + reach]
             plain = (labels[: reach - 1] == MOUNTAIN).all(0) & (labels[reach + 1 :] == WATER).all(0)
-            widths.extend(example["sketch"][row - reach : row + reach, plain].sum(0))
+            widths.extend((1 - example["sketch"])[row - reach : row + reach, plain].sum(0))
         assert np.median(widths) == pytest.approx(max(1.0, 0.008 * size), abs=0.5), size
 
 
 def test_ink_share_shrinks_with_line_width():
     """From 64 to 256 pixels a line falls from 1/64 to 0.008 of the height, half as much; from 256 on it keeps."""
     share = {
-        size: np.mean([render(scene_at(0, "test", i), size, size)["sketch"].mean() for i in range(5)])
+        size: np.mean([1 - render(scene_at(0, "test", i), size, size)["sketch"].mean() for i in range(5)])
         for size in (64, 256, 384)
     }
     assert 1.5 < share[64] / share[256] < 3

@@ -80,7 +80,7 @@ def test_examples_are_conditions():
     labels = read_png(EXAMPLES / "segmentation.png", Modality("segmentation", "labels", len(CLASSES)))
     assert len(np.unique(labels)) >= 4
     sketch = read_png(EXAMPLES / "sketch.png", Modality("sketch", "map", 1))
-    assert 0.01 < sketch.mean() < 0.4
+    assert 0.6 < sketch.mean() < 0.99
 
 
 def test_sample_script_with_the_shipped_mcm(tmp_path):

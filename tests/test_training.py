@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mcm_jax import config as config_lib
 from mcm_jax.base import load_base
@@ -45,14 +46,25 @@ def params(base, modulator):
 
 
 @pytest.fixture(scope="module")
-def batch():
-    source = InMemory.render(Scenes("train", 12, tiny.SIZE, tiny.SIZE, 2))
+def source():
+    return InMemory.render(Scenes("train", 12, tiny.SIZE, tiny.SIZE, 2))
+
+
+@pytest.fixture(scope="module")
+def batch(source):
     return training_batches(source, 4, 0, ["sketch"])[0]
+
+
+def make_predict_step(base, modulator):
+    """``predict_step(base_params, batch) -> record``: noise, then the base's prediction, as the loop has them."""
+    noise_step = step.make_noise_step(base, modulator, seed=0, drop_rate=0.3, draws=0)
+    predictions = step.Predictions(base, 12, 0)
+    return lambda base_params, batch: predictions(base_params, batch, noise_step(base_params, batch))
 
 
 @pytest.fixture(scope="module")
 def predict_step(base, modulator):
-    return step.make_predict_step(base, modulator, seed=0, drop_rate=0.3)
+    return make_predict_step(base, modulator)
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +125,10 @@ def test_a_base_without_derivatives_can_be_trained_on(base, modulator, params, a
     def _(primals, tangents):
         raise AssertionError("the base was differentiated")
 
-    black_box = types.SimpleNamespace(predict=opaque, encode=base.encode, schedule=base.schedule)
-    predict_step = step.make_predict_step(black_box, modulator, seed=0, drop_rate=0.3)
+    black_box = types.SimpleNamespace(
+        predict=opaque, encode=base.encode, schedule=base.schedule, latent_shape=base.latent_shape
+    )
+    predict_step = make_predict_step(black_box, modulator)
     with pytest.raises(AssertionError, match="the base was differentiated"):
         jax.grad(lambda p: predict_step(p, batch)["eps"].sum())(base.params)
     now, metrics = train_step(fresh(params, optimizer), predict_step(base.params, batch))
@@ -145,6 +159,32 @@ def test_an_examples_noise_does_not_depend_on_its_batch(base, predict_step, batc
     np.testing.assert_allclose(other["eps"], record["eps"][order], atol=1e-5)
     again = predict_step(base.params, batch | {"draw": batch["draw"] + 1})
     assert not np.isclose(again["noise"], record["noise"]).any(axis=(1, 2, 3)).all()
+
+
+def test_kept_predictions_are_those_of_the_base(base, modulator, source):
+    """Two draws an example: from the third epoch on the base does not run, and the records are those of the first."""
+    batches = training_batches(source, 4, 0, ["sketch"])  # three an epoch
+    noise_step = step.make_noise_step(base, modulator, seed=0, drop_rate=0.3, draws=2)
+    fresh_ones, kept = step.Predictions(base, len(source), 0), step.Predictions(base, len(source), 2)
+    first = {}
+    for i in range(12):
+        batch = batches[i]
+        noised = noise_step(base.params, batch)
+        nobody = jax.tree.map(lambda p: p * np.float32("nan"), base.params) if i >= 6 else base.params
+        record = jax.device_get(kept(nobody, batch, noised))
+        online = jax.device_get(fresh_ones(base.params, batch, noised))
+        np.testing.assert_allclose(record["eps"], online["eps"], rtol=1e-3, atol=1e-4)
+        assert record["eps"].dtype == np.float32
+        for row, (index, draw) in enumerate(zip(batch["index"], batch["draw"], strict=True)):
+            seen = {key: record[key][row] for key in ("t", "noise", "eps", "present")}
+            if draw < 2:
+                first[index, draw] = seen
+            else:
+                before = first[index, draw - 2]
+                assert all(np.array_equal(before[key], seen[key]) for key in ("t", "noise", "eps"))
+                first[index, draw] = seen
+    hidden = [np.array([first[i, d]["present"] for i in range(12)]) for d in range(4)]
+    assert all((hidden[d] != hidden[d - 2]).any() for d in (2, 3))  # which modalities are hidden is drawn anew
 
 
 def test_two_devices_train_as_one(base, modulator, params, predict_step, batch):
@@ -226,12 +266,14 @@ def test_workdir_of_a_run(trained):
     assert config_lib.flatten(config_lib.load(workdir)) == config_lib.flatten(trained.config)
 
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [line.pop("step") for line in lines] == [2, 4, 6]
-    assert all(set(line) == METRICS and np.isfinite(list(line.values())).all() for line in lines)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all(set(line) == METRICS | {"step"} and np.isfinite(list(line.values())).all() for line in lines)
     assert all(line["images_per_second"] > 0 and line["mse_of_base"] > 0 for line in lines)
 
     events = [p.read_bytes() for p in (workdir / "tensorboard").iterdir()]
     assert len(events) == 1 and all(name.encode() in events[0] for name in METRICS)
+    shown = [(line["step"], key, np.float32(line[key])) for line in lines for key in METRICS]
+    assert _events(workdir) == sorted(shown)
 
     pictures = sorted((workdir / "validation").iterdir())
     assert [p.name for p in pictures] == ["step_0000003.png", "step_0000006.png"]
@@ -250,6 +292,38 @@ def assert_same_weights(workdir, other):
     tiny.assert_same_bits(*map(load_file, paths))
     headers = [safe_open(path, "numpy").metadata() for path in paths]
     assert headers[0] == headers[1]
+
+
+def _events(workdir):
+    """(step, tag, value) of every scalar that the workdir's TensorBoard files show, as TensorBoard reads them."""
+    shown = []
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            if event.session_log.status == SessionLog.START:
+                shown = [s for s in shown if s[0] < event.step]
+            shown += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return sorted(shown)
+
+
+def test_a_full_disk_stops_the_log_at_once(tmp_path):
+    """In the run's own thread: no report is lost in silence, nothing hangs, and closing raises nothing more."""
+    resource = pytest.importorskip("resource")
+    log = loop._Log(tmp_path, 0)
+    log.write(1, {"loss": 1.0})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (events.stat().st_size + 10, before[1]))
+    try:
+        for _ in range(30):
+            with pytest.raises(OSError):
+                log.write(2, {"loss": 2.0})
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert _events(tmp_path)[0] == (1, "loss", 1.0)
 
 
 class _Killed(BaseException):
@@ -307,6 +381,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch, 
         if name.startswith("validation") or name == "config.json":
             assert found[name] == expected[name], name
     assert_same_weights(workdir, trained.workdir)
+    events = [[e for e in _events(w) if e[1] != "images_per_second"] for w in (workdir, trained.workdir)]
+    assert events[0] == events[1]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_kept_predictions(base_path, tmp_path, monkeypatch):
+    """They are not saved, but made again, in other batches: their values must not tell."""
+    config = tiny.make_config(base_path, {"data.draws": 1, "train.validate_every": 0})
+    whole = loop.train_and_evaluate(config, tmp_path / "whole")
+    _hook(monkeypatch, 4, _signal(signal.SIGINT))  # in the second epoch of three batches
+    with pytest.raises(loop.Interrupted):
+        loop.train_and_evaluate(config, tmp_path / "resumed")
+    monkeypatch.undo()
+    resumed = loop.train_and_evaluate(config, tmp_path / "resumed")
+    tiny.assert_same_bits(jax.device_get(resumed), jax.device_get(whole))
+    assert tiny.metrics_of(tmp_path / "resumed") == tiny.metrics_of(tmp_path / "whole")
 
 
 def test_killed_between_its_two_files_a_run_still_ends_with_both(trained, tmp_path, monkeypatch):
@@ -369,13 +459,13 @@ def test_another_seed_is_another_run(trained, base_path, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(trained, tmp_path, monkeypatch):
-    make = step.make_predict_step
+    make = step.make_noise_step
 
     def broken(*args, **kwargs):
-        predict_step = make(*args, **kwargs)
-        return lambda *a: (r := predict_step(*a)) | {"noise": r["noise"] * np.float32("nan")}
+        noise_step = make(*args, **kwargs)
+        return lambda *a: (r := noise_step(*a)) | {"noise": r["noise"] * np.float32("nan")}
 
-    monkeypatch.setattr(step, "make_predict_step", broken)
+    monkeypatch.setattr(step, "make_noise_step", broken)
     with pytest.raises(UserError, match=r"the loss is nan at step 2; lower train.learning_rate"):
         loop.train_and_evaluate(trained.config, tmp_path / "run")
     assert not (tmp_path / "run/mcm.safetensors").exists() and not (tmp_path / "run/metrics.jsonl").exists()

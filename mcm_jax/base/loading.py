@@ -147,7 +147,7 @@ def load_base(path: str | os.PathLike, dtype: str = "float32") -> Base:
     expected = jax.eval_shape(unet.init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.int32))["params"]
     params = {"unet": load_weights(folder / "unet", expected, dtype)}
     facts = {
-        "unet": dataclasses.asdict(config),
+        "unet": _decisive(config),
         "dtype": dtype,
         "prediction_type": schedule.prediction_type,
         "alphas_cumprod": schedule.alphas_cumprod.tobytes().hex(),
@@ -335,6 +335,15 @@ def _find_weights(folder: Path) -> Path:
             "never read here; convert it with diffusers: pipeline.save_pretrained(folder, safe_serialization=True)"
         )
     raise BaseLoadError(f"{plain}: no such file")
+
+
+def _decisive(config: UNet2DConfig) -> dict[str, Any]:
+    """What a config says beyond the defaults, numbers as floats: a key added one day leaves old fingerprints alone."""
+    silent = ("dropout", "num_train_timesteps")  # without effect on a prediction
+    values = {f.name: (getattr(config, f.name), f.default) for f in dataclasses.fields(config) if f.name not in silent}
+    said = {name: value for name, (value, default) in values.items() if value != default}
+    plain = lambda v: float(v) if isinstance(v, int | float) and not isinstance(v, bool) else v  # noqa: E731
+    return {k: [plain(x) for x in v] if isinstance(v, tuple) else plain(v) for k, v in said.items()}
 
 
 def _fingerprint(facts: Mapping[str, Any], params: Any) -> str:

@@ -8,6 +8,8 @@ resumed run needs no iterator state to see what the uninterrupted one would have
 import concurrent.futures
 import functools
 import multiprocessing
+import os
+import signal
 from collections.abc import Sequence
 
 import grain
@@ -23,6 +25,11 @@ def _render(scenes: Scenes, index: int) -> dict[str, np.ndarray]:
         "segmentation": example["segmentation"],
         "sketch": np.round(example["sketch"] * 255).astype(np.uint8),
     }
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C is the parent's business; a worker would only add its traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class InMemory:
@@ -44,7 +51,8 @@ class InMemory:
             examples = [render(i) for i in indices]
         else:  # spawned, since a process with JAX's threads must not be forked
             context = multiprocessing.get_context("spawn")
-            with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
+            workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
+            with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts) as pool:
                 examples = list(pool.map(render, indices, chunksize=50))
         return cls({key: np.stack([e[key] for e in examples]) for key in examples[0]})
 

@@ -9,7 +9,7 @@ An example holds
 ========== =================================== =====================================================================
 image      float32 ``[H, W, 3]`` in [-1, 1]     the picture
 segmentation uint8 ``[H, W]`` in 0..5           class of the largest area in the pixel, an index into :data:`CLASSES`
-sketch     float32 ``[H, W]`` in [0, 1]         0 black paper, 1 white line: outlines, main ridges, a few ripples
+sketch     float32 ``[H, W]`` in [0, 1]         black lines (0) on white (1): outlines, main ridges, a few ripples
 caption    str                                  e.g. "a mountain lake at sunset with three trees"
 facts      dict                                 what the caption says: time, water, trees, sun, ranges
 ========== =================================== =====================================================================
@@ -414,7 +414,7 @@ def render(scene: Scene, height: int, width: int) -> dict[str, np.ndarray]:
     return {
         "image": np.clip(_box(np.clip(image, 0, 1), k) * 2 - 1, -1, 1).astype(np.float32),
         "segmentation": segmentation.astype(np.uint8),
-        "sketch": np.clip(_box(lines.astype(np.float32), k), 0, 1).astype(np.float32),
+        "sketch": np.clip(1 - _box(lines.astype(np.float32), k), 0, 1).astype(np.float32),
     }
 
 

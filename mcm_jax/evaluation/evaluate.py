@@ -18,6 +18,8 @@ from mcm_jax.data.scenes import CLASSES, Scenes
 from mcm_jax.errors import UserError
 from mcm_jax.evaluation import metrics
 from mcm_jax.evaluation.segmenter import load_segmenter
+from mcm_jax.files import check_writable, write_atomically
+from mcm_jax.mcm import parameter_count
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.version import __version__
 
@@ -76,14 +78,20 @@ def evaluate(
     maps = wanted.maps if maps is None else maps
     if maps < 1:
         raise UserError(f"maps must be at least 1, got {maps}")
-    if seed < 0:
-        raise UserError(f"seed must be at least 0, got {seed}")
     guidance = config.sampling.guidance if guidance is None else guidance
-    if guidance < 0:
-        raise UserError(f"guidance must be at least 0, got {guidance}")
+    steps = config.sampling.steps if steps is None else steps
+    sampling.check_settings(pipeline.base.schedule, seed=seed, guidance=guidance, steps=steps)
     out = pathlib.Path(out)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; expected the name of a JSON file")
+    check_writable(out.parent, "--out")
     segmenter = load_segmenter()
     height, width, _ = pipeline.base.image_shape
+    if (height, width) != (segmenter.config["height"], segmenter.config["width"]):
+        raise UserError(
+            f"the shipped segmentation net reads {segmenter.config['height']}x{segmenter.config['width']} pictures, "
+            f"but the base {pipeline.base.name!r} makes {height}x{width}: its samples cannot be evaluated yet"
+        )
     modalities = pipeline.modulator.modalities
     source = InMemory.render(Scenes("test", maps, height, width, config.data.seed))
     examples = to_float(source.arrays, [m.name for m in modalities if m.kind != "labels"])
@@ -129,17 +137,16 @@ def evaluate(
         spread(name, given, guidance)
         shown.append(pictures.to_uint8(images[:_SHOWN]))
 
-    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
     result |= {
-        "expected": dict(wanted.expected),
+        "expected": dict(wanted.get("expected", {})),
         "maps": maps,
         "guidance": guidance,
         "sampler": config.sampling.sampler,
-        "steps": config.sampling.steps if steps is None else steps,
+        "steps": steps,
         "seed": seed,
         "diversity_of": {"conditions": chosen, "seeds": seeds},
-        "mcm_parameters": count(pipeline.params),
-        "base_parameters": count(pipeline.base.params),
+        "mcm_parameters": parameter_count(pipeline.params),
+        "base_parameters": parameter_count(pipeline.base.params),
         "mcm_step": pipeline.step,
         "base": pipeline.base.name,
         "fingerprint": pipeline.base.fingerprint,
@@ -147,13 +154,9 @@ def evaluate(
         "versions": {"mcm_jax": __version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
     }
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        pictures.save_png(out.parent / "samples.png", pictures.grid(shown))
-        out.write_text(json.dumps(result, indent=2) + "\n")
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written ({e.strerror or e}); take another --out") from e
     print(_table(result))
+    pictures.save_png(out.parent / "samples.png", pictures.grid(shown))
+    write_atomically(out, (json.dumps(result, indent=2) + "\n").encode())
     rows = ", ".join([*(m.name for m in modalities), "base alone", *_subsets([m.name for m in modalities])])
     print(f"\n{maps} held-out maps, guidance {guidance:g}. Rows of {out.parent / 'samples.png'}: {rows}")
     return result

@@ -14,7 +14,7 @@ Chosen with :data:`SKETCH_THRESHOLD` for the best F1 of 32x32 test scenes agains
 """
 
 SKETCH_THRESHOLD = 0.35
-"""Least coverage of a pixel that counts as drawn: a 1-pixel line between two pixels leaves one half in each."""
+"""Least ink (1 - value) of a pixel that counts as drawn: a 1-pixel line between two pixels leaves one half in each."""
 
 
 def _check_range(name: str, values: np.ndarray, low: float, high: float) -> None:
@@ -125,7 +125,7 @@ def edge_f1(
 
     Args:
       images: ``[N, H, W, 3]`` in [-1, 1].
-      sketches: ``[N, H, W]`` in [0, 1]; drawn where at least :data:`SKETCH_THRESHOLD`.
+      sketches: ``[N, H, W]`` in [0, 1], black (0) on white (1).
       tolerance: pixels, at least 0.
       threshold: least gradient of an edge, see :func:`edge_map`.
 
@@ -142,7 +142,7 @@ def edge_f1(
     if tolerance < 0 or tolerance != int(tolerance):
         raise ValueError(f"tolerance must be a whole number of pixels, at least 0, got {tolerance}")
     _check_range("sketches", sketches, 0, 1)
-    edges, drawn = edge_map(images, threshold), sketches >= SKETCH_THRESHOLD
+    edges, drawn = edge_map(images, threshold), sketches <= 1 - SKETCH_THRESHOLD
     side = 2 * int(tolerance) + 1
 
     def share_near(these: np.ndarray, those: np.ndarray) -> float:

@@ -1,6 +1,8 @@
 """Checkpoints of a run, by Orbax: the MCM's state and, as JSON, what it belongs to. The base is not in them."""
 
 import pathlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -53,23 +55,27 @@ class Checkpoints:
         if step is None:
             raise UserError(f"{self.folder}: no complete checkpoint; train first, or wait for the first one")
         name = f"{self.folder}/{step}"
-        found = self._read(step, meta=ocp.args.JsonRestore())
+        with self._reading(step):
+            found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if found["fingerprint"] != meta["fingerprint"]:
             raise UserError(
                 f"{name} was trained on the base {found['base']!r} with fingerprint {found['fingerprint'][:16]}, but "
                 f"the base {meta['base']!r} has {meta['fingerprint'][:16]}. Set config.base.path to the base it was "
                 f"trained on"
             )
-        there = _params_shapes(self._manager.item_metadata(step)["state"])
+        with self._reading(step):
+            there = _params_shapes(self._manager.item_metadata(step)["state"])
         check_same_shapes(there, _params_shapes(like), name)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        return self._read(step, state=ocp.args.StandardRestore(abstract)), found
+        with self._reading(step):
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            return self._manager.restore(step, args=args)["state"], found
 
-    def _read(self, step: int, **item: Any) -> Any:
-        """One item of a checkpoint."""
-        (name,) = item
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Turns what a damaged checkpoint raises into one message."""
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
+            yield
         except Exception as e:  # Orbax and TensorStore have no common kind of error for damaged files
             reason = (str(e).strip() or repr(e)).splitlines()[0][:300]
             raise UserError(

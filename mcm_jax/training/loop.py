@@ -6,7 +6,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -16,20 +16,17 @@ from tqdm import tqdm
 
 from mcm_jax import assets, pictures, sampling
 from mcm_jax import config as config_lib
-from mcm_jax.base import load_base
+from mcm_jax.base import Base, load_base
 from mcm_jax.data.pipeline import InMemory, to_float, training_batches
 from mcm_jax.data.scenes import Scenes
-from mcm_jax.errors import UserError
-from mcm_jax.mcm import Modulator
+from mcm_jax.errors import Interrupted, UserError
+from mcm_jax.files import check_writable, write_atomically
+from mcm_jax.mcm import Modulator, parameter_count
 from mcm_jax.pipeline import Pipeline, save_mcm
 from mcm_jax.training import sharding, state, step
 from mcm_jax.training.checkpoints import Checkpoints
 
 _VALIDATION_IMAGES = 8
-
-
-class Interrupted(Exception):
-    """The run was stopped by a signal, after its state was saved."""
 
 
 @contextmanager
@@ -58,25 +55,42 @@ class _Log:
     """One JSON line and one TensorBoard event a report. Lines after the resumed step are dropped: they come again."""
 
     def __init__(self, workdir: pathlib.Path, resumed_step: int):
-        from tensorboardX import SummaryWriter  # slow to import
+        # Slow to import. SummaryWriter would write in a thread of its own, which dies on a full disk: the run hangs.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self.path = workdir / "metrics.jsonl"
         if self.path.exists():
             lines = self.path.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.replace(self.path)
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step or None)
+            write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
+        events = workdir / "tensorboard" / "events"
+        events.parent.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(events), filename_suffix=f".{resumed_step}")
+        if resumed_step:  # TensorBoard hides what older files have from this step on
+            again = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(wall_time=time.time(), step=resumed_step + 1, session_log=again))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         for key, value in metrics.items():
-            self._events.add_scalar(key, value, step)
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(key, value)))
+        self._events.flush()
 
     def close(self) -> None:
-        self._events.close()
+        with suppress(OSError):  # a full disk was reported when it was written to
+            self._events.close()
+
+
+def _diverged(loss: float, step: int) -> UserError:
+    return UserError(
+        f"the loss is {loss} at step {step}; lower train.learning_rate or set train.clip_norm, and train in another "
+        f"workdir"
+    )
 
 
 def _validation_pictures(pipeline: Pipeline, modulator: Modulator, examples: dict[str, np.ndarray]) -> np.ndarray:
@@ -88,16 +102,30 @@ def _validation_pictures(pipeline: Pipeline, modulator: Modulator, examples: dic
     return pictures.grid([*rows, pictures.to_uint8(alone), pictures.to_uint8(controlled)])
 
 
-def _prepare_workdir(workdir: pathlib.Path) -> None:
+def _is_disk_error(e: BaseException | None) -> bool:
+    """Whether an exception is, or was caused by, a failed write, which Orbax and TensorStore wrap in their own kinds."""
+    while e is not None:
+        if isinstance(e, OSError) or any(code in str(e) for code in ("errno", "RESOURCE_EXHAUSTED", "UNAVAILABLE")):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
+
+
+@contextmanager
+def _disk_errors(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns a failed write into one message that says what is safe; any other exception is a bug and passes."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
-    except OSError as e:
+        yield
+    except (UserError, Interrupted):
+        raise
+    except Exception as e:
+        if not _is_disk_error(e) or isinstance(e, BrokenPipeError):
+            raise
+        steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+        safe = f"The last complete one is of step {max(steps)}" if steps else "There is no complete checkpoint yet"
         raise UserError(
-            f"workdir {workdir}: cannot be written ({e.strerror}). Free space or permissions there, or take another "
-            f"--workdir"
+            f"workdir {workdir}: a checkpoint or report could not be written ({e}). {safe}. Free space there and run "
+            f"the same command again"
         ) from e
 
 
@@ -118,35 +146,45 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     """
     config_lib.check(config)
     workdir = pathlib.Path(workdir)
-    train = config.train
     mesh = sharding.make_mesh()
-    sharding.check_batch_size(train.batch_size, mesh)
+    sharding.check_batch_size(config.train.batch_size, mesh)
     base = load_base(assets.resolve(config.base.path), config.base.dtype)
-    timesteps = base.schedule.num_train_timesteps
-    if config.sampling.steps > timesteps:
+    height, width, channels = base.image_shape
+    if channels != 3 or min(height, width) < 8:
         raise UserError(
-            f"config.sampling.steps must be at most {timesteps}, the base's timesteps; got {config.sampling.steps}"
+            f"base {base.name!r} makes images of {height}x{width}x{channels}; the scenes data set has RGB images of at "
+            f"least 8x8"
         )
+    settings = config.sampling
+    sampling.check_settings(base.schedule, guidance=settings.guidance, steps=settings.steps, eta=settings.eta)
     modulator = config_lib.modulator(config, base)
-    meta = {"base": base.name, "fingerprint": base.fingerprint, "config": json.loads(config.to_json())}
 
-    root = jax.random.key(config.seed)
+    check_writable(workdir, "--workdir")
+    with _disk_errors(workdir):
+        config_lib.save(config, workdir)
+        return _train(config, workdir, base, modulator, mesh)
+
+
+def _train(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, base: Base, modulator: Modulator, mesh: jax.sharding.Mesh
+) -> state.TrainState:
+    """The run itself, in a workdir that is its own."""
+    train = config.train
+    meta = {"base": base.name, "fingerprint": base.fingerprint, "config": json.loads(config.to_json())}
     optimizer, learning_rate = state.make_optimizer(
         train.steps, train.learning_rate, train.warmup_steps, train.weight_decay, train.clip_norm
     )
-    params = jax.jit(lambda key: modulator.init(key, base.latent_shape))(jax.random.fold_in(root, 1))
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    params = jax.jit(lambda key: modulator.init(key, base.latent_shape))(key)
     now = sharding.replicate(state.init_state(params, optimizer), mesh)
     base_params = sharding.replicate(base.params, mesh)
-    _prepare_workdir(workdir)
-    config_lib.save(config, workdir)
     checkpoints = Checkpoints(workdir, train.keep)
     reported, sums = 0, None  # the last reported step, and the metrics' sums since then
     if checkpoints.latest_step() is not None:
         now, found = checkpoints.restore(now, meta)
         reported, sums = found["reported"], found["sums"] and {k: np.float32(v) for k, v in found["sums"].items()}
     first = int(now.step)
-    size = sum(p.size for p in jax.tree.leaves(params))
-    frozen = sum(p.size for p in jax.tree.leaves(base.params))
+    size, frozen = parameter_count(params), parameter_count(base.params)
     print(f"MCM of {size:,} parameters ({size / frozen:.1%} of the base {base.name!r}), on {mesh.size} device(s)")
     if first >= train.steps:
         print(f"{workdir} is finished: {first} of {train.steps} steps are done")
@@ -173,20 +211,13 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     pipeline = Pipeline(base, modulator, None, config)
     log = _Log(workdir, first)
 
-    def last_complete() -> str:
-        step = checkpoints.latest_step()
-        return "There is no complete checkpoint yet" if step is None else f"The last complete one is of step {step}"
-
     def checkpoint() -> None:
+        if sums is not None and not np.isfinite(float(sums["loss"])):
+            raise _diverged(float(sums["loss"]), int(now.step))  # never over a good state
         pending = {"reported": reported, "sums": sums and {k: float(v) for k, v in sums.items()}}
-        try:  # the checkpoint comes last: a run that is killed between the two writes both again
-            save_mcm(workdir, now.ema_params, base=base, step=int(now.step))
-            checkpoints.save(now, meta | pending)
-        except Exception as e:  # Orbax wraps the system's error in several kinds
-            raise UserError(
-                f"workdir {workdir}: the checkpoint of step {int(now.step)} could not be written ({e}). "
-                f"{last_complete()}. Free space there and run the same command again"
-            ) from e
+        # The checkpoint comes last: a run that is killed between the two writes both again.
+        save_mcm(workdir, now.ema_params, base=base, step=int(now.step))
+        checkpoints.save(now, meta | pending)
 
     began, timed = time.perf_counter(), first
     try:
@@ -205,10 +236,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
                     means = {k: float(v) / (done - reported) for k, v in sums.items()}
                     rate = train.batch_size * (done - timed) / (time.perf_counter() - began)
                     if not np.isfinite(means["loss"]):
-                        raise UserError(
-                            f"the loss is {means['loss']} at step {done}; lower train.learning_rate or set "
-                            f"train.clip_norm, and train in another workdir"
-                        )
+                        raise _diverged(means["loss"], done)
                     log.write(done, means | {"images_per_second": rate, "learning_rate": float(learning_rate(i))})
                     bar.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{rate:.0f}")
                     reported, sums = done, None
@@ -216,22 +244,18 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
                 stopping = bool(stop) and done < train.steps  # asked once: a later signal stops the next step
                 if done % train.checkpoint_every == 0 or done == train.steps or stopping:
                     checkpoint()
-                    began = time.perf_counter() if reported == done else began
                 if train.validate_every and done % train.validate_every == 0:
                     pipeline.params = now.ema_params
                     examples = to_float(validation, maps)
                     sheet = _validation_pictures(pipeline, modulator, examples)
                     pictures.save_png(workdir / "validation" / f"step_{done:07d}.png", sheet)
+                if reported == done:  # neither checkpoint nor pictures count as training time
+                    began = time.perf_counter()
                 if stopping:
                     raise Interrupted(
                         f"stopped by a signal at step {done} of {train.steps}; the state is saved in {workdir}. "
                         f"Go on with the same command"
                     )
-    except OSError as e:
-        raise UserError(
-            f"workdir {workdir}: writing failed ({e.strerror or e}). {last_complete()}. Free space there and run the "
-            f"same command again"
-        ) from e
     finally:
         log.close()
         checkpoints.close()

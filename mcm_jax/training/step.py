@@ -20,9 +20,12 @@ from mcm_jax.training.state import TrainState, update_ema
 Record = dict[str, Any]
 
 
-def example_keys(seed: int, index: jax.Array, draw: jax.Array) -> jax.Array:
-    """Keys ``[B]`` of examples' draws: the same (seed, example, draw) is the same noise, in any batch."""
-    root = jax.random.fold_in(jax.random.key(seed), 0)
+_NOISE, _DROP = 0, 1  # streams of keys; they never share one
+
+
+def example_keys(seed: int, stream: int, index: jax.Array, draw: jax.Array) -> jax.Array:
+    """Keys ``[B]`` of examples' draws: the same (seed, stream, example, draw) is the same key, in any batch."""
+    root = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), stream)
     return jax.vmap(lambda i, d: jax.random.fold_in(jax.random.fold_in(root, i), d))(index, draw)
 
 
@@ -47,10 +50,10 @@ def make_noise_step(
     def noise_step(base_params: Any, batch: Mapping[str, jax.Array]) -> Record:
         x0 = base.encode(base_params, batch["image"])
         index, draw = batch["index"], batch["draw"]
-        keys = example_keys(seed, index, draw % draws if draws else draw)
+        keys = example_keys(seed, _NOISE, index, draw % draws if draws else draw)
         t, noise = jax.vmap(lambda k: draw_one(k, x0.shape[1:]))(keys)
-        seen = jax.vmap(lambda k: jax.random.fold_in(k, 1))(example_keys(seed, index, draw))
-        present = jax.vmap(lambda k: modalities.drop(k, len(names), drop_rate))(seen)
+        drop_keys = example_keys(seed, _DROP, index, draw)
+        present = jax.vmap(lambda k: modalities.drop(k, len(names), drop_rate))(drop_keys)
         x_t = base.schedule.add_noise(x0, noise, t)
         conditions = {name: batch[name] for name in names}
         return {"x_t": x_t, "noise": noise, "t": t, "conditions": conditions, "present": present}
@@ -64,7 +67,7 @@ class Predictions:
     Args:
       base: the frozen model.
       examples: how many the data set has.
-      draws: draws to keep of each example, 16 bits a value; 0 predicts every batch afresh.
+      draws: draws to keep of each example, ``examples * draws * H * W * C * 2`` bytes; 0 predicts every batch afresh.
     """
 
     def __init__(self, base: Base, examples: int, draws: int):
@@ -78,9 +81,11 @@ class Predictions:
         if not self._draws:
             return record | {"eps": self._predict(base_params, record["x_t"], record["t"])}
         at = batch["index"], batch["draw"] % self._draws
-        if not self._known[at].all():
-            self._kept[at] = np.asarray(self._predict(base_params, record["x_t"], record["t"]))
-            self._known[at] = True
+        new = ~self._known[at]
+        if new.any():
+            at_new = tuple(a[new] for a in at)
+            self._kept[at_new] = np.asarray(self._predict(base_params, record["x_t"], record["t"]))[new]
+            self._known[at_new] = True
         eps = self._kept[at].astype(np.float32)
         return record | {"eps": jax.device_put(eps, record["x_t"].sharding)}
 
