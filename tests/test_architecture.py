@@ -14,6 +14,7 @@ PACKAGE = ROOT / "mcm_jax"
 LAYERS = (
     "version",
     "errors",
+    "files",
     "assets",
     "schedules",
     "predictions",

@@ -102,7 +102,7 @@ def test_edge_f1_by_hand(column, tolerance, precision, recall):
 
 
 def test_edge_f1_of_nothing():
-    flat, blank = np.zeros((1, 12, 12, 3)), np.zeros((1, 12, 12))
+    flat, blank = np.zeros((1, 12, 12, 3)), np.ones((1, 12, 12))
     assert edge_f1(flat, blank) == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
     assert edge_f1(flat, _line(6)) == {"precision": 1.0, "recall": 0.0, "f1": 0.0}
     assert edge_f1(_step_picture(6), blank)["f1"] == 0.0

@@ -312,7 +312,7 @@ def test_colour_labels_are_refused(mode, tmp_path):
 def test_labels_that_are_no_png_are_refused_whatever_their_name(kind, disguised, tmp_path):
     name = "labels.png" if disguised else f"labels.{kind.lower()}"
     path = _save(tmp_path, Image.fromarray(_labels()), name, format=kind)
-    with pytest.raises(UserError, match=re.escape(f"{path}: a label map saved as {kind} has lost its classes")):
+    with pytest.raises(UserError, match=re.escape(f"{path}: found a {kind} file, expected PNG")):
         read_png(path, SEGMENTATION)
 
 

@@ -147,6 +147,8 @@ def test_wrong_conditions_are_named(pipeline, conditions, keys, change, words):
     [({"steps": 0}, ["1..1000", "0"]), ({"steps": 1001}, ["1..1000", "1001"]), ({"batch_size": -1}, [])],
 )
 def test_wrong_settings_are_named(pipeline, keys, setting, words):
+    with pytest.raises(UserError, match="at least one"):
+        pipeline({}, keys[:0])
     with pytest.raises(UserError) as error:
         pipeline({}, keys, **setting)
     assert all(word in str(error.value) for word in [*setting, *words]), error.value
@@ -217,7 +219,7 @@ def _cut(path, size):
         (lambda f, _: (f / "config.json").write_text("[1]"), ["config.json", "not a config that train.py wrote"]),
         (lambda f, _: (f / "config.json").write_text("{}"), ["config.json", "lacks", "train.steps"]),
         (lambda f, _: (f / "config.json").write_bytes(b"\xff\xfe\0"), ["config.json", "not a config"]),
-        (lambda f, _: _edit_config(f, train__steps="six"), ["config.json"]),
+        (lambda f, _: _edit_config(f, train__steps="six"), ["config.json", "config.train.steps", "number", "six"]),
         (lambda f, _: _edit_config(f, mcm__inputs=["xt"]), ["config.json", "mcm.inputs", "xt", "x_t"]),
         (lambda f, _: (f / "mcm.safetensors").unlink(), ["mcm.safetensors: no such file", "train.py"]),
         (lambda f, _: _cut(f / "mcm.safetensors", 5000), ["mcm.safetensors", "corrupt or cut short"]),

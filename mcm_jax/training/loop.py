@@ -103,7 +103,7 @@ def _validation_pictures(pipeline: Pipeline, modulator: Modulator, examples: dic
 
 
 def _is_disk_error(e: BaseException | None) -> bool:
-    """Whether an exception is, or was caused by, a failed write, which Orbax and TensorStore wrap in their own kinds."""
+    """Whether an exception is, or was caused by, a failed write (Orbax and TensorStore wrap them)."""
     while e is not None:
         if isinstance(e, OSError) or any(code in str(e) for code in ("errno", "RESOURCE_EXHAUSTED", "UNAVAILABLE")):
             return True
