@@ -18,6 +18,7 @@ def get_config():
     c.train.ema_decay = 0.998
     c.train.checkpoint_every = 700
     c.train.validate_every = 1_400
+    c.sampling.steps = 16
     c.sampling.guidance = 1.5
     c.evaluation.expected = dict(both="at least 0.87", sketch="at least 0.62")
     return c
