@@ -190,6 +190,7 @@ def script(monkeypatch, capfd):
             code = e.code
         finally:
             flags.FLAGS.unparse_flags()
+            sys.modules.pop("config_config", None)  # ml_collections would load the next config into this module
             for flag in set(flags.FLAGS) - known:
                 delattr(flags.FLAGS, flag)
         out, err = capfd.readouterr()

@@ -158,6 +158,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     settings = config.sampling
     sampling.check_settings(base.schedule, guidance=settings.guidance, steps=settings.steps, eta=settings.eta)
     modulator = config_lib.modulator(config, base)
+    jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape))  # refuses what does not fit the base
 
     check_writable(workdir, "--workdir")
     with _disk_errors(workdir):
