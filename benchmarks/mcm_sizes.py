@@ -3,7 +3,7 @@
 python -m benchmarks.mcm_sizes --out=benchmarks/results/mcm_sizes.json
 
 All variants train in one process on the same batches, timesteps and noise (the base predicts once for all of them),
-with the settings of configs/scenes.py but for the number of steps and of training images.
+with the settings of configs/scenes.py but for the number of steps, of training images and the batch size.
 """
 
 import argparse
@@ -48,6 +48,7 @@ def variants() -> dict:
             c.loss.weighting = "eps"
         c.sampling.guidance = 1.0
         c.data.update(size=1_500, draws=2)
+        c.train.batch_size = 16
         found[name] = c
     return found
 
