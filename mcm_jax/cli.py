@@ -1,5 +1,6 @@
 """What the scripts at the top level share: errors that a user can mend end in one message, not a traceback."""
 
+import gc
 import sys
 from collections.abc import Callable, Sequence
 
@@ -36,13 +37,16 @@ def run(main: Callable[[list[str]], None]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports a page for every checkpoint; --verbosity=0 shows it
     try:
         app.run(main, flags_parser=_parse)
+        return
     except UserError as e:
-        sys.exit(f"error: {e}")
+        status = f"error: {e}"
     except Interrupted as e:
         print(f"\n{e}", file=sys.stderr)
-        sys.exit(130)
+        status = 130
     except KeyboardInterrupt:
         print(
             "\nstopped; a training run goes on from its last complete checkpoint with the same command", file=sys.stderr
         )
-        sys.exit(130)
+        status = 130
+    gc.collect()  # what Orbax left half done on a full disk would print tracebacks while Python shuts down
+    sys.exit(status)

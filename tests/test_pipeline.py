@@ -20,6 +20,7 @@ from mcm_jax.pipeline import Pipeline
 
 pytestmark = pytest.mark.usefixtures("quick")
 
+# Sampling from noise divides rounding errors by sqrt(abar), about 0.1 here: equal is within 1e-4, different above 1e-2.
 N = 3
 SUBSETS = [(), ("segmentation",), ("sketch",), ("segmentation", "sketch")]
 
@@ -80,7 +81,7 @@ def test_samples_follow_their_own_condition(strong, conditions, keys, samples):
     changed = strong(conditions | {"sketch": sketch}, keys, batch_size=N)
     both = samples["segmentation", "sketch"]
     assert np.abs(changed[0] - both[0]).max() > 1e-2
-    np.testing.assert_allclose(changed[1:], both[1:], atol=1e-5)
+    np.testing.assert_allclose(changed[1:], both[1:], atol=1e-4)
 
 
 def test_guidance_zero_is_the_base_alone(strong, conditions, keys, samples):
@@ -111,12 +112,12 @@ def test_an_untrained_mcm_leaves_the_base_as_it_is(untrained, conditions, keys, 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_batch_size_does_not_matter(strong, conditions, keys, samples, batch_size):
     found = strong(conditions, keys, batch_size=batch_size)
-    np.testing.assert_allclose(found, samples["segmentation", "sketch"], atol=1e-5)
+    np.testing.assert_allclose(found, samples["segmentation", "sketch"], atol=1e-4)
 
 
 def test_the_number_of_samples_does_not_matter(strong, conditions, samples):
     two = strong({k: v[:2] for k, v in conditions.items()}, sampling.sample_keys(0, 2), batch_size=N)
-    np.testing.assert_allclose(two, samples["segmentation", "sketch"][:2], atol=1e-5)
+    np.testing.assert_allclose(two, samples["segmentation", "sketch"][:2], atol=1e-4)
 
 
 def test_keys_decide_the_sample(strong, conditions, samples):

@@ -308,6 +308,14 @@ def _events(workdir):
     return sorted(shown)
 
 
+def test_a_full_disk_is_told_from_a_full_accelerator():
+    full = "RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']"
+    wrapped = RuntimeError("checkpoint failed")
+    wrapped.__cause__ = OSError(28, "No space left on device")
+    assert all(loop._is_disk_error(e) for e in (ValueError(full), OSError(27, "File too large"), wrapped))
+    assert not loop._is_disk_error(RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"))
+
+
 def test_a_full_disk_stops_the_log_at_once(tmp_path):
     """In the run's own thread: no report is lost in silence, nothing hangs, and closing raises nothing more."""
     resource = pytest.importorskip("resource")

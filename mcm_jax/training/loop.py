@@ -105,7 +105,7 @@ def _validation_pictures(pipeline: Pipeline, modulator: Modulator, examples: dic
 def _is_disk_error(e: BaseException | None) -> bool:
     """Whether an exception is, or was caused by, a failed write (Orbax and TensorStore wrap them)."""
     while e is not None:
-        if isinstance(e, OSError) or any(code in str(e) for code in ("errno", "RESOURCE_EXHAUSTED", "UNAVAILABLE")):
+        if isinstance(e, OSError) or any(code in str(e) for code in ("Errno", "errno", "os_error_code")):
             return True
         e = e.__cause__ or e.__context__
     return False
