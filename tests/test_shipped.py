@@ -63,7 +63,7 @@ def test_base_removes_noise_from_scenes(base):
 
 @pytest.mark.slow
 def test_shipped_mcm_controls(tmp_path):
-    result = evaluation.evaluate("scenes-mcm", tmp_path / "metrics.json", maps=32, steps=10)
+    result = evaluation.evaluate("scenes-mcm", tmp_path / "metrics.json", maps=12, steps=8)
     miou = result["miou"]
     assert miou["real"] > 0.9
     assert miou["base"] < 0.4
@@ -83,6 +83,7 @@ def test_examples_are_conditions():
     assert 0.6 < sketch.mean() < 0.99
 
 
+@pytest.mark.slow
 def test_sample_script_with_the_shipped_mcm(tmp_path):
     """The README's command, fewer steps."""
     command = [sys.executable, "sample.py", f"--segmentation={EXAMPLES / 'segmentation.png'}", "--num_samples=2"]
@@ -95,6 +96,7 @@ def test_sample_script_with_the_shipped_mcm(tmp_path):
     assert record["fingerprint"] == Pipeline.from_folder("scenes-mcm").base.fingerprint
 
 
+@pytest.mark.slow
 def test_seed_and_number_name_a_sample(tmp_path):
     conditions = {"sketch": str(EXAMPLES / "sketch.png")}
     three = generate("scenes-mcm", conditions, tmp_path / "a", num_samples=3, seed=5, steps=3)

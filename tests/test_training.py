@@ -187,6 +187,7 @@ def test_kept_predictions_are_those_of_the_base(base, modulator, source):
     assert all((hidden[d] != hidden[d - 2]).any() for d in (2, 3))  # which modalities are hidden is drawn anew
 
 
+@pytest.mark.slow
 def test_two_devices_train_as_one(base, modulator, params, predict_step, batch):
     if jax.device_count() < 2:
         pytest.skip("one device")
