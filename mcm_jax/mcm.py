@@ -4,7 +4,7 @@
 
 The network is a plain ADM / DDPM U-Net (:class:`mcm_jax.base.unet2d.UNet2D`, the same code as an unconditional base)
 over ``concat(x_t, eps, y)``; its last convolution starts at zero, so an untrained MCM leaves the base as it is
-(ours, after ControlNet and ADM). Two further choices are ours, each a switch, measured in docs/mcm.md:
+(ours, after ControlNet and ADM). Two further choices are ours, each a switch, see docs/mcm.md:
 
 * ``inputs`` may hold ``x0``, the base's estimate ``clip((x_t - sigma eps) / alpha)``: the layout that the base
   is heading for, which a small network would spend its capacity on deriving.
