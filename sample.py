@@ -18,6 +18,9 @@ _CONDITIONS = {
 }
 _NUM = flags.DEFINE_integer("num_samples", 8, "How many")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise; sample i of a seed is the same for any num_samples")
+_PROMPT = flags.DEFINE_string("prompt", None, "Text, for a text-conditional base; default: the empty one")
+_NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What the prompt's guidance leads away from")
+_TEXT = flags.DEFINE_float("text_guidance", None, "Classifier-free guidance scale; default: the config's")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Modality guidance scale; default: the config's")
 _SAMPLER = flags.DEFINE_enum("sampler", None, ["ddim", "ddpm"], "Default: the config's")
 _STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the config's")
@@ -33,7 +36,10 @@ def main(argv: list[str]) -> None:
         _OUT.value,
         num_samples=_NUM.value,
         seed=_SEED.value,
+        prompt=_PROMPT.value,
+        negative_prompt=_NEGATIVE.value,
         guidance=_GUIDANCE.value,
+        text_guidance=_TEXT.value,
         sampler=_SAMPLER.value,
         steps=_STEPS.value,
         eta=_ETA.value,

@@ -36,8 +36,13 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        # Of bases: prompts, names on the Hugging Face Hub, weights in .bin files.
+        "text": ["transformers>=5,<6"],
+        "hub": ["huggingface_hub>=0.30,<3"],
+        "torch": ["torch>=2.10"],
         # PyTorch and diffusers are the oracle that the native networks are held against; mcm_jax imports neither.
         "test": [
+            "mcm-jax[hub,text,torch]",
             "diffusers==0.42.1",
             "pytest>=8.2,<10",
             "ruff>=0.17.6,<0.18",

@@ -3,7 +3,7 @@
 python -m benchmarks.mcm_sizes --out=benchmarks/results/mcm_sizes.json
 
 All variants train in one process on the same batches, timesteps and noise (the base predicts once for all of them),
-with the settings of configs/scenes.py but for the number of steps, of training images and the batch size.
+with the settings of configs/demo.py but for the number of steps and the draws.
 """
 
 import argparse
@@ -12,13 +12,12 @@ import json
 import pathlib
 import platform
 import subprocess
-import time
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from configs import default, scenes
+from configs import default, demo
 from mcm_jax import assets, sampling
 from mcm_jax import config as config_lib
 from mcm_jax.base import load_base
@@ -27,6 +26,7 @@ from mcm_jax.data.scenes import CLASSES, Scenes
 from mcm_jax.evaluation import confusion_matrix, load_segmenter, mean_iou
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.training import state, step
+from mcm_jax.training.inputs import prepare
 
 PAPER = dict(inputs=("x_t", "eps"), shift_space="eps")
 
@@ -41,22 +41,22 @@ def variants() -> dict:
         ("large", "large", {}),
         ("medium, paper's form", "medium", PAPER),
     ):
-        c = scenes.get_config()
+        c = demo.get_config()
         c.mcm.update(default.SIZES[size])
         c.mcm.update(changes)
         if changes:
             c.loss.weighting = "eps"
-        c.sampling.guidance = 1.0
-        c.data.update(size=1_500, draws=2)
-        c.train.batch_size = 16
+        c.data.draws = 2
+        # At the others' rate the large one falls back to the base within the first hundred steps.
+        c.train.learning_rate = 1e-3 if size == "large" else 2e-3
         found[name] = c
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--maps", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--maps", type=int, default=64)
     parser.add_argument("--sampling_steps", type=int, default=12)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
@@ -64,29 +64,29 @@ def main() -> None:
     one = next(iter(configs.values()))
     base = load_base(assets.resolve(one.base.path))
     height, width, _ = base.image_shape
-    source = InMemory.render(Scenes("train", one.data.size, height, width, one.data.seed))
+    rendered = InMemory.render(Scenes("train", one.data.size, height, width, one.data.seed))
+    source = prepare(base, rendered, config_lib.modalities(one), one.train.batch_size).source
     batches = training_batches(source, one.train.batch_size, one.seed, ["sketch"])
     runs, noise_step = {}, None
     for name, c in configs.items():
         t = c.train
         modulator = config_lib.modulator(c, base)
         optimizer, _ = state.make_optimizer(args.steps, t.learning_rate, t.warmup_steps, t.weight_decay, t.clip_norm)
-        params = modulator.init(jax.random.key(c.seed), base.latent_shape)
+        init = jax.jit(lambda key, modulator=modulator: modulator.init(key, base.latent_shape))
+        params = init(jax.random.key(c.seed))
         train_step = step.make_train_step(
             modulator, optimizer, weighting=c.loss.weighting, l1=c.loss.l1, ema_decay=t.ema_decay
         )
         runs[name] = [state.init_state(params, optimizer), train_step]
         noise_step = noise_step or step.make_noise_step(
-            base, modulator, seed=c.seed, drop_rate=c.modalities.drop_rate, draws=c.data.draws
+            modulator, seed=c.seed, drop_rate=c.modalities.drop_rate, draws=c.data.draws
         )
     predictions = step.Predictions(base, len(source), one.data.draws)
-    began = time.perf_counter()
     for i in tqdm(range(args.steps)):
         batch = batches[i]
-        record = predictions(base.params, batch, noise_step(base.params, batch))
+        record = predictions(base.params, batch, noise_step(batch))
         for run in runs.values():
             run[0], _ = run[1](run[0], record)
-    seconds = time.perf_counter() - began
     examples = to_float(InMemory.render(Scenes("test", args.maps, height, width, one.data.seed)).arrays, ["sketch"])
     segmenter, keys, rows = load_segmenter(), sampling.sample_keys(0, args.maps), {}
     for name, c in configs.items():
@@ -100,6 +100,7 @@ def main() -> None:
         size = sum(x.size for x in jax.tree.leaves(pipeline.params))
         rows[name] = {
             "parameters": size,
+            "learning_rate": c.train.learning_rate,
             "share_of_base": round(size / sum(x.size for x in jax.tree.leaves(base.params)), 4),
             "miou": {"both": miou(["segmentation", "sketch"]), "sketch": miou(["sketch"])},
         }
@@ -115,7 +116,6 @@ def main() -> None:
         "guidance": 1.0,
         "miou_of_base": alone,
         "rows": rows,
-        "training_seconds_all": round(seconds),
         "hardware": f"{platform.machine()}, {jax.device_count()} {jax.devices()[0].device_kind} device(s)",
         "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")},
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),

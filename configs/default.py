@@ -16,6 +16,14 @@ SIZES = {
 }
 
 
+def paper(c: ml_collections.ConfigDict) -> None:
+    """Sets the network, form and training to the paper's, where known (docs/mcm.md)."""
+    c.mcm.update(SIZES["paper"], inputs=("x_t", "eps"), shift_space="eps")
+    c.loss.weighting = "eps"
+    c.train.batch_size = 64
+    c.train.learning_rate = 1e-5
+
+
 def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0  # of everything: initial weights, order, noise, drops
@@ -25,11 +33,13 @@ def get_config() -> ml_collections.ConfigDict:
         dtype="float32",  # of the frozen weights and the base's computation: float32, bfloat16, float16
     )
     c.data = dict(
-        name="scenes",  # procedural landscapes, at the base's resolution
-        size=2_000,  # training examples
+        name="scenes",  # procedural landscapes, at the base's resolution; or folder: your own pairs
+        path="",  # of a folder of pairs, see docs/data.md
+        size=2_000,  # training examples of scenes
         draws=0,  # timesteps and noises of each example; 0 is a new one every epoch. The base's predictions for a few
         # draws are kept in memory and serve all later epochs: the base then runs in the first ones only
-        seed=2,  # another seed is another data set; 0 trained the base, 1 the segmentation net
+        seed=2,  # of scenes: another seed is another data set; 0 trained the base, 1 the segmentation net
+        prompt_drop_rate=0.1,  # how often the base is shown the empty prompt; for text-conditional bases
     )
     c.modalities = dict(  # kind: labels (classes), map (values in [0, 1]), lines (a map, black lines on white)
         segmentation=dict(kind="labels", channels=6),
@@ -66,6 +76,9 @@ def get_config() -> ml_collections.ConfigDict:
         steps=25,
         eta=0.0,  # of ddim
         guidance=1.0,  # eps + guidance * (eps' - eps)
+        text_guidance=7.5,  # classifier-free guidance of the prompt; this and the next two: for text-conditional bases
+        negative_prompt="",
+        modulate="after_cfg",  # the MCM modulates the guided prediction, or each branch (before_cfg)
         batch_size=32,
     )
     c.evaluation = dict(

@@ -23,7 +23,8 @@ _CHOICES = {
     "mcm.shift_space": SHIFT_SPACES,
     "loss.weighting": losses.WEIGHTINGS,
     "sampling.sampler": sampling.SAMPLERS,
-    "data.name": ("scenes",),
+    "sampling.modulate": sampling.MODULATE,
+    "data.name": ("scenes", "folder"),
 }
 _AT_LEAST_ONE = (
     "data.size",
@@ -51,6 +52,7 @@ _AT_LEAST_ZERO = (
     "train.validate_every",
     "mcm.head_dim",
     "sampling.guidance",
+    "sampling.text_guidance",
     "evaluation.diversity_seeds",
 )
 _SEEDS = 2**32  # a JAX key takes 32 bits; more would be cut off silently
@@ -66,8 +68,15 @@ _WHOLE = (
     "evaluation.diversity_seeds",
 )
 _LISTS = {"mcm.multipliers": 1, "mcm.attention": 0}  # with the least value of an element
-_OTHERS = ("base.path", "mcm.inputs", "mcm.residual_scale", "modalities.drop_rate")
-_SHARES = ("train.ema_decay", "modalities.drop_rate", "sampling.eta")
+_OTHERS = (
+    "base.path",
+    "data.path",
+    "mcm.inputs",
+    "mcm.residual_scale",
+    "modalities.drop_rate",
+    "sampling.negative_prompt",
+)
+_SHARES = ("train.ema_decay", "modalities.drop_rate", "data.prompt_drop_rate", "sampling.eta")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -101,6 +110,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         whole = isinstance(flat[key], list) and all(isinstance(v, int) and v >= least for v in flat[key])
         expect(whole and len(flat[key]) > 0, key, f"a list of whole numbers, each at least {least}")
     expect(isinstance(flat["mcm.residual_scale"], bool), "mcm.residual_scale", "True or False")
+    expect(isinstance(flat["sampling.negative_prompt"], str), "sampling.negative_prompt", "a text, '' for none")
     expect(isinstance(flat["base.path"], str) and flat["base.path"] != "", "base.path", "a folder or a shipped name")
     for key, choices in _CHOICES.items():
         expect(flat[key] in choices, key, f"one of {', '.join(choices)}")
@@ -121,10 +131,16 @@ def check(config: ml_collections.ConfigDict) -> None:
     expect(len(set(inputs)) == len(inputs) > 0 and set(inputs) <= set(INPUTS), "mcm.inputs", f"out of {INPUTS}")
     if not modalities(config):
         raise UserError("config.modalities names no modality; see configs/default.py")
-    maps = _MAPS[flat["data.name"]]
+    is_text = isinstance(flat["data.path"], str)
+    expect(
+        is_text and bool(flat["data.path"]) == (flat["data.name"] == "folder"),
+        "data.path",
+        "a folder of pairs where data.name is 'folder', and '' where it is not",
+    )
+    maps = _MAPS.get(flat["data.name"])
     for m in modalities(config):
         found = ("labels" if m.kind == "labels" else "map", m.channels)
-        if found != maps.get(m.name):
+        if maps and found != maps.get(m.name):
             held = ", ".join(f"{name} ({kind}, channels={channels})" for name, (kind, channels) in maps.items())
             raise UserError(
                 f"config.modalities.{m.name} is kind={m.kind!r}, channels={m.channels}, but the data set "

@@ -28,7 +28,10 @@ def generate(
     *,
     num_samples: int = 8,
     seed: int = 0,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
     guidance: float | None = None,
+    text_guidance: float | None = None,
     sampler: str | None = None,
     steps: int | None = None,
     eta: float | None = None,
@@ -43,7 +46,10 @@ def generate(
         ``samples.json``, which holds every argument.
       num_samples: how many, at least 1.
       seed: of the noise, at least 0.
-      guidance: None takes the config's, as for all that follow.
+      prompt: for a text-conditional base; None is the empty one.
+      negative_prompt: what classifier-free guidance leads away from. None takes the config's, as for all that follow.
+      guidance: modality guidance scale.
+      text_guidance: classifier-free guidance scale.
       sampler: ``ddim`` or ``ddpm``.
       steps: sampling steps.
       eta: DDIM's share of fresh noise, in [0, 1].
@@ -62,30 +68,36 @@ def generate(
     settings = {
         "num_samples": num_samples,
         "seed": seed,
+        "prompt": prompt,
+        "negative_prompt": defaults.negative_prompt if negative_prompt is None else negative_prompt,
         "guidance": defaults.guidance if guidance is None else guidance,
+        "text_guidance": defaults.text_guidance if text_guidance is None else text_guidance,
         "sampler": sampler or defaults.sampler,
         "steps": defaults.steps if steps is None else steps,
         "eta": defaults.eta if eta is None else eta,
         "batch_size": min(num_samples, defaults.batch_size) if batch_size is None else batch_size,
     }
-    checked = {k: v for k, v in settings.items() if k != "sampler"}
+    if prompt is not None and not pipeline.base.is_text_conditional:
+        raise UserError(f"--prompt: the base {pipeline.base.name!r} is unconditional, it has no text encoder")
+    checked = {k: v for k, v in settings.items() if k not in ("sampler", "prompt", "negative_prompt")}
     sampling.check_settings(pipeline.base.schedule, **checked)
     known = {m.name: m for m in pipeline.modulator.modalities}
     if unknown := sorted(conditions.keys() - known.keys()):
         raise UserError(f"the MCM {workdir!r} knows {', '.join(known)}, not {', '.join(unknown)}")
     height, width, _ = pipeline.base.latent_shape
-    maps = {}
-    for name, path in conditions.items():
-        map_ = known[name].resize(read_png(path, known[name]), height, width)
-        maps[name] = np.repeat(map_[None], num_samples, axis=0)
+    maps, shown = {}, []
+    for name, path in sorted(conditions.items()):
+        condition = read_png(path, known[name])
+        maps[name] = np.repeat(known[name].resize(condition, height, width)[None], num_samples, axis=0)
+        shown.append(pictures.show(known[name], known[name].resize(condition, *pipeline.base.image_shape[:2])[None]))
 
     out = pathlib.Path(out)
     check_writable(out, "--out")
-    sampled = {k: v for k, v in settings.items() if k not in ("num_samples", "seed")}
+    sampled = {k: v for k, v in settings.items() if k not in ("num_samples", "seed", "prompt")}
+    sampled["prompts"] = None if prompt is None else [prompt] * num_samples
     images = pipeline(maps, sampling.sample_keys(seed, num_samples), **sampled)
 
     values = pictures.to_uint8(images)
-    shown = [pictures.show(known[name], maps[name][:1]) for name in sorted(maps)]
     strip = np.concatenate([*shown, values])
     columns = min(len(strip), 9)
     strip = np.concatenate([strip, np.full((-len(strip) % columns, *strip.shape[1:]), 255, np.uint8)])

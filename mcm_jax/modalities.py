@@ -86,6 +86,15 @@ class Modality:
             out = 1 - np.clip(ink / max(np.quantile(ink[ink > 0], 0.8), thinnest), 0, 1)
         return out
 
+    def resize_all(self, batch: np.ndarray, height: int, width: int) -> np.ndarray:
+        """:meth:`resize` of each of a batch ``[B, H, W]``; uint8 maps (value * 255) stay uint8."""
+        if batch.shape[1:3] == (height, width):
+            return batch
+        if self.kind == "labels" or batch.dtype != np.uint8:
+            return np.stack([self.resize(condition, height, width) for condition in batch])
+        resized = (self.resize(condition.astype(np.float32) / 255, height, width) for condition in batch)
+        return np.stack([np.round(condition * 255).astype(np.uint8) for condition in resized])
+
     def channels_of(self, condition: jax.Array) -> jax.Array:
         """Turns a batch ``[B, H, W]`` (or ``[B, H, W, C]`` for a map) into float32 ``[B, H, W, channels]``."""
         if self.kind == "labels":

@@ -7,7 +7,7 @@ its fingerprint). A workdir is such a folder while it trains and after; the ship
 import functools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -89,23 +89,30 @@ class Pipeline:
         """
         path = assets.resolve(os.fspath(folder))
         config = config_lib.load(path)
-        base = load_base(assets.resolve(config.base.path), config.base.dtype)
+        base = load_base(assets.resolve_base(config.base.path), config.base.dtype)
         modulator = config_lib.modulator(config, base)
         like = jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape))
         params, step = _read_mcm(path / WEIGHTS, like, base)
         return cls(base, modulator, params, config, step)
 
-    def _compile(self, sampler: str, steps: int, eta: float, alone: bool) -> Any:
-        base, modulator = self.base, self.modulator
+    def _compile(self, sampler: str, steps: int, eta: float, alone: bool, guided: bool) -> Any:
+        base, modulator, where = self.base, self.modulator, self.config.sampling.modulate
 
         @jax.jit
-        def run(base_params, params, conditions, present, keys, guidance):
+        def run(base_params, params, conditions, present, keys, guidance, text_guidance, context, negative):
             def denoise(x, t):
-                eps = base.predict(base_params, x, t).astype(jnp.float32)
-                if alone:
-                    return eps
-                modulated, _, _ = modulator(params, x, eps, t, conditions, present)
-                return sampling.guide(eps, modulated, guidance)
+                def modulate(eps):
+                    return eps if alone else modulator(params, x, eps, t, conditions, present)[0]
+
+                if not guided:
+                    eps = base.predict(base_params, x, t, context).astype(jnp.float32)
+                    return sampling.guide(eps, modulate(eps), guidance)
+                twice = jnp.concatenate  # one call of the base for both prompts
+                contexts = twice([negative, context])
+                eps = base.predict(base_params, twice([x, x]), twice([t, t]), contexts).astype(jnp.float32)
+                return sampling.modulate_guided(
+                    modulate, *jnp.split(eps, 2), guidance=guidance, text_guidance=text_guidance, where=where
+                )
 
             x = sampling.initial_noise(keys, base.latent_shape)
             x = sampling.sample(denoise, x, keys, base.schedule, sampler=sampler, steps=steps, eta=eta)
@@ -113,12 +120,31 @@ class Pipeline:
 
         return run
 
+    def _contexts(self, prompts: Sequence[str] | None, negative: str, count: int, guided: bool) -> tuple[Any, Any, Any]:
+        """Contexts ``[P, L, D]`` of the distinct prompts, which of them each sample has, and the negative prompt's."""
+        if not self.base.is_text_conditional:
+            if prompts is not None:
+                raise UserError(f"prompts: the base {self.base.name!r} is unconditional, it has no text encoder")
+            return None, None, None
+        prompts = [""] * count if prompts is None else list(prompts)
+        if len(prompts) != count:
+            raise UserError(f"prompts: expected {count}, one a sample, got {len(prompts)}")
+        if odd := [p for p in [*prompts, negative] if not isinstance(p, str)]:
+            raise UserError(f"prompts: expected texts, got {odd[0]!r} ({type(odd[0]).__name__})")
+        distinct = list(dict.fromkeys([*prompts, negative] if guided else prompts))
+        parts = [self.base.embed_text(self.base.params, distinct[i : i + 1]) for i in range(len(distinct))]
+        which = np.array([distinct.index(p) for p in prompts])
+        return jnp.concatenate(parts), which, distinct.index(negative) if guided else None
+
     def __call__(
         self,
         conditions: Mapping[str, np.ndarray],
         keys: jax.Array,
         *,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         guidance: float | None = None,
+        text_guidance: float | None = None,
         sampler: str | None = None,
         steps: int | None = None,
         eta: float | None = None,
@@ -130,7 +156,10 @@ class Pipeline:
           conditions: for each modality that is given, ``[N, H, W]`` on the base's grid (labels int, maps in
             [0, 1]); any subset. None at all samples from the base under an MCM that sees no condition.
           keys: ``[N]``, see :func:`mcm_jax.sampling.sample_keys`.
+          prompts: N texts, for a text-conditional base; None is the empty prompt for each.
+          negative_prompt: what classifier-free guidance leads away from.
           guidance: modality guidance scale; 0 is the base alone (then the MCM does not run).
+          text_guidance: classifier-free guidance scale; 1 is none (then the base sees the prompt only).
           sampler: ``ddim`` or ``ddpm``.
           steps: sampling steps.
           eta: DDIM's share of fresh noise.
@@ -141,11 +170,20 @@ class Pipeline:
         """
         defaults = self.config.sampling
         guidance = defaults.guidance if guidance is None else guidance
+        text_guidance = defaults.text_guidance if text_guidance is None else text_guidance
+        negative_prompt = defaults.negative_prompt if negative_prompt is None else negative_prompt
         sampler = sampler or defaults.sampler
         steps = defaults.steps if steps is None else steps
         eta = defaults.eta if eta is None else eta
         batch_size = defaults.batch_size if batch_size is None else batch_size
-        sampling.check_settings(self.base.schedule, guidance=guidance, steps=steps, eta=eta, batch_size=batch_size)
+        sampling.check_settings(
+            self.base.schedule,
+            guidance=guidance,
+            text_guidance=text_guidance,
+            steps=steps,
+            eta=eta,
+            batch_size=batch_size,
+        )
         if not len(keys):
             raise UserError("no keys given: at least one sample is drawn")
         count, (height, width, _) = len(keys), self.base.latent_shape
@@ -163,11 +201,16 @@ class Pipeline:
                     )
                 present[:, i] = True
             full[modality.name] = modality.null(count, height, width) if given is None else np.asarray(given)
-        run = self._compiled(sampler, int(steps), float(eta), guidance == 0)
+        guided = self.base.is_text_conditional and text_guidance != 1
+        contexts, which, negative = self._contexts(prompts, negative_prompt, count, guided)
+        run = self._compiled(sampler, int(steps), float(eta), guidance == 0, guided)
+        scales = jnp.float32(guidance), jnp.float32(text_guidance)
         images = []
         for start in range(0, count, batch_size):
             rows = np.arange(start, start + batch_size) % count  # the last batch starts over to fill up
             batch = {name: value[rows] for name, value in full.items()}
-            out = run(self.base.params, self.params, batch, present[rows], keys[rows], jnp.float32(guidance))
+            context = None if contexts is None else contexts[which[rows]]
+            against = contexts[np.full(batch_size, negative)] if guided else None
+            out = run(self.base.params, self.params, batch, present[rows], keys[rows], *scales, context, against)
             images.append(np.asarray(out, np.float32))
         return np.concatenate(images)[:count]

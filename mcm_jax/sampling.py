@@ -22,6 +22,7 @@ from mcm_jax.errors import UserError
 from mcm_jax.schedules import Schedule
 
 SAMPLERS = ("ddim", "ddpm")
+MODULATE = ("after_cfg", "before_cfg")
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -45,6 +46,7 @@ def check_settings(
     *,
     seed: int = 0,
     guidance: float = 1.0,
+    text_guidance: float = 1.0,
     steps: int = 25,
     eta: float = 0.0,
     num_samples: int = 1,
@@ -57,25 +59,54 @@ def check_settings(
         ("batch_size", batch_size, batch_size >= 1, "at least 1"),
         ("seed", seed, 0 <= seed < 2**32, "in 0..4294967295"),
         ("guidance", guidance, math.isfinite(guidance) and guidance >= 0, "at least 0"),
+        ("text_guidance", text_guidance, math.isfinite(text_guidance) and text_guidance >= 0, "at least 0"),
         ("eta", eta, 0 <= eta <= 1, "in [0, 1]"),
         ("steps", steps, 1 <= steps <= total, f"in 1..{total} (the base's timesteps)"),
     ):
         if not holds:
             raise UserError(f"{name} must be {expected}, got {value}")
     try:
-        grid = schedule.timesteps(steps)
+        schedule.timesteps(steps)
     except ValueError as e:
         raise UserError(f"steps={steps}: {e}") from e
-    if (schedule.alphas_cumprod[grid] == 0).any():
-        raise UserError(
-            f"the schedule has no signal left at timestep {grid[0]} (zero terminal SNR), where eps says nothing of x0; "
-            f"such bases are not supported yet"
-        )
 
 
 def guide(eps: jax.Array, modulated: jax.Array, scale: float) -> jax.Array:
-    """Modality guidance (ours): ``eps + scale (eps' - eps)``. 0 is the base alone, 1 the MCM, more exaggerates it."""
+    """``eps + scale (eps' - eps)``: 0 is eps, 1 is eps', more exaggerates what the second knows beyond the first.
+
+    Between the base's prediction and the modulated one this is modality guidance (ours); between the predictions for
+    the negative (or empty) prompt and for the prompt it is classifier-free guidance (Ho & Salimans 2022).
+    """
     return eps + scale * (modulated - eps)
+
+
+def modulate_guided(
+    modulate: Callable[[jax.Array], jax.Array],
+    negative: jax.Array,
+    positive: jax.Array,
+    *,
+    guidance: jax.Array | float,
+    text_guidance: jax.Array | float,
+    where: str,
+) -> jax.Array:
+    """Classifier-free guidance of the prompt and modality guidance of the MCM together.
+
+    Args:
+      modulate: the MCM, eps ``[B, H, W, C]`` to eps' at the current x_t and t.
+      negative: eps for the negative prompt ``[B, H, W, C]``.
+      positive: eps for the prompt, of the same shape.
+      guidance: modality guidance scale.
+      text_guidance: classifier-free guidance scale.
+      where: ``after_cfg``: the MCM sees and modulates the guided prediction; ``before_cfg``: each branch by itself.
+    """
+    if where == "after_cfg":
+        eps = guide(negative, positive, text_guidance)
+        return guide(eps, modulate(eps), guidance)
+    if where == "before_cfg":
+        negative = guide(negative, modulate(negative), guidance)
+        positive = guide(positive, modulate(positive), guidance)
+        return guide(negative, positive, text_guidance)
+    raise ValueError(f"modulate must be one of {MODULATE}, got {where!r}")
 
 
 def sample(
@@ -107,7 +138,7 @@ def sample(
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}")
     grid = np.asarray(schedule.timesteps(steps) if timesteps is None else timesteps, np.int32)
-    abar = np.asarray(schedule.alphas_cumprod, np.float64)
+    abar = schedule.abar.astype(np.float64)
     here = abar[grid]
     final = schedule.final_alpha_cumprod if sampler == "ddim" else 1.0
     there = np.append(abar[grid[1:]], final)

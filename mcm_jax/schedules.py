@@ -13,8 +13,8 @@ so ``alpha_t^2 + sigma_t^2 = 1`` (variance preserving). The betas are one of
     trained_betas       a list of T numbers in the file
 
 ``rescale_betas_zero_snr`` shifts and scales ``sqrt(abar)`` so that its last value is 0 (Lin et al. 2024, alg. 1).
-There ``alpha_{T-1} = 0``, eps says nothing of x_0 and ``x_0 = (x_t - sigma_t eps)/alpha_t`` is 0/0: a sampler that
-works on eps should then start below ``T-1``.
+There ``alpha_{T-1} = 0``, eps says nothing of x_0 and ``x_0 = (x_t - sigma_t eps)/alpha_t`` is 0/0. So that
+samplers may work on eps all the same, :attr:`Schedule.abar` and what is made of it stop at 4.9e-8 (ours, as others do).
 
 A grid of ``N`` sampling steps (same paper, table 2) is
 
@@ -35,10 +35,11 @@ import numpy as np
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
+_LEAST_SIGNAL = 4.8973451890853435e-08
 _VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 
 # What a key means when the file leaves it out: diffusers' own defaults, which differ by class. DDPM has no
-# set_alpha_to_one (its last step is always to abar = 1), PNDM has no clipping.
+# set_alpha_to_one (its last step is always to abar = 1); only DDPM and DDIM clip.
 _COMMON = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -55,10 +56,34 @@ _COMMON = {
     "thresholding": False,
     "variance_type": "fixed_small",
 }
+# Samplers of the same diffusion, which Stable Diffusion's folders name too. We take its betas and parameterisation from
+# them, not their way to sample.
+_OTHER = _COMMON | {"clip_sample": False, "timestep_spacing": "linspace"}
 _DEFAULTS = {
     "DDPMScheduler": _COMMON,
     "DDIMScheduler": _COMMON,
     "PNDMScheduler": _COMMON | {"set_alpha_to_one": False, "clip_sample": False},
+    "EulerDiscreteScheduler": _OTHER,
+    "EulerAncestralDiscreteScheduler": _OTHER,
+    "DPMSolverMultistepScheduler": _OTHER,
+    "UniPCMultistepScheduler": _OTHER,
+    "DEISMultistepScheduler": _OTHER,
+    "LMSDiscreteScheduler": _OTHER,
+    "HeunDiscreteScheduler": _OTHER | {"beta_start": 0.00085, "beta_end": 0.012},
+}
+# Options that a class does not have, or that only concern its own way to sample; a file may carry them all the same.
+_SAMPLING = {"clip_sample", "set_alpha_to_one", "thresholding", "variance_type"}
+_IGNORED = {
+    "DDPMScheduler": {"set_alpha_to_one"},
+    "DDIMScheduler": set(),
+    "PNDMScheduler": {"clip_sample", "rescale_betas_zero_snr", "thresholding"},
+    "EulerDiscreteScheduler": _SAMPLING,
+    "EulerAncestralDiscreteScheduler": _SAMPLING,
+    "DPMSolverMultistepScheduler": _SAMPLING,
+    "UniPCMultistepScheduler": _SAMPLING,
+    "DEISMultistepScheduler": _SAMPLING | {"rescale_betas_zero_snr"},
+    "LMSDiscreteScheduler": _SAMPLING | {"rescale_betas_zero_snr"},
+    "HeunDiscreteScheduler": _SAMPLING | {"rescale_betas_zero_snr"},
 }
 
 
@@ -100,10 +125,7 @@ class Schedule:
         name = config.get("_class_name")
         if name not in _DEFAULTS:
             raise ValueError(f"_class_name: found {name!r}, expected one of {', '.join(_DEFAULTS)}")
-        # PNDM has no such options: there diffusers ignores them in a file, and so do we.
-        ignored = {"clip_sample", "rescale_betas_zero_snr", "thresholding"} if name == "PNDMScheduler" else set()
-        if name == "DDPMScheduler":
-            ignored = {"set_alpha_to_one"}
+        ignored = _IGNORED[name]
         c = _DEFAULTS[name] | {k: v for k, v in config.items() if k in _COMMON and k not in ignored}
         _expect_in(c, "prediction_type", PREDICTION_TYPES)
         _expect_in(c, "timestep_spacing", SPACINGS)
@@ -118,17 +140,22 @@ class Schedule:
         return len(self.alphas_cumprod)
 
     @property
+    def abar(self) -> np.ndarray:
+        """`alphas_cumprod` with a last trace of signal where it has none: float32 ``[T]``, above 0."""
+        return np.maximum(self.alphas_cumprod, np.float32(_LEAST_SIGNAL))
+
+    @property
     def final_alpha_cumprod(self) -> float:
         """``abar`` that the last sampling step goes to (there is no timestep below 0 to read it from)."""
         return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod[0])
 
     def alpha(self, t: jax.Array) -> jax.Array:
         """``sqrt(abar_t)``: int32 ``[B]`` in 0..T-1 to float32 ``[B]``."""
-        return jnp.asarray(np.sqrt(self.alphas_cumprod))[t]
+        return jnp.asarray(np.sqrt(self.abar))[t]
 
     def sigma(self, t: jax.Array) -> jax.Array:
         """``sqrt(1 - abar_t)``: int32 ``[B]`` in 0..T-1 to float32 ``[B]``."""
-        return jnp.asarray(np.sqrt(1 - self.alphas_cumprod))[t]
+        return jnp.asarray(np.sqrt(1 - self.abar))[t]
 
     def add_noise(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         """``x_t = alpha_t x_0 + sigma_t eps``.

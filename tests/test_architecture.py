@@ -185,7 +185,10 @@ def unsafe_reads(tree):
                 wrong += [(node.lineno, "torch.load") for a in node.names if a.name == "load"]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             name = f"{node.value.id}.{node.attr}"
-            wrong += [(node.lineno, name)] if name in ("torch.load", "pd.read_pickle") else []
+            wrong += [(node.lineno, name)] if name == "pd.read_pickle" else []
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            restricted = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+            wrong += [] if restricted else [(node.lineno, "torch.load")]
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             safe = isinstance(node.value, ast.Constant) and node.value.value is False
             wrong += [] if safe else [(node.value.lineno, "allow_pickle")]
@@ -197,11 +200,14 @@ def test_unsafe_read_checker_sees_what_it_should():
         "import pickle",
         "from pickle import load",
         "import torch\ntorch.load(p)",
+        "torch.load(p, weights_only=False)",
+        "torch.load(p, weights_only=safe)",
         "from torch import load",
         "np.load(p, allow_pickle=True)",
         "np.load(p, allow_pickle=flag)",
     )
     assert all(unsafe_reads(ast.parse(source)) for source in bad)
+    assert not unsafe_reads(ast.parse("torch.load(p, map_location=d, weights_only=True)"))
     assert not unsafe_reads(ast.parse('"""Never torch.load."""\nnp.load(p, allow_pickle=False)\njson.load(f)'))
 
 

@@ -125,8 +125,9 @@ def test_8_bits_fill_the_ranges_of_the_api():
 def _check_rendered(rendered, scenes, indices):
     for i in indices:
         stored, exact = rendered[i], scenes[i]
-        assert stored.keys() == {"image", "segmentation", "sketch"}
-        assert all(stored[name].dtype == np.uint8 for name in stored)
+        assert stored.keys() == {"image", "segmentation", "sketch", "caption"}
+        assert all(stored[name].dtype == np.uint8 for name in ("image", "segmentation", "sketch"))
+        assert stored["caption"] == exact["caption"]
         np.testing.assert_array_equal(stored["segmentation"], exact["segmentation"])
         found = to_float(stored, maps=("sketch",))
         np.testing.assert_allclose(found["image"], exact["image"], atol=0.5 / 127.5 + 1e-6)  # half a level

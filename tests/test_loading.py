@@ -269,17 +269,6 @@ def test_tensors_that_are_not_floating(folder):
     expect_error(folder, WEIGHTS, "conv_in.bias (int8)")
 
 
-def test_pickles_are_never_opened(folder):
-    (folder / WEIGHTS).rename(folder / "unet/diffusion_pytorch_model.bin")
-    expect_error(folder, WEIGHTS, "diffusion_pytorch_model.bin", "safe_serialization=True")
-
-
-def test_sharded_weights_are_refused(folder):
-    (folder / WEIGHTS).rename(folder / "unet/diffusion_pytorch_model-00001-of-00001.safetensors")
-    (folder / f"{WEIGHTS}.index.json").write_text("{}")
-    expect_error(folder, "several files")
-
-
 def test_loading_imports_no_torch(saved):
     code = (
         "import sys; from mcm_jax.base import load_base; load_base(sys.argv[1]); "

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from mcm_jax.sampling import guide, initial_noise, sample, sample_keys
+from mcm_jax.predictions import v_to_eps
+from mcm_jax.sampling import guide, initial_noise, modulate_guided, sample, sample_keys
 from mcm_jax.schedules import Schedule
 
 SHAPE = (4, 6, 2)
@@ -262,3 +263,48 @@ def test_steps_out_of_range(steps):
     keys, x = _start()
     with pytest.raises(ValueError, match=rf"num_steps: found {steps}, expected 1\.\.1000"):
         sample(_denoise, x, keys, _schedule(), steps=steps)
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+def test_zero_terminal_snr_equals_diffusers(steps):
+    """The first step starts where nothing is left of x0; a network that predicts v knows it all the same."""
+    options = {
+        **{"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False},
+        **{"prediction_type": "v_prediction", "beta_schedule": "scaled_linear"},
+    }
+    keys, x = _start()
+    schedule = _schedule(**options)
+    assert schedule.timesteps(steps)[0] == 999 and schedule.alphas_cumprod[999] == 0
+
+    def denoise(x, t):
+        return v_to_eps(_denoise(x, t), x, schedule.alpha(t), schedule.sigma(t))
+
+    ours = sample(denoise, x, keys, schedule, steps=steps)
+    scheduler, y = DDIMScheduler(**options), torch.from_numpy(np.array(x))
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        y = scheduler.step(_denoise_torch(y, t), int(t), y).prev_sample
+    # The trace of signal that we leave there: alpha = 2.2e-4.
+    np.testing.assert_allclose(ours, y.numpy(), atol=2e-3)
+
+
+def test_both_guidances_together():
+    """Where the MCM sees the guided prediction and where it sees each branch, against the formulas by hand."""
+    rng = np.random.default_rng(0)
+    negative, positive = (jnp.asarray(rng.normal(size=(2, 3, 4, 1)), jnp.float32) for _ in range(2))
+    mcm, g, s = (lambda eps: eps**2 + 0.5), 1.5, 4.0  # not linear: the order matters
+
+    def run(where, guidance=g, text_guidance=s):
+        scales = {"guidance": guidance, "text_guidance": text_guidance}
+        return np.asarray(modulate_guided(mcm, negative, positive, **scales, where=where))
+
+    n, p = np.asarray(negative), np.asarray(positive)
+    guided = n + s * (p - n)
+    np.testing.assert_allclose(run("after_cfg"), guided + g * (guided**2 + 0.5 - guided), rtol=1e-5)
+    n2, p2 = n + g * (n**2 + 0.5 - n), p + g * (p**2 + 0.5 - p)
+    np.testing.assert_allclose(run("before_cfg"), n2 + s * (p2 - n2), rtol=1e-4, atol=1e-5)
+    for where in ("after_cfg", "before_cfg"):
+        np.testing.assert_allclose(run(where, guidance=0.0), guided, rtol=1e-5)  # no MCM
+        np.testing.assert_allclose(run(where, text_guidance=1.0), p2, rtol=1e-4, atol=1e-5)  # no negative prompt
+    with pytest.raises(ValueError, match="'never'"):
+        run("never")

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +33,42 @@ def test_alphas_cumprod_equals_diffusers(name, beta_schedule, total, zero_snr):
     assert not zero_snr or name == "PNDMScheduler" or ours.alphas_cumprod[-1] == 0
     final = float(getattr(theirs, "final_alpha_cumprod", 1.0))
     assert ours.final_alpha_cumprod == pytest.approx(final, rel=1e-6)
+
+
+OTHERS = {
+    "EulerDiscreteScheduler": {"rescale_betas_zero_snr": False},
+    "EulerAncestralDiscreteScheduler": {},
+    "DPMSolverMultistepScheduler": {"variance_type": None, "thresholding": False},
+    "UniPCMultistepScheduler": {"thresholding": True},
+    "DEISMultistepScheduler": {},
+    "LMSDiscreteScheduler": {},
+    "HeunDiscreteScheduler": {"clip_sample": True},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_of_other_samplers_hold_the_same_diffusion(name, tmp_path):
+    """Stable Diffusion's folders name any of these; their betas and parameterisation are what a base needs."""
+    make = getattr(diffusers, name)
+    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", **OTHERS[name]}
+    for chosen in ({}, options | {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}):
+        theirs = make(**chosen)
+        theirs.save_pretrained(tmp_path)
+        ours = Schedule.from_config(json.loads((tmp_path / "scheduler_config.json").read_text()))
+        np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=1e-6)
+        assert ours.prediction_type == theirs.config.prediction_type
+        assert ours.timestep_spacing == theirs.config.timestep_spacing
+        assert not ours.clip_sample and ours.set_alpha_to_one
+        bare = Schedule.from_config({"_class_name": name})
+        np.testing.assert_allclose(bare.alphas_cumprod, make().alphas_cumprod.numpy(), rtol=1e-6)
+
+
+def test_a_trace_of_signal_is_left_where_the_schedule_has_none():
+    zero = Schedule.from_config({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True})
+    assert zero.alphas_cumprod[-1] == 0 < zero.abar[-1] < 1e-7
+    np.testing.assert_array_equal(zero.abar[:990], zero.alphas_cumprod[:990])
+    t = jnp.array([999])
+    assert np.isfinite(1 / zero.alpha(t)).all() and zero.sigma(t)[0] == pytest.approx(1)
 
 
 def test_trained_betas():
@@ -91,7 +128,7 @@ def test_add_noise_equals_diffusers_under_jit():
 @pytest.mark.parametrize(
     "config, words",
     [
-        ({"_class_name": "EulerDiscreteScheduler"}, ["_class_name", "'EulerDiscreteScheduler'", "PNDMScheduler"]),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, ["_class_name", "'FlowMatchEuler", "PNDMScheduler"]),
         ({}, ["_class_name", "None", "DDPMScheduler"]),
         ({"beta_schedule": "sigmoid"}, ["beta_schedule", "'sigmoid'", "scaled_linear"]),
         ({"prediction_type": "flow"}, ["prediction_type", "'flow'", "v_prediction"]),

@@ -47,7 +47,8 @@ def params(base, modulator):
 
 @pytest.fixture(scope="module")
 def source():
-    return InMemory.render(Scenes("train", 12, tiny.SIZE, tiny.SIZE, 2))
+    rendered = InMemory.render(Scenes("train", 12, tiny.SIZE, tiny.SIZE, 2)).arrays
+    return InMemory({name: rendered[name] for name in ("image", "segmentation", "sketch")})
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,9 @@ def batch(source):
 
 def make_predict_step(base, modulator):
     """``predict_step(base_params, batch) -> record``: noise, then the base's prediction, as the loop has them."""
-    noise_step = step.make_noise_step(base, modulator, seed=0, drop_rate=0.3, draws=0)
+    noise_step = step.make_noise_step(modulator, seed=0, drop_rate=0.3, draws=0)
     predictions = step.Predictions(base, 12, 0)
-    return lambda base_params, batch: predictions(base_params, batch, noise_step(base_params, batch))
+    return lambda base_params, batch: predictions(base_params, batch, noise_step(batch))
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +165,12 @@ def test_an_examples_noise_does_not_depend_on_its_batch(base, predict_step, batc
 def test_kept_predictions_are_those_of_the_base(base, modulator, source):
     """Two draws an example: from the third epoch on the base does not run, and the records are those of the first."""
     batches = training_batches(source, 4, 0, ["sketch"])  # three an epoch
-    noise_step = step.make_noise_step(base, modulator, seed=0, drop_rate=0.3, draws=2)
+    noise_step = step.make_noise_step(modulator, seed=0, drop_rate=0.3, draws=2)
     fresh_ones, kept = step.Predictions(base, len(source), 0), step.Predictions(base, len(source), 2)
     first = {}
     for i in range(12):
         batch = batches[i]
-        noised = noise_step(base.params, batch)
+        noised = noise_step(batch)
         nobody = jax.tree.map(lambda p: p * np.float32("nan"), base.params) if i >= 6 else base.params
         record = jax.device_get(kept(nobody, batch, noised))
         online = jax.device_get(fresh_ones(base.params, batch, noised))
@@ -486,10 +487,8 @@ def test_what_is_hidden_does_not_depend_on_the_noise(base, modulator):
     image = np.zeros((count, *base.image_shape), np.float32)
     maps = {m.name: m.null(count, *base.image_shape[:2]) for m in modulator.modalities}
     index = np.arange(count, dtype=np.int32)
-    noise_step = step.make_noise_step(base, modulator, seed=0, drop_rate=0.5, draws=0)
-    out = jax.device_get(
-        noise_step(base.params, {"image": image, "index": index, "draw": np.zeros_like(index), **maps})
-    )
+    noise_step = step.make_noise_step(modulator, seed=0, drop_rate=0.5, draws=0)
+    out = jax.device_get(noise_step({"image": image, "index": index, "draw": np.zeros_like(index), **maps}))
     shown = out["present"].astype(np.float32) - out["present"].mean(0)
     first_values = out["noise"].reshape(count, -1)[:, :8]
     correlation = np.abs(shown.T @ first_values) / count

@@ -59,6 +59,114 @@ def save_base(folder, seed):
     return folder
 
 
+def save_ldm_base(folder, seed=0):
+    """Writes a random unconditional latent base: pictures of 32x32, latents of 16x16x3."""
+    import diffusers
+    import torch
+
+    torch.manual_seed(seed)
+    net = diffusers.UNet2DModel(
+        sample_size=SIZE,
+        block_out_channels=(20, 28),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=7,
+    )
+    vqvae = diffusers.VQModel(
+        block_out_channels=(8, 12),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        num_vq_embeddings=16,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    )
+    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "clip_sample": False}
+    diffusers.LDMPipeline(vqvae, net, diffusers.DDIMScheduler(**schedule)).save_pretrained(folder)
+    return folder
+
+
+WORDS = "a mountain lake meadow at dawn sunset night by day with and sun moon one two three trees tree , . !"
+
+
+def save_tokenizer(folder, length=12):
+    """Writes a CLIP tokenizer that knows :data:`WORDS` and single letters."""
+    from transformers import CLIPTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    merges, pieces = [], [*letters, *(f"{c}</w>" for c in letters), *("!</w>", ",</w>", ".</w>")]
+    for word in WORDS.split():
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            merges.append(f"{parts[0]} {parts[1]}")
+            parts = [parts[0] + parts[1], *parts[2:]]
+            pieces.append(parts[0])
+    pieces = [*dict.fromkeys(["!", *pieces]), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(dict.fromkeys(merges)) + "\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=length)
+
+
+def save_sd_base(folder, version=1, seed=0):
+    """Writes a random Stable Diffusion, 1.x or 2.x: pictures of 32x32, latents of 16x16x4."""
+    import diffusers
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    tokenizer = save_tokenizer(folder / "tokenizer")
+    text = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            max_position_embeddings=12,
+            hidden_act="quick_gelu" if version == 1 else "gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    net = diffusers.UNet2DConditionModel(
+        sample_size=SIZE,
+        block_out_channels=(20, 28),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=24,
+        attention_head_dim=2 if version == 1 else [4, 7],
+        use_linear_projection=version == 2,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 12),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=2 * SIZE,
+    )
+    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+    schedule |= {"steps_offset": 1, "set_alpha_to_one": False}
+    schedule["prediction_type"] = "epsilon" if version == 1 else "v_prediction"
+    diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=net,
+        scheduler=diffusers.DDIMScheduler(**schedule),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
 def make_config(base_path, changes=None):
     """configs/default.py, shrunken; ``changes`` has dotted keys."""
     config = default.get_config().lock()
@@ -137,6 +245,21 @@ def base_path(tmp_path_factory):
 def other_base_path(tmp_path_factory):
     """A base of the same architecture and other weights."""
     return save_base(tmp_path_factory.mktemp("bases") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def ldm_path(tmp_path_factory):
+    return save_ldm_base(tmp_path_factory.mktemp("bases") / "ldm")
+
+
+@pytest.fixture(scope="session")
+def sd_path(tmp_path_factory):
+    return save_sd_base(tmp_path_factory.mktemp("bases") / "sd", version=1)
+
+
+@pytest.fixture(scope="session")
+def sd2_path(tmp_path_factory):
+    return save_sd_base(tmp_path_factory.mktemp("bases") / "sd2", version=2)
 
 
 @pytest.fixture(scope="session")

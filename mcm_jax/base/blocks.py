@@ -1,4 +1,4 @@
-"""The parts of diffusers' 2-D networks, in Flax Linen and NHWC: norm, resampling, residual, attention and time.
+"""The parts of diffusers' 2-D networks, in Flax Linen and NHWC: configs, norms, resampling, residual, attention, time.
 
 Modules and parameters carry diffusers' names with ``_`` for ``.`` before an index (``resnets.0`` is ``resnets_0``), so
 that :mod:`mcm_jax.base.loading` derives one from the other. Written from the behaviour of diffusers 0.42
@@ -9,9 +9,10 @@ Each module has a field `dtype`, in which it computes; normalisations, softmax a
 it is. Parameters may have any floating type.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -25,6 +26,28 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # PyTorch's default is the exact one
     "relu": jax.nn.relu,
 }
+
+
+class Config:
+    """What the frozen dataclasses that hold a diffusers config have in common: reading, and refusing by name."""
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Reads a parsed ``config.json``. Private keys (``_...``) are left out; any other unknown key is refused.
+
+        Raises:
+            ValueError: an unknown key, or a value that is not supported; names the key, what was found and what is
+                supported.
+        """
+        public = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(public.keys() - set(known)):
+            raise ValueError(f"unknown keys: found {', '.join(unknown)}; supported are {', '.join(known)}")
+        return cls(**public)
+
+    def _expect(self, holds: bool, key: str, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{key}: found {getattr(self, key)!r}, supported: {expected}")
 
 
 def sinusoidal(t: jax.Array, width: int, flip_sin_to_cos: bool, freq_shift: float) -> jax.Array:
@@ -48,9 +71,12 @@ def sinusoidal(t: jax.Array, width: int, flip_sin_to_cos: bool, freq_shift: floa
     return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, width % 2)))
 
 
-def upsample_nearest(x: jax.Array) -> jax.Array:
-    """``[B, H, W, C]`` to ``[B, 2H, 2W, C]``."""
-    return x.repeat(2, axis=1).repeat(2, axis=2)
+def upsample_nearest(x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+    """``[B, H, W, C]`` to ``[B, 2H, 2W, C]``, or to another `size` (height and width) by the nearest position above."""
+    height, width = x.shape[1:3]
+    if size is None or size == (2 * height, 2 * width):
+        return x.repeat(2, axis=1).repeat(2, axis=2)
+    return x[:, np.arange(size[0]) * height // size[0]][:, :, np.arange(size[1]) * width // size[1]]
 
 
 def downsample_mean(x: jax.Array) -> jax.Array:
@@ -103,6 +129,23 @@ class GroupNorm(nn.Module):
         return h.reshape(x.shape).astype(self.dtype)
 
 
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, in float32."""
+
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).astype(jnp.float32).reshape(shape)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(jnp.float32).reshape(shape)
+        h = x.astype(jnp.float32)
+        h = h - h.mean(axis=-1, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(axis=-1, keepdims=True) + self.eps)
+        return (h * scale + bias).astype(self.dtype)
+
+
 def conv3x3(channels: int, dtype: Any, name: str, **kwargs: Any) -> nn.Conv:
     """A 3x3 convolution that keeps the resolution."""
     return nn.Conv(channels, (3, 3), padding=1, dtype=dtype, name=name, **kwargs)
@@ -123,15 +166,16 @@ class FourierFeatures(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Two dense layers with a SiLU between: ``[B, F]`` to ``[B, width]``."""
+    """Two dense layers with an activation (a key of :data:`ACTIVATIONS`) between: ``[B, F]`` to ``[B, width]``."""
 
     width: int
     dtype: Any = jnp.float32
+    act: str = "silu"
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         h = nn.Dense(self.width, dtype=self.dtype, name="linear_1")(features)
-        return nn.Dense(self.width, dtype=self.dtype, name="linear_2")(jax.nn.silu(h))
+        return nn.Dense(self.width, dtype=self.dtype, name="linear_2")(ACTIVATIONS[self.act](h))
 
 
 class ResnetBlock(nn.Module):
@@ -183,6 +227,30 @@ class ResnetBlock(nn.Module):
         return (x + h) / self.rescale
 
 
+def multi_head(
+    x: jax.Array, context: jax.Array, heads: int, head_dim: int, dtype: Any, use_bias: bool = True
+) -> jax.Array:
+    """Attention of several heads with its four projections, which become parameters of the module that calls this.
+
+    Args:
+        x: what asks, ``[B, L, C]``.
+        context: what is asked, ``[B, S, E]``; x itself for self-attention.
+        heads: number of heads.
+        head_dim: channels per head; ``heads * head_dim`` need not be C.
+        dtype: what it computes in.
+        use_bias: whether queries, keys and values have a bias. The projection of the output always has one.
+
+    Returns:
+        ``[B, L, C]``.
+    """
+    q, k, v = (
+        nn.Dense(heads * head_dim, use_bias, dtype, name=name)(h).reshape(h.shape[0], -1, heads, head_dim)
+        for name, h in (("to_q", x), ("to_k", context), ("to_v", context))
+    )
+    h = attend(q, k, v).reshape(x.shape[0], -1, heads * head_dim)
+    return nn.Dense(x.shape[-1], dtype=dtype, name="to_out_0")(h)
+
+
 class Attention(nn.Module):
     """Self-attention over the positions of a map, with its residual connection.
 
@@ -204,15 +272,9 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[B, H, W, C]`` to the same."""
         batch, height, width, channels = x.shape
-        heads = channels // self.head_dim
         h = x if self.groups is None else GroupNorm(self.groups, self.eps, self.dtype, name="group_norm")(x)
         h = h.reshape(batch, height * width, channels)
-        q, k, v = (
-            nn.Dense(heads * self.head_dim, dtype=self.dtype, name=name)(h).reshape(batch, -1, heads, self.head_dim)
-            for name in ("to_q", "to_k", "to_v")
-        )
-        h = attend(q, k, v).reshape(batch, -1, heads * self.head_dim)
-        h = nn.Dense(channels, dtype=self.dtype, name="to_out_0")(h)
+        h = multi_head(h, h, channels // self.head_dim, self.head_dim, self.dtype)
         return (x + h.reshape(x.shape)) / self.rescale
 
 
@@ -233,11 +295,72 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution: nearest neighbour, then a 3x3 convolution."""
+    """Doubles the resolution, or brings it to `size`: nearest neighbour, then a 3x3 convolution."""
 
     channels: int
     dtype: Any = jnp.float32
+    size: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return conv3x3(self.channels, self.dtype, "conv")(upsample_nearest(x))
+        return conv3x3(self.channels, self.dtype, "conv")(upsample_nearest(x, self.size))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution on one side of a U-Net.
+
+    Attributes:
+        resnet: makes a residual block of a name (and `resample`).
+        attention: makes an attention block of a name, or None for a level without.
+        layers: number of residual blocks.
+        resample: ``conv`` or ``resnet``, how the level ends, or None if it keeps its resolution.
+        direction: ``down`` or ``up``.
+        sampler: makes the convolution that resamples, of a name.
+    """
+
+    resnet: Any
+    attention: Any
+    layers: int
+    resample: str | None
+    direction: str
+    sampler: Any
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, temb: jax.Array, *context: jax.Array, skips: list[jax.Array] | None = None
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """Runs the level on `x`; with `skips` (one per layer, deepest last) each is concatenated before its layer.
+
+        `context`, if there is one, goes to every attention block.
+
+        Returns:
+            The level's output, and the output of every block (what the other side takes as skips).
+        """
+        outputs = []
+        for i in range(self.layers):
+            if skips is not None:
+                x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
+            x = self.resnet(name=f"resnets_{i}")(x, temb)
+            if self.attention is not None:
+                x = self.attention(name=f"attentions_{i}")(x, *context)
+            outputs.append(x)
+        name = f"{self.direction}samplers_0"
+        if self.resample == "resnet":
+            outputs.append(x := self.resnet(name=name, resample=self.direction)(x, temb))
+        elif self.resample == "conv":
+            outputs.append(x := self.sampler(name=name)(x))
+        return x, outputs
+
+
+class Middle(nn.Module):
+    """Residual block, attention (if any; with the context, if any), residual block, at the lowest resolution."""
+
+    resnet: Any
+    attention: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, temb: jax.Array, *context: jax.Array) -> jax.Array:
+        x = self.resnet(name="resnets_0")(x, temb)
+        if self.attention is not None:
+            x = self.attention(name="attentions_0")(x, *context)
+        return self.resnet(name="resnets_1")(x, temb)

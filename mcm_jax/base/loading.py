@@ -1,11 +1,9 @@
-"""Loads a frozen base model from a folder in diffusers format, without PyTorch and without unpickling.
+"""Loads a frozen base model from a folder in diffusers format, or from the Hugging Face Hub.
 
 Such a folder is what ``pipeline.save_pretrained(folder)`` writes: ``model_index.json`` names a pipeline class and its
 components, each with a folder of its own (``unet/config.json``, ``unet/diffusion_pytorch_model.safetensors``,
-``scheduler/scheduler_config.json``). All configs are read and checked before any weight is.
-
-A network's weights are matched against the names and shapes that its Flax module asks for (``jax.eval_shape`` of its
-``init``), so an error can list both sides. The file is trusted for nothing else.
+``scheduler/scheduler_config.json``). All configs are read and checked, each by itself and against the others, before
+any weight is read (:mod:`mcm_jax.base.weights`) or downloaded.
 """
 
 import dataclasses
@@ -13,102 +11,67 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
 
+from mcm_jax.base.autoencoders import AutoencoderKL, AutoencoderKLConfig, VQConfig, VQModel
+from mcm_jax.base.base import Base
+from mcm_jax.base.clip import CLIPText, CLIPTextConfig, normalise_names
+from mcm_jax.base.tokenizer import Tokenizer
 from mcm_jax.base.unet2d import UNet2D, UNet2DConfig
-from mcm_jax.errors import UserError
-from mcm_jax.predictions import to_eps
+from mcm_jax.base.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
+from mcm_jax.base.weights import (
+    DTYPES,
+    NETWORK,
+    TEXT_MODEL,
+    BaseLoadError,
+    find_weights,
+    load_params,
+    open_weights,
+    params_from_torch,
+    read_json,
+    torch_name,
+    torch_shape,
+)
 from mcm_jax.schedules import Schedule
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-_PIPELINES = {"DDPMPipeline": ("unet", "scheduler"), "DDIMPipeline": ("unet", "scheduler")}
-_WEIGHTS = "diffusion_pytorch_model"
-# Attention layers as diffusers named them before 0.12; files with these names are still on the Hub.
-_LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+__all__ = ["DTYPES", "Base", "BaseLoadError", "load_base", "params_from_torch", "torch_name", "torch_shape"]
 
-
-class BaseLoadError(UserError):
-    """A folder that cannot be loaded as a base; says which file, what was found and what is expected."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Base:
-    """A frozen diffusion model. Its methods are pure, take its params as an argument and work under ``jit``, ``grad``.
-
-    Attributes:
-        name: the folder's name.
-        params: pytree of the networks' parameters, one entry per component (``{"unet": ...}``), in the asked-for dtype.
-        unet: the network that predicts.
-        schedule: the noise schedule that the network was trained with.
-        latent_shape: ``(H, W, C)`` of what is diffused; a pixel base's is the image's.
-        image_shape: ``(H, W, C)`` of the images.
-        fingerprint: SHA-256, as hex, of all that decides the value of :meth:`predict`: configs, parameters, dtype. It
-            does not depend on where the folder lies or on how its files are laid out.
-    """
-
-    name: str
-    params: Any
-    unet: UNet2D
-    schedule: Schedule
-    latent_shape: tuple[int, int, int]
-    image_shape: tuple[int, int, int]
-    fingerprint: str
-
-    def predict(self, params: Any, x_t: jax.Array, t: jax.Array, context: Any = None) -> jax.Array:
-        """Predicts the noise in x_t, whatever the network's own parameterisation.
-
-        Args:
-            params: :attr:`params`, or a pytree like it.
-            x_t: float32 ``[B, H, W, C]``, noisy latents; H and W need not be those of :attr:`latent_shape`.
-            t: int32 ``[B]``, timesteps in 0..T-1.
-            context: must be None: this base is unconditional.
-
-        Returns:
-            float32 ``[B, H, W, C]``, eps.
-
-        Raises:
-            ValueError: a context is given, or the shapes do not fit.
-        """
-        if context is not None:
-            raise ValueError(f"context: base {self.name!r} is unconditional and takes none")
-        prediction = self.unet.apply({"params": params["unet"]}, x_t, t)
-        return to_eps(prediction, x_t, self.schedule.alpha(t), self.schedule.sigma(t), self.schedule.prediction_type)
-
-    def encode(self, params: Any, image: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """Image ``[B, H, W, 3]`` in [-1, 1] to latent. The identity, as this base works on pixels; needs no `rng`."""
-        del params, rng
-        return image
-
-    def decode(self, params: Any, latent: jax.Array) -> jax.Array:
-        """Latent to image ``[B, H, W, 3]`` in [-1, 1]. The identity, as this base works on pixels."""
-        del params
-        return latent
-
-    def embed_text(self, params: Any, prompts: Sequence[str]) -> jax.Array:
-        """Always an error: an unconditional base has no text encoder.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"prompts: base {self.name!r} is unconditional, it has no text encoder")
+# Each pipeline's components. Others in its folder, such as a safety checker, are never looked at.
+_PIPELINES = {
+    "DDPMPipeline": ("unet", "scheduler"),
+    "DDIMPipeline": ("unet", "scheduler"),
+    "LDMPipeline": ("vqvae", "unet", "scheduler"),
+    "StableDiffusionPipeline": ("vae", "text_encoder", "tokenizer", "unet", "scheduler"),
+}
+_UNETS = {"UNet2DModel": (UNet2D, UNet2DConfig), "UNet2DConditionModel": (UNet2DCondition, UNet2DConditionConfig)}
+_AUTOENCODERS = {"AutoencoderKL": (AutoencoderKL, AutoencoderKLConfig), "VQModel": (VQModel, VQConfig)}
+_CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+# Keys of configs without effect on any value, as the networks run here.
+_SILENT = {
+    *("dropout", "num_train_timesteps", "upcast_attention", "force_upcast", "use_attention_mask", "architectures"),
+    *("mid_block_only_cross_attention", "addition_embed_type_num_heads"),
+}
+_LORA = "pytorch_lora_weights.safetensors"
+_SD = "a Stable Diffusion 1.x or 2.x text-to-image model"
+# U-Nets that look like a text-to-image model's but for the channels they see beside the latent.
+_MORE_CHANNELS = {5: "depth-to-image", 7: "image editing", 8: "image editing", 9: "inpainting"}
 
 
 def load_base(path: str | os.PathLike, dtype: str = "float32") -> Base:
-    """Loads a base from a local folder in diffusers format.
+    """Loads a base from a local folder in diffusers format, or by its name on the Hugging Face Hub.
 
     Args:
-        path: the folder; holds ``model_index.json`` and a folder for each component.
-        dtype: ``float32``, ``bfloat16`` or ``float16``: what the parameters are cast to, once, and what the network
-            computes in.
+        path: the folder, which holds ``model_index.json`` and a folder for each component; or ``organisation/name``
+            where there is no such folder (needs the extra ``hub``).
+        dtype: ``float32``, ``bfloat16`` or ``float16``: what the parameters are cast to, once, and what the networks
+            compute in.
 
     Returns:
         The base, its params on the default device.
@@ -119,170 +82,170 @@ def load_base(path: str | os.PathLike, dtype: str = "float32") -> Base:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise BaseLoadError(
-            f"{folder}: not a directory; expected a local folder in diffusers format "
-            "(for a model on the Hugging Face Hub, download it first with huggingface_hub.snapshot_download)"
-        )
+    folder, hub_name = Path(path).expanduser(), None
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
+        hub_name = str(path)
+        folder = _download(hub_name, ["*.json", "*/*.json", "tokenizer/*"])
+    _refuse_what_is_no_folder_of_a_pipeline(folder)
+
     index_file = folder / "model_index.json"
-    index = _read_json(index_file)
-    components = _PIPELINES.get(_class_name(index_file, index, _PIPELINES))
-    if absent := [name for name in components if not index.get(name)]:
-        raise BaseLoadError(f"{index_file}: found no {' and no '.join(absent)}, expected {', '.join(components)}")
+    index = read_json(index_file, "; a base in diffusers format holds it beside a folder for each component")
+    components = _components(index_file, index)
+    files = {name: _config_file(folder, name) for name in components}
+    expected = "; a base in diffusers format holds " + _contents(components)
+    configs = {name: read_json(file, expected) for name, file in files.items()}
 
-    scheduler_file = folder / "scheduler" / "scheduler_config.json"
-    try:
-        schedule = Schedule.from_config(_read_json(scheduler_file))
-    except (ValueError, TypeError) as error:
-        raise error if isinstance(error, BaseLoadError) else BaseLoadError(f"{scheduler_file}: {error}") from error
-    unet_file = folder / "unet" / "config.json"
-    config = _read_unet_config(unet_file)
-    size = config.sample_size
-    height, width = size if isinstance(size, tuple) else (size, size)
-    shape = (height, width, config.in_channels)
+    schedule = _checked(files["scheduler"], Schedule.from_config, configs["scheduler"])
+    nets = _networks(files, configs, jnp.dtype(DTYPES[dtype]))
+    latent_shape = _latent_shape(files["unet"], nets["unet"])
+    tokenizer, text_encoder = None, nets.get("text_encoder")
+    if text_encoder is not None:
+        c, file = text_encoder.config, files["text_encoder"]
+        tokenizer = Tokenizer(files["tokenizer"].parent, c.vocab_size, c.max_position_embeddings, file)
+    autoencoder = nets.get("vae") or nets.get("vqvae")
+    factor = autoencoder.config.factor if autoencoder else 1
 
-    unet = UNet2D(config, dtype=jnp.dtype(DTYPES[dtype]))
-    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    expected = jax.eval_shape(unet.init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.int32))["params"]
-    params = {"unet": load_weights(folder / "unet", expected, dtype)}
-    facts = {
-        "unet": _decisive(config),
+    facts = {name: _decisive(net.config) for name, net in nets.items()} | {
         "dtype": dtype,
         "prediction_type": schedule.prediction_type,
         "alphas_cumprod": schedule.alphas_cumprod.tobytes().hex(),
     }
+    if tokenizer:
+        facts["tokenizer"] = tokenizer.facts
+    if hub_name:
+        _download_weights(hub_name, folder.name, {name: files[name].parent.relative_to(folder) for name in nets})
+    params, fingerprint = _load_params(facts, nets, files, latent_shape, factor, dtype)
     return Base(
-        name=folder.resolve().name,
-        params=jax.tree.map(jnp.asarray, params),
-        unet=unet,
+        name=hub_name.split("/")[1] if hub_name else folder.resolve().name,
+        params=params,
+        unet=nets["unet"],
         schedule=schedule,
-        latent_shape=shape,
-        image_shape=shape,
-        fingerprint=_fingerprint(facts, params),
+        latent_shape=latent_shape,
+        image_shape=(latent_shape[0] * factor, latent_shape[1] * factor, 3) if autoencoder else latent_shape,
+        fingerprint=fingerprint,
+        autoencoder=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
     )
 
 
-def load_weights(folder: Path, expected: Any, dtype: str) -> Any:
-    """Reads the safetensors file of one component into the pytree that its Flax module expects.
-
-    Args:
-        folder: the component's folder.
-        expected: pytree of ``jax.ShapeDtypeStruct``, the module's parameters.
-        dtype: a key of :data:`DTYPES`.
-
-    Returns:
-        A pytree of numpy arrays, like `expected` but of `dtype`.
-
-    Raises:
-        BaseLoadError: no file to read, a damaged file, or tensors other than the expected ones.
-    """
-    file = _find_weights(folder)
-    try:
-        # Numpy cannot name bfloat16, so safetensors' flax reader is the one that reads every dtype.
-        with safe_open(file, framework="flax") as tensors:
-            tensors = {name: np.asarray(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise BaseLoadError(f"{file}: damaged or truncated, not a readable safetensors file ({error})") from error
-    try:
-        return params_from_torch(tensors, expected, DTYPES[dtype])
-    except ValueError as error:
-        raise BaseLoadError(f"{file}: {error}") from error
-
-
-def torch_name(path: Sequence[str]) -> str:
-    """The PyTorch name of a Flax parameter: ``("resnets_0", "conv1", "kernel")`` is ``resnets.0.conv1.weight``.
-
-    An index at the end of a module's name is an element of a list in PyTorch; ``linear_1`` is a plain name there.
-    """
-    *modules, leaf = path
-    modules = [name if name.startswith("linear_") else re.sub(r"_(\d+)$", r".\1", name) for name in modules]
-    return ".".join([*modules, "bias" if leaf == "bias" else "weight"])
-
-
-def torch_shape(leaf: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape in PyTorch of a Flax parameter: kernels are HWIO or IO here and OIHW or OI there."""
-    return (shape[-1], shape[-2], *shape[:-2]) if leaf == "kernel" else tuple(shape)
-
-
-def params_from_torch(tensors: Mapping[str, np.ndarray], expected: Any, dtype: Any) -> Any:
-    """Brings PyTorch tensors into the names and layouts of a Flax module.
-
-    Args:
-        tensors: by PyTorch name, of any floating type; attention layers may have diffusers' old names.
-        expected: pytree of ``jax.ShapeDtypeStruct``, the module's parameters.
-        dtype: numpy dtype of the result.
-
-    Returns:
-        A pytree of numpy arrays like `expected`.
-
-    Raises:
-        ValueError: missing, extra or wrong-shaped tensors (all of them, in PyTorch's names), tensors that are not
-            floating-point, or values that are not finite.
-    """
-    tensors = {_modern_name(name): tensor for name, tensor in tensors.items()}
-    leaves = traverse_util.flatten_dict(expected)
-    shapes = {torch_name(path): torch_shape(path[-1], leaf.shape) for path, leaf in leaves.items()}
-    wrong = [
-        f"{name} (found {list(tensors[name].shape)}, expected {list(shape)})"
-        for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    problems = [
-        f"{label}: {_some(names)}"
-        for label, names in (
-            ("missing tensors", sorted(shapes.keys() - tensors.keys())),
-            ("unexpected tensors", sorted(tensors.keys() - shapes.keys())),
-            ("wrong shapes", wrong),
+def _refuse_what_is_no_folder_of_a_pipeline(path: Path) -> None:
+    """Tells what the path leads to instead, where that is a common thing."""
+    lora = "a LoRA, which changes a base and is none; load it into its base with diffusers, then fuse_lora and "
+    has_index = (path / "model_index.json").is_file()
+    if path.name == _LORA or ((path / _LORA).is_file() and not has_index):
+        raise BaseLoadError(f"{path}: {lora}save_pretrained(folder)")
+    if path.is_file() and path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        raise BaseLoadError(
+            f"{path}: not a directory but a model in a single file; convert it with diffusers: "
+            "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
         )
-        if names
-    ]
-    if problems:
-        raise ValueError("the weights do not fit the config. " + "; ".join(problems))
-    if odd := [f"{name} ({tensors[name].dtype})" for name in shapes if not _is_floating(tensors[name].dtype)]:
-        raise ValueError(f"tensors that are not float16, bfloat16, float32 or float64: {_some(odd)}")
-    with np.errstate(over="ignore"):  # what overflows is reported below, by name
-        cast = {name: tensors[name].astype(dtype) for name in shapes}
-    if infinite := [name for name, tensor in cast.items() if not np.isfinite(tensor.astype(np.float32)).all()]:
-        raise ValueError(f"NaN or infinity (as {np.dtype(dtype).name}) in {_some(infinite)}")
-
-    def to_flax(path: tuple[str, ...]) -> np.ndarray:
-        tensor = cast[torch_name(path)]
-        if path[-1] != "kernel":
-            return tensor
-        return np.ascontiguousarray(np.transpose(tensor, (*range(2, tensor.ndim), 1, 0)))
-
-    return traverse_util.unflatten_dict({path: to_flax(path) for path in leaves})
+    if not path.is_dir():
+        raise BaseLoadError(
+            f"{path}: not a directory; expected a local folder in diffusers format, or the name of a model on the "
+            "Hugging Face Hub such as google/ddpm-cat-256 (huggingface_hub.snapshot_download makes a folder of one)"
+        )
+    if (path / "config.json").is_file() and not has_index:
+        found = read_json(path / "config.json").get("_class_name", "of one component")
+        raise BaseLoadError(
+            f"{path / 'model_index.json'}: no such file, but a config.json ({found}): this is a component by itself; "
+            "expected the folder of the whole pipeline, which is often the one above"
+        )
 
 
-def _modern_name(name: str) -> str:
-    old = "|".join(_LEGACY_ATTENTION)
-    return re.sub(
-        rf"(attentions\.\d+)\.({old})\.(weight|bias)$",
-        lambda match: f"{match[1]}.{_LEGACY_ATTENTION[match[2]]}.{match[3]}",
-        name,
-    )
+def _components(file: Path, index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The components of the pipeline, all there and of supported classes as far as the index tells."""
+    pipeline = str(index.get("_class_name"))
+    if pipeline not in _PIPELINES:
+        hint = ""
+        if re.search("Inpaint|Depth2Img|InstructPix2Pix|Img2Img|ControlNet|Adapter|Upscale|UnCLIP", pipeline):
+            hint = f"; take the text-to-image model that it was made from, {_SD}"
+        elif "XL" in pipeline or pipeline.startswith("StableDiffusion3"):
+            hint = f"; this one has other networks and several text encoders, take {_SD}"
+        raise BaseLoadError(f"{file}: _class_name: found {pipeline!r}, supported: {', '.join(_PIPELINES)}{hint}")
+    components = _PIPELINES[pipeline]
+    classes = {name: (index.get(name) or [None])[-1] for name in components}
+    if absent := [name for name, found in classes.items() if not found]:
+        raise BaseLoadError(f"{file}: found no {' and no '.join(absent)}, expected {', '.join(components)}")
+    if (encoder := classes.get("text_encoder", "CLIPTextModel")) != "CLIPTextModel":
+        raise BaseLoadError(f"{file}: text_encoder: found {encoder!r}, supported: CLIPTextModel; take {_SD}")
+    return components
 
 
-def _is_floating(dtype: np.dtype) -> bool:
-    return dtype in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
+def _config_file(folder: Path, component: str) -> Path:
+    """Where a component's config is: in its folder, or, as in the oldest repositories, beside the index."""
+    name = _CONFIG_FILES.get(component, "config.json")
+    beside = not (folder / component).is_dir() and (folder / name).is_file()
+    return folder / name if beside else folder / component / name
 
 
-def _some(names: Sequence[str], limit: int = 20) -> str:
-    """The names, or the first of them and how many more there are."""
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+def _contents(components: tuple[str, ...]) -> str:
+    configs = [f"{name}/{_CONFIG_FILES.get(name, 'config.json')}" for name in sorted(components)]
+    nets = [name for name in sorted(components) if name not in _CONFIG_FILES]
+    weights = [f"{name}/{_stem(name)}.safetensors" for name in nets]
+    return ", ".join(["model_index.json", *configs]) + f" and {', '.join(weights)}"
 
 
-def _read_unet_config(file: Path) -> UNet2DConfig:
-    """The config of a network that can be a base: as many channels out as in, and a known size."""
-    raw = _read_json(file)
-    _class_name(file, raw, ("UNet2DModel",))
+def _networks(files: Mapping[str, Path], configs: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """The modules of all components that are networks, which fit each other."""
+    unets = ("UNet2DConditionModel",) if "text_encoder" in files else ("UNet2DModel",)
+    nets = {"unet": _network(files["unet"], configs["unet"], {name: _UNETS[name] for name in unets}, dtype)}
+    for name in files.keys() & {"vae", "vqvae"}:
+        raw = configs[name]
+        # Older than the key, and trained on latents as they are: https://github.com/huggingface/diffusers/issues/6725
+        before = {"scaling_factor": 1.0} if raw.get("_class_name") == "VQModel" else {}
+        nets[name] = _network(files[name], before | raw, _AUTOENCODERS, dtype)
+        _check_channels(files["unet"], nets["unet"].config, files[name], nets[name].config)
+    if "text_encoder" in files:
+        file = files["text_encoder"]
+        config = _checked(file, CLIPTextConfig.from_dict, configs["text_encoder"])
+        nets["text_encoder"] = CLIPText(config, dtype)
+        if (width := nets["unet"].config.cross_attention_dim) != config.hidden_size:
+            raise BaseLoadError(
+                f"{files['unet']}: cross_attention_dim: found {width}, expected hidden_size of {file}, "
+                f"{config.hidden_size}"
+            )
+    return nets
+
+
+def _network(file: Path, raw: Mapping[str, Any], classes: Mapping[str, tuple], dtype: Any) -> Any:
+    """A module of the class that the config names."""
+    name = raw.get("_class_name")
+    if name not in tuple(classes):
+        raise BaseLoadError(f"{file}: _class_name: found {name!r}, supported: {', '.join(classes)}")
+    module, config = classes[name]
+    return module(_checked(file, config.from_dict, raw), dtype=dtype)
+
+
+def _checked(file: Path, read: Any, content: Mapping[str, Any]) -> Any:
+    """What `read` makes of a config; its complaints name the file."""
     try:
-        config = UNet2DConfig.from_dict(raw)
-    except (ValueError, TypeError) as error:
+        return read(content)
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:  # wrong types fail in many ways
         raise BaseLoadError(f"{file}: {error}") from error
-    size, factor = config.sample_size, 2 ** (len(config.block_out_channels) - 1)
+
+
+def _check_channels(unet_file: Path, unet: Any, file: Path, autoencoder: Any) -> None:
+    channels, depth = unet.in_channels, autoencoder.depth
+    if channels != depth:
+        kind = _MORE_CHANNELS.get(channels) if depth == 4 else None
+        hint = f" (a model for {kind}; take the text-to-image model that it was made from)" if kind else ""
+        raise BaseLoadError(
+            f"{unet_file}: in_channels: found {channels}, expected the channels of a latent of {file}, {depth}{hint}"
+        )
+    if (autoencoder.in_channels, autoencoder.out_channels) != (3, 3):
+        raise BaseLoadError(
+            f"{file}: in_channels and out_channels: found {autoencoder.in_channels} and {autoencoder.out_channels}, "
+            "supported: 3, RGB images"
+        )
+
+
+def _latent_shape(file: Path, unet: UNet2D | UNet2DCondition) -> tuple[int, int, int]:
+    """The shape of what the U-Net was trained on; it must be known, and the output must be of the same."""
+    config = unet.config
+    # UNet2DConditionModel fits its upsampling to any size.
+    factor = 1 if isinstance(unet, UNet2DCondition) else 2 ** (len(config.block_out_channels) - 1)
+    size = config.sample_size
     sizes = size if isinstance(size, tuple) else (size, size)
     if len(sizes) != 2 or not all(isinstance(s, int) and s > 0 and s % factor == 0 for s in sizes):
         raise BaseLoadError(f"{file}: sample_size: found {size!r}, supported: a multiple of {factor}, or two")
@@ -291,64 +254,85 @@ def _read_unet_config(file: Path) -> UNet2DConfig:
             f"{file}: out_channels: found {config.out_channels}, supported: as many as in_channels, "
             f"{config.in_channels} (a network that also predicts variances is not)"
         )
-    return config
+    return (*sizes, config.in_channels)
 
 
-def _class_name(file: Path, config: Mapping[str, Any], supported: Any) -> str:
-    name = config.get("_class_name")
-    if name not in tuple(supported):
-        raise BaseLoadError(f"{file}: _class_name: found {name!r}, supported: {', '.join(supported)}")
-    return name
+def _load_params(
+    facts: Mapping[str, Any], nets: Mapping[str, Any], files: Mapping[str, Path], latent: tuple, factor: int, dtype: str
+) -> tuple[dict[str, Any], str]:
+    """Reads the parameters of all networks, and takes the fingerprint on the way: of the facts, then of each tensor."""
+    float32, int32, key = jnp.float32, jnp.int32, jax.random.key(0)
+    shape, params = jax.ShapeDtypeStruct, {}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    sources = {name: find_weights(files[name].parent, _stem(name)) for name in sorted(nets)}
+    stored = {name: open_weights(file) for name, file in sources.items()}  # all, before the first is read
+    for name, file in sources.items():
+        net = nets[name]
+        if name == "unet":
+            inputs = [shape((1, *latent), float32), shape((1,), int32)]
+            if isinstance(net, UNet2DCondition):
+                inputs.append(shape((1, 1, net.config.cross_attention_dim), float32))
+        elif name == "text_encoder":
+            inputs = [shape((1, 1), int32)]
+            stored[name] = _checked(file, normalise_names, stored[name])
+        else:
+            inputs = [shape((1, factor, factor, 3), float32)]
+        expected = jax.eval_shape(net.init, key, *inputs)["params"]
+        component = {}
+        for path, tensor in load_params(file, stored.pop(name), expected, dtype):
+            digest.update(f"\n{'/'.join((name, *path))} {tensor.dtype.name} {tensor.shape}\n".encode())
+            digest.update(tensor.reshape(-1).view(np.uint8))
+            component[path] = jnp.asarray(tensor)
+        params[name] = traverse_util.unflatten_dict(component)
+    return params, digest.hexdigest()
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise BaseLoadError(
-            f"{file}: no such file; a base in diffusers format holds model_index.json, "
-            f"scheduler/scheduler_config.json, unet/config.json and unet/{_WEIGHTS}.safetensors"
-        )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # malformed JSON, or not UTF-8
-        raise BaseLoadError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise BaseLoadError(f"{file}: found a JSON {type(content).__name__}, expected an object")
-    return content
+def _stem(component: str) -> str:
+    """What the files of a component's weights are called."""
+    return TEXT_MODEL if component == "text_encoder" else NETWORK
 
 
-def _find_weights(folder: Path) -> Path:
-    """The component's safetensors file; that of a variant (``.fp16.safetensors``) if it is the only one there."""
-    plain = folder / f"{_WEIGHTS}.safetensors"
-    if plain.is_file():
-        return plain
-    if (sharded := folder / f"{_WEIGHTS}.safetensors.index.json").is_file():
-        raise BaseLoadError(f"{sharded}: weights in several files are not supported, expected {plain.name}")
-    variants = sorted(folder.glob(f"{_WEIGHTS}.*.safetensors"))
-    if len(variants) == 1:
-        return variants[0]
-    if variants:
-        names = ", ".join(file.name for file in variants)
-        raise BaseLoadError(f"{plain}: no such file, and more than one variant of it: {names}; leave one of them")
-    if pickles := sorted(folder.glob("*.bin")):
-        raise BaseLoadError(
-            f"{plain}: no such file, only {pickles[0].name}, a pickle, which can run any code when it is opened and is "
-            "never read here; convert it with diffusers: pipeline.save_pretrained(folder, safe_serialization=True)"
-        )
-    raise BaseLoadError(f"{plain}: no such file")
-
-
-def _decisive(config: UNet2DConfig) -> dict[str, Any]:
+def _decisive(config: Any) -> dict[str, Any]:
     """What a config says beyond the defaults, numbers as floats: a key added one day leaves old fingerprints alone."""
-    silent = ("dropout", "num_train_timesteps")  # without effect on a prediction
+    silent = _SILENT | ({"sample_size"} if isinstance(config, tuple(c for _, c in _AUTOENCODERS.values())) else set())
     values = {f.name: (getattr(config, f.name), f.default) for f in dataclasses.fields(config) if f.name not in silent}
     said = {name: value for name, (value, default) in values.items() if value != default}
     plain = lambda v: float(v) if isinstance(v, int | float) and not isinstance(v, bool) else v  # noqa: E731
     return {k: [plain(x) for x in v] if isinstance(v, tuple) else plain(v) for k, v in said.items()}
 
 
-def _fingerprint(facts: Mapping[str, Any], params: Any) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for path, tensor in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-        digest.update(f"\n{path} {tensor.dtype.name} {tensor.shape}\n".encode())
-        digest.update(tensor.tobytes())
-    return digest.hexdigest()
+def _download(name: str, patterns: list[str], revision: str | None = None) -> Path:
+    """The local snapshot of a model on the Hugging Face Hub, with the files that match; its name is the revision."""
+    way_out = f"to use a model without the Hub, pass the path of a local folder (there is none called {name})"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise BaseLoadError(
+            f"{name}: not a directory, and as a name on the Hugging Face Hub it needs pip install 'mcm-jax[hub]'; "
+            f"{way_out}"
+        ) from error
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=5))
+    except Exception as error:  # of many kinds: no network, no such model, no permission, a full disk
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseLoadError(
+            f"{name}: not a directory, and not to be had from the Hugging Face Hub ({reason}); {way_out}"
+        ) from error
+
+
+def _download_weights(name: str, revision: str, folders: Mapping[str, Path]) -> None:
+    """Downloads each network's plain weights; of a network that has none, those of the variant fp16."""
+    for variant in ("", ".fp16"):
+        patterns = []
+        for component, inner in folders.items():
+            patterns += [
+                (inner / f"{_stem(component)}{variant}{end}").as_posix() for end in (".safetensors", "-*.safetensors")
+            ]
+        snapshot = _download(name, patterns, revision)
+        folders = {c: inner for c, inner in folders.items() if not any((snapshot / inner).glob("*.safetensors"))}
+        if not folders:
+            return
+    raise BaseLoadError(
+        f"{name}: found no safetensors files of {', '.join(folders)} on the Hugging Face Hub or in its cache; "
+        "download it with huggingface_hub.snapshot_download and pass the folder, whose .bin files can be read"
+    )

@@ -6,7 +6,6 @@ PyTorch's to 1e-5 of its scale (``tests/test_unet2d.py``).
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -41,7 +40,7 @@ _SUPPORTED: dict[str, tuple] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class UNet2DConfig:
+class UNet2DConfig(blocks.Config):
     """The keys of a diffusers ``UNet2DModel`` config, with its defaults; see that class for what each means.
 
     `dropout` and `num_train_timesteps` are read and have no effect: the network runs as at inference.
@@ -79,15 +78,6 @@ class UNet2DConfig:
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
 
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "UNet2DConfig":
-        """Reads a parsed ``config.json``. Private keys (``_...``) are left out; any other unknown key is refused."""
-        public = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(public.keys() - set(known)):
-            raise ValueError(f"unknown keys: found {', '.join(unknown)}; supported are {', '.join(known)}")
-        return cls(**public)
-
     def __post_init__(self) -> None:
         for key, supported in _SUPPORTED.items():
             self._expect(getattr(self, key) in supported, key, f"one of {', '.join(map(str, supported))}")
@@ -108,74 +98,12 @@ class UNet2DConfig:
         fits = head_dim is None or 0 < head_dim <= min(self._attention_widths, default=head_dim)
         self._expect(fits, "attention_head_dim", f"null or 1..{min(self._attention_widths, default=0)}")
 
-    def _expect(self, holds: bool, key: str, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"{key}: found {getattr(self, key)!r}, supported: {expected}")
-
     @property
     def _attention_widths(self) -> list[int]:
         """Channels wherever there is attention."""
         down = [w for w, b in zip(self.block_out_channels, self.down_block_types, strict=True) if _DOWN_BLOCKS[b][0]]
         up = [w for w, b in zip(self.block_out_channels[::-1], self.up_block_types, strict=True) if _UP_BLOCKS[b][0]]
         return down + up + [self.block_out_channels[-1]] * bool(self.mid_block_type and self.add_attention)
-
-
-class _Level(nn.Module):
-    """The blocks of one resolution on one side of the U-Net.
-
-    Attributes:
-        resnet: makes a residual block of a name (and `resample`).
-        attention: makes an attention block of a name, or None for a level without.
-        layers: number of residual blocks.
-        resample: ``conv`` or ``resnet``, how the level ends, or None if it keeps its resolution.
-        direction: ``down`` or ``up``.
-        sampler: makes the convolution that resamples, of a name.
-    """
-
-    resnet: Any
-    attention: Any
-    layers: int
-    resample: str | None
-    direction: str
-    sampler: Any
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, temb: jax.Array, skips: list[jax.Array] | None = None
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        """Runs the level on `x`; with `skips` (one per layer, deepest last) each is concatenated before its layer.
-
-        Returns:
-            The level's output, and the output of every block (what the other side takes as skips).
-        """
-        outputs = []
-        for i in range(self.layers):
-            if skips is not None:
-                x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
-            x = self.resnet(name=f"resnets_{i}")(x, temb)
-            if self.attention is not None:
-                x = self.attention(name=f"attentions_{i}")(x)
-            outputs.append(x)
-        name = f"{self.direction}samplers_0"
-        if self.resample == "resnet":
-            outputs.append(x := self.resnet(name=name, resample=self.direction)(x, temb))
-        elif self.resample == "conv":
-            outputs.append(x := self.sampler(name=name)(x))
-        return x, outputs
-
-
-class _Middle(nn.Module):
-    """Residual block, attention (if any), residual block, at the lowest resolution."""
-
-    resnet: Any
-    attention: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, temb: jax.Array) -> jax.Array:
-        x = self.resnet(name="resnets_0")(x, temb)
-        if self.attention is not None:
-            x = self.attention(name="attentions_0")(x)
-        return self.resnet(name="resnets_1")(x, temb)
 
 
 class UNet2D(nn.Module):
@@ -242,7 +170,7 @@ class UNet2D(nn.Module):
         for i, (width, kind) in enumerate(zip(widths, c.down_block_types, strict=True)):
             attends, resample = _DOWN_BLOCKS[kind]
             resample = c.downsample_type if resample == "config" else resample
-            h, outputs = _Level(
+            h, outputs = blocks.Level(
                 functools.partial(resnet, width),
                 attention(width) if attends else None,
                 c.layers_per_block,
@@ -258,7 +186,7 @@ class UNet2D(nn.Module):
             groups = c.norm_num_groups if c.resnet_time_scale_shift == "default" else None
             groups = groups if c.attn_norm_num_groups is None else c.attn_norm_num_groups
             scale = c.mid_block_scale_factor
-            h = _Middle(
+            h = blocks.Middle(
                 functools.partial(resnet, widths[-1], rescale=scale),
                 attention(widths[-1], groups, scale) if c.add_attention else None,
                 name="mid_block",
@@ -268,7 +196,7 @@ class UNet2D(nn.Module):
             attends, resample = _UP_BLOCKS[kind]
             resample = c.upsample_type if resample == "config" else resample
             layers = c.layers_per_block + 1
-            h, _ = _Level(
+            h, _ = blocks.Level(
                 functools.partial(resnet, width),
                 attention(width) if attends else None,
                 layers,
@@ -276,7 +204,7 @@ class UNet2D(nn.Module):
                 "up",
                 functools.partial(blocks.Upsample, width, dtype),
                 name=f"up_blocks_{i}",
-            )(h, temb, skips[-layers:])
+            )(h, temb, skips=skips[-layers:])
             del skips[-layers:]
 
         h = jax.nn.silu(blocks.GroupNorm(c.norm_num_groups, c.norm_eps, dtype, name="conv_norm_out")(h))

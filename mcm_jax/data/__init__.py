@@ -1,1 +1,42 @@
 """Paired examples: an image and its conditions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mcm_jax.data.folder import Folder
+from mcm_jax.data.pipeline import InMemory
+from mcm_jax.data.scenes import Scenes
+from mcm_jax.modalities import Modality
+
+
+def open_source(
+    data: Any,
+    split: str,
+    modalities: Sequence[Modality],
+    height: int,
+    width: int,
+    *,
+    captions: bool,
+    size: int | None = None,
+) -> Sequence[dict]:
+    """The source that a config's ``data`` section names.
+
+    Args:
+      data: the section: ``name`` (``scenes`` or ``folder``), and what that needs of ``path``, ``size``, ``seed``.
+      split: ``train`` or ``test``.
+      modalities: which conditions are read.
+      height: of the images.
+      width: of the images.
+      captions: whether prompts are read.
+      size: how many scenes, in place of ``data.size``. A folder has as many examples as it has.
+
+    Returns:
+      Random access to examples of ``image`` (uint8 ``[height, width, 3]``), the modalities on the same grid (labels as
+      integers, maps as value * 255), ``caption`` (a text, if asked for; scenes always have it).
+
+    Raises:
+      UserError: a folder that is not as docs/data.md says.
+    """
+    if data.name == "folder":
+        return Folder(data.path, split, modalities, height, width, captions)
+    return InMemory.render(Scenes(split, size or data.size, height, width, data.seed))

@@ -1,8 +1,9 @@
 """From a source of paired examples to numpy batches.
 
-A source is anything with ``len`` and ``[i]`` that gives ``image`` (uint8 ``[H, W, C]``) and one array for each
-modality. Grain shuffles it anew every epoch and is random-access: batch k is a function of (source, seed, k), so a
-resumed run needs no iterator state to see what the uninterrupted one would have seen.
+A source is anything with ``len`` and ``[i]`` that gives an array for each modality, and ``image`` (uint8 ``[H, W, C]``)
+or what was made of it (:mod:`mcm_jax.training.inputs`). Grain shuffles it anew every epoch and is random-access: batch
+k is a function of (source, seed, k), so a resumed run needs no iterator state to see what the uninterrupted one would
+have seen.
 """
 
 import concurrent.futures
@@ -24,6 +25,7 @@ def _render(scenes: Scenes, index: int) -> dict[str, np.ndarray]:
         "image": np.round((example["image"] + 1) * 127.5).astype(np.uint8),
         "segmentation": example["segmentation"],
         "sketch": np.round(example["sketch"] * 255).astype(np.uint8),
+        "caption": np.array(example["caption"]),
     }
 
 
@@ -33,7 +35,7 @@ def _ignore_interrupts() -> None:
 
 
 class InMemory:
-    """A source held in memory, 8 bits a value: ``image``, ``segmentation`` and ``sketch`` of each example.
+    """A source held in memory, 8 bits a value: ``image``, ``segmentation``, ``sketch`` and ``caption`` of each example.
 
     Args:
       arrays: stacked over examples.
@@ -57,7 +59,7 @@ class InMemory:
         return cls({key: np.stack([e[key] for e in examples]) for key in examples[0]})
 
     def __len__(self) -> int:
-        return len(self.arrays["image"])
+        return len(next(iter(self.arrays.values())))
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {key: value[index] for key, value in self.arrays.items()}
@@ -66,7 +68,8 @@ class InMemory:
 def to_float(example: dict[str, np.ndarray], maps: Sequence[str]) -> dict[str, np.ndarray]:
     """8-bit values as the API has them: the image in [-1, 1], each of ``maps`` in [0, 1], all float32."""
     out = dict(example)
-    out["image"] = example["image"].astype(np.float32) / 127.5 - 1
+    if "image" in out:
+        out["image"] = example["image"].astype(np.float32) / 127.5 - 1
     for name in maps:
         out[name] = example[name].astype(np.float32) / 255
     return out

@@ -74,6 +74,11 @@ def evaluate(
     """
     pipeline = Pipeline.from_folder(workdir)
     config = pipeline.config
+    if config.data.name != "scenes":
+        raise UserError(
+            f"{workdir}: trained on data.name={config.data.name!r}; evaluate.py measures control over scenes, whose "
+            f"segmentation net it has, and over nothing else yet"
+        )
     wanted = config.evaluation
     maps = wanted.maps if maps is None else maps
     if maps < 1:
@@ -87,15 +92,31 @@ def evaluate(
     check_writable(out.parent, "--out")
     segmenter = load_segmenter()
     height, width, _ = pipeline.base.image_shape
-    if (height, width) != (segmenter.config["height"], segmenter.config["width"]):
+    size = segmenter.config["height"]
+    if height != width or height % size:
         raise UserError(
-            f"the shipped segmentation net reads {segmenter.config['height']}x{segmenter.config['width']} pictures, "
-            f"but the base {pipeline.base.name!r} makes {height}x{width}: its samples cannot be evaluated yet"
+            f"the shipped segmentation net reads {size}x{size} pictures, or larger ones by a whole factor, but the "
+            f"base {pipeline.base.name!r} makes {height}x{width}: its samples cannot be evaluated yet"
         )
     modalities = pipeline.modulator.modalities
     source = InMemory.render(Scenes("test", maps, height, width, config.data.seed))
     examples = to_float(source.arrays, [m.name for m in modalities if m.kind != "labels"])
-    labels, sketches = examples["segmentation"], source.arrays["sketch"].astype(np.float32) / 255
+    conditions = {m.name: m.resize_all(examples[m.name], *pipeline.base.latent_shape[:2]) for m in modalities}
+    prompts = np.array([str(caption) for caption in examples["caption"]])
+    # Judged at the segmentation net's resolution, against the same scenes drawn at it.
+    small = source if height == size else InMemory.render(Scenes("test", maps, size, size, config.data.seed))
+    labels, sketches = small.arrays["segmentation"], small.arrays["sketch"].astype(np.float32) / 255
+
+    def sample(given: list[str], scale: float, keys: jax.Array, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Samples under some of the modalities, for all maps or for some rows of them, within [-1, 1]."""
+        told = {"prompts": list(prompts[rows])} if pipeline.base.is_text_conditional else {}
+        kept = {name: conditions[name][rows] for name in given}
+        return np.clip(pipeline(kept, keys, guidance=scale, steps=steps, **told), -1, 1)
+
+    def reduce(images: np.ndarray) -> np.ndarray:
+        factor = height // size
+        return images.reshape(-1, size, factor, size, factor, 3).mean(axis=(2, 4))
+
     keys = sampling.sample_keys(seed, maps)
     chosen = min(wanted.diversity_conditions, maps)
     seeds = wanted.diversity_seeds
@@ -103,7 +124,7 @@ def evaluate(
     result = {"miou": {}, "class_iou": {}, "edge_f1": {}, "diversity": {}}
 
     def score(name: str, images: np.ndarray) -> None:
-        images = np.clip(images, -1, 1)
+        images = reduce(images)
         confusion = metrics.confusion_matrix(segmenter.predict(images), labels, len(CLASSES))
         result["miou"][name] = float(metrics.mean_iou(confusion))
         values = zip(CLASSES, metrics.class_iou(confusion), strict=True)
@@ -116,23 +137,17 @@ def evaluate(
         if seeds < 2:
             return
         rows = np.repeat(np.arange(chosen)[None], seeds, axis=0).reshape(-1)
-        many = pipeline(
-            {n: examples[n][rows] for n in given},
-            sampling.sample_keys(seed + 1, len(rows)),
-            guidance=scale,
-            steps=steps,
-        )
-        shape = (seeds, chosen, *many.shape[1:])
-        result["diversity"][name] = float(metrics.diversity(np.clip(many, -1, 1).reshape(shape)))
+        many = sample(given, scale, sampling.sample_keys(seed + 1, len(rows)), rows)
+        result["diversity"][name] = float(metrics.diversity(many.reshape(seeds, chosen, *many.shape[1:])))
 
     began = time.perf_counter()
     score("real", examples["image"])
-    alone = pipeline({}, keys, guidance=0.0, steps=steps)
+    alone = sample([], 0.0, keys)
     score("base", alone)
     spread("base", [], 0.0)
     shown = [pictures.show(m, examples[m.name][:_SHOWN]) for m in modalities] + [pictures.to_uint8(alone[:_SHOWN])]
     for name, given in _subsets([m.name for m in modalities]).items():
-        images = pipeline({n: examples[n] for n in given}, keys, guidance=guidance, steps=steps)
+        images = sample(given, guidance, keys)
         score(name, images)
         spread(name, given, guidance)
         shown.append(pictures.to_uint8(images[:_SHOWN]))
@@ -141,6 +156,7 @@ def evaluate(
         "expected": dict(wanted.get("expected", {})),
         "maps": maps,
         "guidance": guidance,
+        "text_guidance": config.sampling.text_guidance if pipeline.base.is_text_conditional else None,
         "sampler": config.sampling.sampler,
         "steps": steps,
         "seed": seed,

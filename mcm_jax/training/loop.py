@@ -5,7 +5,7 @@ import os
 import pathlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -17,14 +17,15 @@ from tqdm import tqdm
 from mcm_jax import assets, pictures, sampling
 from mcm_jax import config as config_lib
 from mcm_jax.base import Base, load_base
-from mcm_jax.data.pipeline import InMemory, to_float, training_batches
-from mcm_jax.data.scenes import Scenes
+from mcm_jax.data import open_source
+from mcm_jax.data.pipeline import to_float, training_batches
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.mcm import Modulator, parameter_count
 from mcm_jax.pipeline import Pipeline, save_mcm
 from mcm_jax.training import sharding, state, step
 from mcm_jax.training.checkpoints import Checkpoints
+from mcm_jax.training.inputs import prepare
 
 _VALIDATION_IMAGES = 8
 
@@ -93,12 +94,27 @@ def _diverged(loss: float, step: int) -> UserError:
     )
 
 
+def _open(data: ml_collections.ConfigDict, split: str, base: Base, modulator: Modulator, **size: int) -> Sequence[dict]:
+    captions = base.is_text_conditional
+    return open_source(data, split, modulator.modalities, *base.image_shape[:2], captions=captions, **size)
+
+
+def _validation_examples(data: ml_collections.ConfigDict, base: Base, modulator: Modulator) -> dict[str, np.ndarray]:
+    """Some held-out examples, stacked; of a folder without a test split, training examples."""
+    held_out = data.name != "folder" or (pathlib.Path(data.path) / "test").is_dir()
+    source = _open(data, "test" if held_out else "train", base, modulator, size=_VALIDATION_IMAGES)
+    examples = [source[i % len(source)] for i in range(_VALIDATION_IMAGES)]
+    return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
+
+
 def _validation_pictures(pipeline: Pipeline, modulator: Modulator, examples: dict[str, np.ndarray]) -> np.ndarray:
-    conditions = {m.name: examples[m.name] for m in modulator.modalities}
+    height, width, _ = pipeline.base.latent_shape
+    conditions = {m.name: m.resize_all(examples[m.name], height, width) for m in modulator.modalities}
+    prompts = list(map(str, examples["caption"])) if pipeline.base.is_text_conditional else None
     keys = sampling.sample_keys(0, _VALIDATION_IMAGES)
     rows = [pictures.show(m, examples[m.name]) for m in modulator.modalities]
-    alone = pipeline(conditions, keys, guidance=0.0, batch_size=_VALIDATION_IMAGES)
-    controlled = pipeline(conditions, keys, batch_size=_VALIDATION_IMAGES)
+    alone = pipeline(conditions, keys, prompts=prompts, guidance=0.0, batch_size=_VALIDATION_IMAGES)
+    controlled = pipeline(conditions, keys, prompts=prompts, batch_size=_VALIDATION_IMAGES)
     return pictures.grid([*rows, pictures.to_uint8(alone), pictures.to_uint8(controlled)])
 
 
@@ -148,17 +164,25 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     workdir = pathlib.Path(workdir)
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.train.batch_size, mesh)
-    base = load_base(assets.resolve(config.base.path), config.base.dtype)
+    base = load_base(assets.resolve_base(config.base.path), config.base.dtype)
     height, width, channels = base.image_shape
     if channels != 3 or min(height, width) < 8:
         raise UserError(
-            f"base {base.name!r} makes images of {height}x{width}x{channels}; the scenes data set has RGB images of at "
-            f"least 8x8"
+            f"base {base.name!r} makes images of {height}x{width}x{channels}; training has RGB images of at least 8x8"
         )
     settings = config.sampling
-    sampling.check_settings(base.schedule, guidance=settings.guidance, steps=settings.steps, eta=settings.eta)
+    sampling.check_settings(
+        base.schedule,
+        guidance=settings.guidance,
+        text_guidance=settings.text_guidance,
+        steps=settings.steps,
+        eta=settings.eta,
+    )
     modulator = config_lib.modulator(config, base)
     jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape))  # refuses what does not fit the base
+
+    if config.data.name == "folder":  # what is wrong with the user's files is said before anything is written
+        _open(config.data, "train", base, modulator)
 
     check_writable(workdir, "--workdir")
     with _disk_errors(workdir):
@@ -191,21 +215,21 @@ def _train(
         print(f"{workdir} is finished: {first} of {train.steps} steps are done")
         checkpoints.close()
         return now
-    print(f"going on from step {first}" if first else f"rendering {config.data.size:,} training examples")
+    print(f"going on from step {first}" if first else "preparing the training examples")
 
-    height, width, _ = base.image_shape
-    source = InMemory.render(Scenes("train", config.data.size, height, width, config.data.seed))
+    inputs = prepare(base, _open(config.data, "train", base, modulator), modulator.modalities, train.batch_size)
     maps = [m.name for m in modulator.modalities if m.kind != "labels"]
-    batches = training_batches(source, train.batch_size, config.seed, maps)
-    validation = InMemory.render(Scenes("test", _VALIDATION_IMAGES, height, width, config.data.seed)).arrays
+    batches = training_batches(inputs.source, train.batch_size, config.seed, maps)
+    validation = _validation_examples(config.data, base, modulator) if train.validate_every else {}
     noise_step = step.make_noise_step(
-        base,
         modulator,
         seed=config.seed,
         drop_rate=config.modalities.drop_rate,
         draws=config.data.draws,
+        prompt_drop_rate=config.data.prompt_drop_rate,
     )
-    predictions = step.Predictions(base, len(source), config.data.draws)
+    contexts = sharding.replicate(inputs.contexts, mesh)
+    predictions = step.Predictions(base, len(inputs.source), config.data.draws, contexts)
     train_step = step.make_train_step(
         modulator, optimizer, weighting=config.loss.weighting, l1=config.loss.l1, ema_decay=train.ema_decay
     )
@@ -228,7 +252,7 @@ def _train(
         ):
             for i in range(first, train.steps):
                 batch = batches[i]
-                record = noise_step(base_params, sharding.split_batch(batch, mesh))
+                record = noise_step(sharding.split_batch(batch, mesh))
                 now, metrics = train_step(now, predictions(base_params, batch, record))
                 sums = metrics if sums is None else jax.tree.map(lambda a, b: a + b, sums, metrics)
                 bar.update()

@@ -20,7 +20,7 @@ from mcm_jax.training.state import TrainState, update_ema
 Record = dict[str, Any]
 
 
-_NOISE, _DROP = 0, 1  # streams of keys; they never share one
+_NOISE, _DROP, _PROMPT = 0, 1, 2  # streams of keys; they never share one
 
 
 def example_keys(seed: int, stream: int, index: jax.Array, draw: jax.Array) -> jax.Array:
@@ -30,33 +30,40 @@ def example_keys(seed: int, stream: int, index: jax.Array, draw: jax.Array) -> j
 
 
 def make_noise_step(
-    base: Base, modulator: Modulator, *, seed: int, drop_rate: float, draws: int
-) -> Callable[[Any, Mapping[str, jax.Array]], Record]:
-    """Returns jitted ``noise_step(base_params, batch) -> record``, a record that only lacks the base's prediction.
+    modulator: Modulator, *, seed: int, drop_rate: float, draws: int, prompt_drop_rate: float = 0.0
+) -> Callable[[Mapping[str, jax.Array]], Record]:
+    """Returns jitted ``noise_step(batch) -> record``, a record that only lacks the base's prediction.
 
-    A batch has ``image`` (float32 ``[B, H, W, C]`` in [-1, 1]), ``index`` (which example), ``draw`` (how often it was
-    seen before; both int32 ``[B]``) and every modality. A record has ``x_t``, ``noise`` (the target), ``t``,
-    ``conditions`` and ``present``. Noise and timestep are those of draw ``draw % draws`` (or ``draw``, where ``draws``
-    is 0); which modalities are hidden is drawn anew each time.
+    A batch has ``latent`` or ``image`` (float32 ``[B, H, W, C]``), ``index`` (which example), ``draw`` (how often it
+    was seen before; both int32 ``[B]``), every modality and, for a text-conditional base, ``prompt`` (int32 ``[B]``). A
+    record has ``x_t``, ``noise`` (the target), ``t``, ``conditions``, ``present`` and, if the batch has it, ``prompt``,
+    0 where the empty prompt takes its place. Noise, timestep and prompt are those of draw ``draw % draws`` (or
+    ``draw``, where ``draws`` is 0), as the base's prediction depends on them; which modalities are hidden is drawn
+    anew each time.
     """
-    names = [m.name for m in modulator.modalities]
-    total = base.schedule.num_train_timesteps
+    names, schedule = [m.name for m in modulator.modalities], modulator.schedule
+    total = schedule.num_train_timesteps
 
     def draw_one(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         key_t, key_noise = jax.random.split(key)
         return jax.random.randint(key_t, (), 0, total), jax.random.normal(key_noise, shape)
 
     @jax.jit
-    def noise_step(base_params: Any, batch: Mapping[str, jax.Array]) -> Record:
-        x0 = base.encode(base_params, batch["image"])
+    def noise_step(batch: Mapping[str, jax.Array]) -> Record:
+        x0 = batch["latent"] if "latent" in batch else batch["image"]
         index, draw = batch["index"], batch["draw"]
-        keys = example_keys(seed, _NOISE, index, draw % draws if draws else draw)
-        t, noise = jax.vmap(lambda k: draw_one(k, x0.shape[1:]))(keys)
+        kept = draw % draws if draws else draw
+        t, noise = jax.vmap(lambda k: draw_one(k, x0.shape[1:]))(example_keys(seed, _NOISE, index, kept))
         drop_keys = example_keys(seed, _DROP, index, draw)
         present = jax.vmap(lambda k: modalities.drop(k, len(names), drop_rate))(drop_keys)
-        x_t = base.schedule.add_noise(x0, noise, t)
+        x_t = schedule.add_noise(x0, noise, t)
         conditions = {name: batch[name] for name in names}
-        return {"x_t": x_t, "noise": noise, "t": t, "conditions": conditions, "present": present}
+        record = {"x_t": x_t, "noise": noise, "t": t, "conditions": conditions, "present": present}
+        if "prompt" in batch:
+            prompt_keys = example_keys(seed, _PROMPT, index, kept)
+            dropped = jax.vmap(lambda k: jax.random.bernoulli(k, prompt_drop_rate))(prompt_keys)
+            record["prompt"] = jnp.where(dropped, 0, batch["prompt"])
+        return record
 
     return noise_step
 
@@ -68,10 +75,16 @@ class Predictions:
       base: the frozen model.
       examples: how many the data set has.
       draws: draws to keep of each example, ``examples * draws * H * W * C * 2`` bytes; 0 predicts every batch afresh.
+      contexts: of the prompts, ``[P, L, D]``, for a text-conditional base.
     """
 
-    def __init__(self, base: Base, examples: int, draws: int):
-        self._predict = jax.jit(lambda p, x_t, t: base.predict(p, x_t, t).astype(jnp.float32))
+    def __init__(self, base: Base, examples: int, draws: int, contexts: jax.Array | None = None):
+        def predict(params: Any, contexts: jax.Array | None, record: Record) -> jax.Array:
+            context = () if contexts is None else (contexts[record["prompt"]],)
+            return base.predict(params, record["x_t"], record["t"], *context).astype(jnp.float32)
+
+        self._predict = jax.jit(predict)
+        self._contexts = contexts
         self._draws = draws
         self._kept = np.zeros((examples, draws, *base.latent_shape), np.float16)
         self._known = np.zeros((examples, draws), bool)
@@ -79,12 +92,12 @@ class Predictions:
     def __call__(self, base_params: Any, batch: Mapping[str, np.ndarray], record: Record) -> Record:
         """Adds ``eps`` to the record of a batch, a float32 device array (rounded to 16 bits where it is kept)."""
         if not self._draws:
-            return record | {"eps": self._predict(base_params, record["x_t"], record["t"])}
+            return record | {"eps": self._predict(base_params, self._contexts, record)}
         at = batch["index"], batch["draw"] % self._draws
         new = ~self._known[at]
         if new.any():
             at_new = tuple(a[new] for a in at)
-            self._kept[at_new] = np.asarray(self._predict(base_params, record["x_t"], record["t"]))[new]
+            self._kept[at_new] = np.asarray(self._predict(base_params, self._contexts, record))[new]
             self._known[at_new] = True
         eps = self._kept[at].astype(np.float32)
         return record | {"eps": jax.device_put(eps, record["x_t"].sharding)}

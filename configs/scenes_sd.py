@@ -1,0 +1,18 @@
+"""Text, segmentation and sketch together: an MCM for the shipped miniature Stable Diffusion, scenes-sd.
+
+python train.py --config=configs/scenes_sd.py --workdir=runs/scenes_sd
+python sample.py --workdir=runs/scenes_sd --prompt="a mountain lake at sunset" \
+    --segmentation=docs/examples/segmentation.png --out=runs/sunset
+python evaluate.py --workdir=runs/scenes_sd --out=runs/scenes_sd/metrics.json
+"""
+
+from configs import scenes
+
+
+def get_config():
+    c = scenes.get_config()
+    c.base.path = "scenes-sd"
+    c.mcm.x0_clip = 4.0  # latents, not pixels
+    c.sampling.text_guidance = 3.0
+    c.evaluation.expected = dict(both="at least 0.75", base="at most 0.40")
+    return c

@@ -1,0 +1,165 @@
+"""A loaded base: the frozen networks of a diffusion model behind one interface, whatever kind of model it is.
+
+What is diffused is an image, or the latent of an autoencoder; what the U-Net sees beside it is nothing, or the context
+that a text encoder makes of a prompt. :mod:`mcm_jax.base.loading` makes a base from a folder.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcm_jax.base.autoencoders import AutoencoderKL, VQModel
+from mcm_jax.base.clip import CLIPText
+from mcm_jax.base.tokenizer import Tokenizer
+from mcm_jax.base.unet2d import UNet2D
+from mcm_jax.base.unet2d_condition import UNet2DCondition
+from mcm_jax.predictions import to_eps
+from mcm_jax.schedules import Schedule
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Base:
+    """A frozen diffusion model. Its methods take its params as an argument.
+
+    All are pure and work under ``jit`` and ``grad``, but for :meth:`tokenize` and :meth:`embed_text`, which read text.
+
+    Attributes:
+        name: the folder's name.
+        params: pytree of the networks' parameters, one entry per component: ``unet``, and ``vae`` or ``vqvae``, and
+            ``text_encoder``, as far as the base has them. In the asked-for dtype.
+        unet: the network that predicts.
+        schedule: the noise schedule that the network was trained with.
+        latent_shape: ``(H, W, C)`` of what is diffused; a pixel base's is the image's.
+        image_shape: ``(H, W, C)`` of the images.
+        fingerprint: SHA-256, as hex, of all that decides the values that the methods return: configs, parameters,
+            vocabulary, dtype. It does not depend on where the folder lies or on how its files are laid out.
+        autoencoder: between images and latents; None for a base that works on pixels.
+        text_encoder: from tokens to context; None for an unconditional base.
+        tokenizer: from prompts to tokens; None for an unconditional base.
+    """
+
+    name: str
+    params: Any
+    unet: UNet2D | UNet2DCondition
+    schedule: Schedule
+    latent_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int]
+    fingerprint: str
+    autoencoder: AutoencoderKL | VQModel | None = None
+    text_encoder: CLIPText | None = None
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether latents of an autoencoder are diffused, rather than pixels."""
+        return self.autoencoder is not None
+
+    @property
+    def is_text_conditional(self) -> bool:
+        """Whether :meth:`predict` needs a context."""
+        return self.text_encoder is not None
+
+    def predict(self, params: Any, x_t: jax.Array, t: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        """Predicts the noise in x_t, whatever the network's own parameterisation.
+
+        Args:
+            params: :attr:`params`, or a pytree like it.
+            x_t: float32 ``[B, H, W, C]``, noisy latents; H and W need not be those of :attr:`latent_shape`.
+            t: int32 ``[B]``, timesteps in 0..T-1.
+            context: ``[B, L, D]``, from :meth:`embed_text`; None for an unconditional base.
+
+        Returns:
+            float32 ``[B, H, W, C]``, eps.
+
+        Raises:
+            ValueError: a context is missing, or given to an unconditional base, or the shapes do not fit.
+        """
+        if context is None and self.is_text_conditional:
+            raise ValueError(f"context: base {self.name!r} is text-conditional, expected [B, L, D] from embed_text")
+        if context is not None and not self.is_text_conditional:
+            raise ValueError(f"context: base {self.name!r} is unconditional and takes none")
+        contexts = () if context is None else (context,)
+        prediction = self.unet.apply({"params": params["unet"]}, x_t, t, *contexts).astype(jnp.float32)
+        return to_eps(prediction, x_t, self.schedule.alpha(t), self.schedule.sigma(t), self.schedule.prediction_type)
+
+    def encode(self, params: Any, image: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """Image to what is diffused.
+
+        Args:
+            params: :attr:`params`, or a pytree like it.
+            image: ``[B, H, W, 3]`` in [-1, 1]; H and W are multiples of the autoencoder's factor.
+            rng: draws from the posterior of an ``AutoencoderKL``, rather than taking its mean. Without effect on
+                others.
+
+        Returns:
+            The image itself, for a base that works on pixels; else float32 ``[B, h, w, C]``, latents scaled as the
+            U-Net knows them (of a ``VQModel``, before the codebook).
+        """
+        if not self.is_latent:
+            return image
+        latent = self._apply_autoencoder(params, image.astype(jnp.float32), "encode")
+        if isinstance(self.autoencoder, AutoencoderKL):
+            latent, logvar = latent
+            if rng is not None:
+                latent = latent + jnp.exp(0.5 * logvar) * jax.random.normal(rng, latent.shape, latent.dtype)
+        config = self.autoencoder.config
+        return (latent - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    def decode(self, params: Any, latent: jax.Array) -> jax.Array:
+        """What is diffused to image.
+
+        Args:
+            params: :attr:`params`, or a pytree like it.
+            latent: float32 ``[B, h, w, C]``.
+
+        Returns:
+            ``[B, H, W, 3]``, about in [-1, 1] and not clipped: the latent itself, for a base that works on pixels.
+        """
+        if not self.is_latent:
+            return latent
+        config = self.autoencoder.config
+        latent = latent.astype(jnp.float32) / config.scaling_factor + (config.shift_factor or 0.0)
+        return self._apply_autoencoder(params, latent, "decode")
+
+    def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
+        """Tokens of prompts, int32 ``[B, L]``: the end of a prompt that is too long is cut off, with a warning.
+
+        Raises:
+            ValueError: `prompts` is no sequence of texts, or the base is unconditional.
+        """
+        self._expect_text_encoder()
+        return self.tokenizer(prompts)
+
+    def encode_tokens(self, params: Any, ids: jax.Array) -> jax.Array:
+        """Tokens, int32 ``[B, L]``, to context, float32 ``[B, L, D]``.
+
+        Raises:
+            ValueError: the base is unconditional.
+        """
+        self._expect_text_encoder()
+        return self.text_encoder.apply({"params": params["text_encoder"]}, ids).astype(jnp.float32)
+
+    def embed_text(self, params: Any, prompts: Sequence[str]) -> jax.Array:
+        """Prompts to context, float32 ``[B, L, D]``: :meth:`tokenize`, then :meth:`encode_tokens` compiled.
+
+        Raises:
+            ValueError: as :meth:`tokenize`.
+        """
+        return self._encode_tokens(params, self.tokenize(prompts))
+
+    @functools.cached_property
+    def _encode_tokens(self) -> Any:
+        return jax.jit(self.encode_tokens)
+
+    def _expect_text_encoder(self) -> None:
+        if not self.is_text_conditional:
+            raise ValueError(f"prompts: base {self.name!r} is unconditional, it has no text encoder")
+
+    def _apply_autoencoder(self, params: Any, x: jax.Array, method: str) -> Any:
+        entry = "vae" if "vae" in params else "vqvae"
+        return self.autoencoder.apply({"params": params[entry]}, x, method=method)
