@@ -45,6 +45,7 @@ setup(
             "mcm-jax[hub,text,torch]",
             "diffusers==0.42.1",
             "pytest>=8.2,<10",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.17.6,<0.18",
             "torch==2.13.0",
             "transformers==5.23.0",
