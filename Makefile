@@ -20,10 +20,10 @@ demo: $(CORE)
 	$(BIN)/python evaluate.py --workdir=runs/demo --out=runs/demo/metrics.json
 
 test: $(TEST)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-quick: $(TEST)
-	$(BIN)/python -m pytest -m "not slow" -x -q
+	$(BIN)/python -m pytest -n auto -m "not slow" -x -q
 
 lint: $(TEST)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -91,7 +91,7 @@ def save_ldm_base(folder, seed=0):
 WORDS = "a mountain lake meadow at dawn sunset night by day with and sun moon one two three trees tree , . !"
 
 
-def save_tokenizer(folder, length=12):
+def save_tokenizer(folder, length=20):
     """Writes a CLIP tokenizer that knows :data:`WORDS` and single letters."""
     from transformers import CLIPTokenizer
 
@@ -125,7 +125,7 @@ def save_sd_base(folder, version=1, seed=0):
             intermediate_size=40,
             num_hidden_layers=2,
             num_attention_heads=3,
-            max_position_embeddings=12,
+            max_position_embeddings=20,
             hidden_act="quick_gelu" if version == 1 else "gelu",
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

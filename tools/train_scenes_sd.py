@@ -6,7 +6,7 @@ First the autoencoder (64x64x3 to 16x16x4), then text encoder and U-Net together
 captions only, never a segmentation or a sketch. A run that was stopped goes on from ``--work``; a finished one only
 saves and measures again. The recipe below, what was measured on held-out scenes (``recipe.json``) and the log
 (``training_log.jsonl``) are saved beside the weights. Whether samples follow their captions is measured where the
-facts net (``tools/train_scenes_facts.py``) is there. About 75 minutes on 2 CPU cores with bfloat16 instructions.
+facts net (``tools/train_scenes_facts.py``) is there. About 55 minutes on 2 CPU cores with bfloat16 instructions.
 """
 
 import argparse

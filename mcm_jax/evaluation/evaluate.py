@@ -14,9 +14,10 @@ import numpy as np
 
 from mcm_jax import pictures, sampling
 from mcm_jax.data.pipeline import InMemory, to_float
-from mcm_jax.data.scenes import CLASSES, Scenes
+from mcm_jax.data.scenes import CLASSES, Scenes, scene_at
 from mcm_jax.errors import UserError
 from mcm_jax.evaluation import metrics
+from mcm_jax.evaluation.facts import facts_of, load_facts_net
 from mcm_jax.evaluation.segmenter import load_segmenter
 from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.mcm import parameter_count
@@ -34,12 +35,14 @@ def _subsets(names: list[str]) -> dict[str, list[str]]:
 
 def _table(result: dict) -> str:
     expected = result["expected"]
-    lines = [f"{'':16}{'mean IoU':>10}{'sketch F1':>11}{'diversity':>11}   expected mean IoU"]
+    texts = f"{'facts':>8}" if result["facts"] else ""
+    lines = [f"{'':16}{'mean IoU':>10}{'sketch F1':>11}{'diversity':>11}{texts}   expected mean IoU"]
     for name, miou in result["miou"].items():
         diversity = result["diversity"].get(name)
+        texts = f"{result['facts'][name]['mean']:8.3f}" if result["facts"] else ""
         lines.append(
             f"{name:16}{miou:10.3f}{result['edge_f1'][name]['f1']:11.3f}"
-            f"{'' if diversity is None else format(diversity, '.3f'):>11}   {expected.get(name, '')}"
+            f"{'' if diversity is None else format(diversity, '.3f'):>11}{texts}   {expected.get(name, '')}"
         )
     return "\n".join(lines)
 
@@ -50,6 +53,8 @@ def evaluate(
     *,
     maps: int | None = None,
     guidance: float | None = None,
+    text_guidance: float | None = None,
+    modulate: str | None = None,
     steps: int | None = None,
     seed: int = 0,
 ) -> dict:
@@ -60,14 +65,17 @@ def evaluate(
       out: file for the metrics.
       maps: how many held-out maps; None takes ``config.evaluation.maps``.
       guidance: modality guidance scale; None takes the config's.
+      text_guidance: classifier-free guidance scale of the captions; None takes the config's.
+      modulate: ``after_cfg`` or ``before_cfg``; None takes the config's.
       steps: sampling steps; None takes the config's.
       seed: of the noise.
 
     Returns:
       What is written: ``miou`` (over all pixels of all maps, mean over classes; keys ``real``, ``base``, ``both``, each
       modality), ``class_iou``, ``edge_f1`` (precision, recall and F1 of the samples' edges against the sketches, within
-      one pixel), ``diversity`` (mean root-mean-square distance, in units of the [-1, 1] range, between samples of
-      several seeds for one condition) and what it was measured with.
+      one pixel), ``facts`` (for a text-conditional base: in what share of the samples each thing that the caption says
+      holds, by another net), ``diversity`` (mean root-mean-square distance, in units of the [-1, 1] range, between
+      samples of several seeds for one condition) and what it was measured with.
 
     Raises:
       UserError: bad input; nothing was written.
@@ -84,8 +92,12 @@ def evaluate(
     if maps < 1:
         raise UserError(f"maps must be at least 1, got {maps}")
     guidance = config.sampling.guidance if guidance is None else guidance
+    text_guidance = config.sampling.text_guidance if text_guidance is None else text_guidance
+    config.sampling.modulate = modulate or config.sampling.modulate
     steps = config.sampling.steps if steps is None else steps
-    sampling.check_settings(pipeline.base.schedule, seed=seed, guidance=guidance, steps=steps)
+    sampling.check_settings(
+        pipeline.base.schedule, seed=seed, guidance=guidance, text_guidance=text_guidance, steps=steps
+    )
     out = pathlib.Path(out)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; expected the name of a JSON file")
@@ -109,9 +121,11 @@ def evaluate(
 
     def sample(given: list[str], scale: float, keys: jax.Array, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Samples under some of the modalities, for all maps or for some rows of them, within [-1, 1]."""
-        told = {"prompts": list(prompts[rows])} if pipeline.base.is_text_conditional else {}
+        text = {}
+        if pipeline.base.is_text_conditional:
+            text = {"prompts": list(prompts[rows]), "text_guidance": text_guidance}
         kept = {name: conditions[name][rows] for name in given}
-        return np.clip(pipeline(kept, keys, guidance=scale, steps=steps, **told), -1, 1)
+        return np.clip(pipeline(kept, keys, guidance=scale, steps=steps, **text), -1, 1)
 
     def reduce(images: np.ndarray) -> np.ndarray:
         factor = height // size
@@ -121,7 +135,9 @@ def evaluate(
     chosen = min(wanted.diversity_conditions, maps)
     seeds = wanted.diversity_seeds
 
-    result = {"miou": {}, "class_iou": {}, "edge_f1": {}, "diversity": {}}
+    result = {"miou": {}, "class_iou": {}, "edge_f1": {}, "diversity": {}, "facts": {}}
+    judge = load_facts_net() if pipeline.base.is_text_conditional else None
+    told = facts_of([scene_at(config.data.seed, "test", i).facts for i in range(maps)])
 
     def score(name: str, images: np.ndarray) -> None:
         images = reduce(images)
@@ -131,6 +147,10 @@ def evaluate(
         # A class that is in no map and in no sample has no IoU.
         result["class_iou"][name] = {c: None if np.isnan(v) else float(v) for c, v in values}
         result["edge_f1"][name] = {k: float(v) for k, v in metrics.edge_f1(images, sketches).items()}
+        if judge:
+            seen = judge.predict(images)
+            right = {fact: float((seen[fact] == told[fact]).mean()) for fact in told}
+            result["facts"][name] = right | {"mean": sum(right.values()) / len(right)}
 
     def spread(name: str, given: list[str], scale: float) -> None:
         """Diversity over several seeds a condition."""
@@ -156,7 +176,8 @@ def evaluate(
         "expected": dict(wanted.get("expected", {})),
         "maps": maps,
         "guidance": guidance,
-        "text_guidance": config.sampling.text_guidance if pipeline.base.is_text_conditional else None,
+        "text_guidance": text_guidance if pipeline.base.is_text_conditional else None,
+        "modulate": config.sampling.modulate if pipeline.base.is_text_conditional else None,
         "sampler": config.sampling.sampler,
         "steps": steps,
         "seed": seed,

@@ -1,0 +1,201 @@
+"""An MCM on a text-conditional latent base: what training sees, and the scripts with prompts."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from mcm_jax import config as config_lib
+from mcm_jax import sampling
+from mcm_jax.base import load_base
+from mcm_jax.data.pipeline import InMemory, training_batches
+from mcm_jax.data.scenes import Scenes
+from mcm_jax.errors import UserError
+from mcm_jax.generate import generate
+from mcm_jax.pipeline import Pipeline
+from mcm_jax.training import inputs, step, train_and_evaluate
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+COUNT = 6
+PROMPT = "a mountain lake at sunset with three trees"
+
+
+@pytest.fixture(scope="module")
+def base(sd_path):
+    return load_base(sd_path)
+
+
+@pytest.fixture(scope="module")
+def config(sd_path):
+    return tiny.make_config(sd_path, {"train.validate_every": 0, "train.steps": 3, "data.draws": 2, "data.size": COUNT})
+
+
+@pytest.fixture(scope="module")
+def modulator(config, base):
+    return config_lib.modulator(config, base)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return InMemory.render(Scenes("train", COUNT, 32, 32, 2))
+
+
+@pytest.fixture(scope="module")
+def prepared(base, modulator, source):
+    return inputs.prepare(base, source, modulator.modalities, 4)  # 6 examples: the second batch is filled up
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "sd"
+    train_and_evaluate(config, folder)
+    return folder
+
+
+def test_inputs_are_what_the_base_makes_of_the_examples(base, modulator, source, prepared):
+    arrays = prepared.source.arrays
+    images = source.arrays["image"].astype(np.float32) / 127.5 - 1
+    np.testing.assert_allclose(arrays["latent"], base.encode(base.params, jnp.asarray(images)), atol=1e-5)
+    assert arrays["latent"].shape == (COUNT, *base.latent_shape)
+    for modality in modulator.modalities:
+        of_one = [modality.resize(source.arrays[modality.name][i], 16, 16) for i in range(COUNT)]
+        if modality.kind == "labels":
+            np.testing.assert_array_equal(arrays[modality.name], of_one)
+        assert arrays[modality.name].shape == (COUNT, 16, 16) and arrays[modality.name].dtype == np.uint8
+    captions = [str(c) for c in source.arrays["caption"]]
+    np.testing.assert_allclose(prepared.contexts[arrays["prompt"]], base.embed_text(base.params, captions), atol=1e-5)
+    np.testing.assert_allclose(prepared.contexts[:1], base.embed_text(base.params, [""]), atol=1e-5)
+    assert len(prepared.contexts) == 1 + len(set(captions))
+
+
+def test_resized_maps_keep_their_values(modulator):
+    """Eight bits and floats are brought to the grid alike."""
+    (sketch,) = (m for m in modulator.modalities if m.kind == "lines")
+    values = np.random.default_rng(0).integers(0, 256, (3, 32, 32)).astype(np.uint8)
+    small = sketch.resize_all(values, 16, 16)
+    of_floats = sketch.resize_all(values.astype(np.float32) / 255, 16, 16)
+    np.testing.assert_allclose(small / 255.0, of_floats, atol=0.5 / 255 + 1e-6)
+    assert sketch.resize_all(values, 32, 32) is values
+
+
+def test_a_draw_has_one_prompt(modulator, prepared):
+    """The prompt is dropped at the given rate, anew for each draw, and alike whenever that draw comes again."""
+    noise_step = step.make_noise_step(modulator, seed=0, drop_rate=0.3, draws=3, prompt_drop_rate=0.5)
+    batches = training_batches(prepared.source, COUNT, 0, ["sketch"])
+    seen = {}
+    for i in range(30):
+        batch = batches[i]
+        prompts = np.asarray(noise_step(batch)["prompt"])
+        for index, draw, prompt, own in zip(batch["index"], batch["draw"], prompts, batch["prompt"], strict=True):
+            assert prompt in (0, own) and own > 0
+            assert seen.setdefault((index, draw % 3), prompt == 0) == (prompt == 0)
+    assert 0.2 < np.mean(list(seen.values())) < 0.8
+    never = step.make_noise_step(modulator, seed=0, drop_rate=0.3, draws=0, prompt_drop_rate=0.0)(batches[0])
+    np.testing.assert_array_equal(never["prompt"], batches[0]["prompt"])
+
+
+def test_predictions_see_the_prompt(base, modulator, prepared):
+    batch = training_batches(prepared.source, 4, 0, ["sketch"])[0]
+    record = step.make_noise_step(modulator, seed=0, drop_rate=0.3, draws=2)(batch)
+    kept = step.Predictions(base, COUNT, 2, prepared.contexts)
+    fresh = step.Predictions(base, COUNT, 0, prepared.contexts)
+    eps = np.asarray(fresh(base.params, batch, record)["eps"])
+    expected = base.predict(base.params, record["x_t"], record["t"], prepared.contexts[record["prompt"]])
+    np.testing.assert_allclose(eps, expected, atol=1e-5)
+    np.testing.assert_allclose(kept(base.params, batch, record)["eps"], eps, atol=2e-3)
+    without = fresh(base.params, batch, record | {"prompt": jnp.zeros(4, jnp.int32)})["eps"]
+    assert np.abs(np.asarray(without) - eps).max() > 1e-4
+
+
+@pytest.mark.parametrize("where", ["after_cfg", "before_cfg"])
+def test_guidance_of_the_prompt_goes_through_base_and_mcm(where, workdir, source):
+    """One step of the pipeline against the formula put together by hand."""
+    pipeline = Pipeline.from_folder(workdir)
+    rng = np.random.default_rng(0)
+    pipeline.params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), pipeline.params)
+    pipeline.config.sampling.modulate = where
+    base, modulator = pipeline.base, pipeline.modulator
+    latents = dataclasses.replace(base, autoencoder=None)  # no decoding: what was diffused comes out
+    pipeline.base = latents
+    keys = jax.random.split(jax.random.key(3), 2)
+    conditions = {m.name: m.resize_all(source.arrays[m.name][:2], 16, 16) for m in modulator.modalities}
+    conditions["sketch"] = conditions["sketch"].astype(np.float32) / 255
+    scales = {"guidance": 1.5, "text_guidance": 4.0}
+    found = pipeline(
+        conditions, keys, prompts=[PROMPT, "night"], negative_prompt="day", steps=1, batch_size=2, **scales
+    )
+
+    x = sampling.initial_noise(keys, base.latent_shape)
+    t = jnp.full(2, base.schedule.timesteps(1)[0], jnp.int32)
+    p, n = (
+        base.predict(base.params, x, t, base.embed_text(base.params, prompts))
+        for prompts in ([PROMPT, "night"], ["day", "day"])
+    )
+    present = np.ones((2, 2), bool)
+    mcm = lambda eps: modulator(pipeline.params, x, eps, t, conditions, present)[0]  # noqa: E731
+    if where == "after_cfg":
+        eps = n + 4.0 * (p - n)
+        eps = eps + 1.5 * (mcm(eps) - eps)
+    else:
+        n, p = n + 1.5 * (mcm(n) - n), p + 1.5 * (mcm(p) - p)
+        eps = n + 4.0 * (p - n)
+    expected = sampling.sample(lambda *_: eps, x, keys, base.schedule, steps=1)
+    np.testing.assert_allclose(found, expected, atol=2e-4 * float(np.abs(expected).max()))
+
+
+def test_sample_script_with_a_prompt(script, workdir, tmp_path):
+    segmentation = tmp_path / "segmentation.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 6, (40, 24)).astype(np.uint8)).save(segmentation)
+    outcome = script(
+        *("sample.py", f"--workdir={workdir}", f"--segmentation={segmentation}", f"--prompt={PROMPT}"),
+        *("--negative_prompt=night", "--text_guidance=3", "--num_samples=2", f"--out={tmp_path / 'out'}"),
+    )
+    assert outcome.status == 0, outcome.err
+    said = json.loads((tmp_path / "out/samples.json").read_text())
+    assert (said["prompt"], said["negative_prompt"], said["text_guidance"]) == (PROMPT, "night", 3.0)
+    assert np.asarray(Image.open(tmp_path / "out/sample_000.png")).shape == (32, 32, 3)
+    settings = {"num_samples": 2, "prompt": PROMPT, "negative_prompt": "night", "text_guidance": 3.0}
+    same = generate(str(workdir), {"segmentation": str(segmentation)}, tmp_path / "same", **settings)
+    other = generate(
+        str(workdir),
+        {"segmentation": str(segmentation)},
+        tmp_path / "other",
+        **settings | {"prompt": "a meadow by day"},
+    )
+    assert (tmp_path / "same/sample_001.png").read_bytes() == (tmp_path / "out/sample_001.png").read_bytes()
+    assert np.abs(same - other).max() > 1e-3
+
+
+def test_a_prompt_that_is_too_long_says_what_is_cut(workdir, tmp_path):
+    pipeline = Pipeline.from_folder(workdir)
+    keys = jax.random.split(jax.random.key(0), 1)
+    long = " ".join(["three trees and"] * 6)
+    with pytest.warns(UserWarning, match="trees and"):
+        pipeline({}, keys, prompts=[long], steps=1, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    "prompts, words",
+    [
+        (["one"], ["prompts", "expected 2", "got 1"]),
+        (["one", 2], ["prompts", "texts", "2", "int"]),
+    ],
+)
+def test_odd_prompts_are_refused(prompts, words, workdir):
+    pipeline = Pipeline.from_folder(workdir)
+    with pytest.raises(UserError) as error:
+        pipeline({}, jax.random.split(jax.random.key(0), 2), prompts=prompts)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_an_unconditional_base_takes_no_prompt(script, trained, tmp_path):
+    Image.fromarray(np.full((16, 16), 255, np.uint8)).save(tmp_path / "sketch.png")
+    arguments = [f"--workdir={trained.workdir}", f"--sketch={tmp_path / 'sketch.png'}", f"--out={tmp_path / 'out'}"]
+    assert script("sample.py", *arguments, "--prompt=a lake").explains("--prompt", "'tiny'", "unconditional")
+    assert not (tmp_path / "out").exists()
