@@ -77,6 +77,7 @@ def test_every_config_trains_a_step(name, request, pairs, tmp_path):
     config.mcm.update(channels=8, multipliers=(1, 1), attention=(0, 0), blocks=1, head_dim=0, groups=4)
     config.train.update(steps=1, batch_size=2, log_every=1, validate_every=int(pictures))
     config.sampling.steps = 2
+    config.train.update(learning_rate=1e-3, ema_decay=0.9)  # the same program for several configs is compiled once
     state = train_and_evaluate(config, tmp_path / "run")
     assert int(state.step) == 1
     assert (tmp_path / "run/mcm.safetensors").exists()

@@ -31,7 +31,8 @@ def base():
 def test_assets_are_small():
     sizes = {p: p.stat().st_size for p in (ROOT / "mcm_jax" / "assets").rglob("*") if p.is_file()}
     folders = {name: sum(s for p, s in sizes.items() if name in p.parts) for name in assets.shipped()}
-    assert set(folders) >= {"scenes-ddpm", "scenes-mcm", "scenes-segmenter"}
+    mine = {"scenes-ddpm", "scenes-mcm", "scenes-sd", "scenes-sd-mcm", "scenes-segmenter", "scenes-facts"}
+    assert set(folders) == mine
     assert max(folders.values()) <= 12 * 2**20
     assert sum(sizes.values()) <= 40 * 2**20
 
@@ -57,6 +58,45 @@ def test_base_removes_noise_from_scenes(base):
     t = jnp.full(8, 500, jnp.int32)
     eps = jax.jit(base.predict)(base.params, base.schedule.add_noise(jnp.asarray(images), jnp.asarray(noise), t), t)
     assert float(jnp.mean((eps - noise) ** 2)) < 0.03
+
+
+def test_text_conditional_base_equals_pytorch():
+    """The shipped miniature Stable Diffusion, net by net: prompt to context, context to noise, picture to latent."""
+    folder = assets.resolve("scenes-sd")
+    base = load_base(folder)
+    oracle = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    prompts = ["a mountain lake at sunset with three trees", "", "something else entirely"]
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, *base.latent_shape)).astype(np.float32)
+    image = np.stack([Scenes("test", 3, 64, 64, seed=2)[i]["image"] for i in range(3)])
+    t = np.array([0, 500, 999], np.int32)
+    nchw = lambda a: torch.from_numpy(np.asarray(a).transpose(0, 3, 1, 2).copy())  # noqa: E731
+    with torch.no_grad():
+        ids = oracle.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        context = oracle.text_encoder(ids).last_hidden_state
+        eps = oracle.unet(nchw(x), torch.from_numpy(t), context).sample
+        latent = oracle.vae.encode(nchw(image)).latent_dist.mean * oracle.vae.config.scaling_factor
+        picture = oracle.vae.decode(nchw(x) / oracle.vae.config.scaling_factor).sample
+    contexts = base.embed_text(base.params, prompts)
+    for found, expected in (
+        (contexts, context.numpy()),
+        (jax.jit(base.predict)(base.params, x, t, contexts), eps.numpy().transpose(0, 2, 3, 1)),
+        (jax.jit(base.encode)(base.params, image), latent.numpy().transpose(0, 2, 3, 1)),
+        (jax.jit(base.decode)(base.params, x), picture.numpy().transpose(0, 2, 3, 1)),
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()), rtol=0)
+
+
+@pytest.mark.slow
+def test_shipped_mcm_controls_a_prompted_base(tmp_path):
+    result = evaluation.evaluate("scenes-sd-mcm", tmp_path / "metrics.json", maps=12, steps=8)
+    miou, facts = result["miou"], result["facts"]
+    assert miou["real"] > 0.9
+    assert miou["base"] < 0.45
+    assert miou["both"] > 0.65
+    assert facts["real"]["mean"] > 0.95
+    assert facts["both"]["mean"] >= 0.9 * facts["base"]["mean"] > 0.8
+    assert (tmp_path / "samples.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import traverse_util
 
 from mcm_jax.base import load_base
+from mcm_jax.base.loading import torch_name, torch_shape
 from mcm_jax.base.unet2d import UNet2D, UNet2DConfig
 
 DOWN, ATTN_DOWN, RES_DOWN = "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"
@@ -114,14 +116,42 @@ def count(params):
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def test_parameter_counts_of_published_networks():
-    """google/ddpm-celebahq-256 (113.67M), and the paper's 3.9M for MCM at 64x64x3 latents."""
-    celebahq = CONFIGS["as google/ddpm-celebahq-256"] | {
-        "block_out_channels": (128, 128, 256, 256, 512, 512),
-        "norm_num_groups": 32,
-        "layers_per_block": 2,
+PUBLISHED = {  # config, side of the picture, number of parameters
+    "google/ddpm-celebahq-256": (
+        CONFIGS["as google/ddpm-celebahq-256"]
+        | {"block_out_channels": (128, 128, 256, 256, 512, 512), "norm_num_groups": 32, "layers_per_block": 2},
+        *(32, 113_673_219),
+    ),
+    "CompVis/ldm-celebahq-256": (  # the defaults of the class are this network's
+        {
+            "sample_size": 64,
+            "block_out_channels": (224, 448, 672, 896),
+            "down_block_types": (DOWN, ATTN_DOWN, ATTN_DOWN, ATTN_DOWN),
+            "up_block_types": (ATTN_UP, ATTN_UP, ATTN_UP, UP),
+            "layers_per_block": 2,
+            "attention_head_dim": 32,
+            "norm_num_groups": 32,
+        },
+        *(64, 274_056_163),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_networks(name):
+    """The number of parameters, and every tensor's name and shape, without making one."""
+    config, side, expected = PUBLISHED[name]
+    params = shapes(config, side)
+    assert count(params) == expected
+    found = {
+        torch_name(path): torch_shape(path[-1], leaf.shape) for path, leaf in traverse_util.flatten_dict(params).items()
     }
-    assert count(shapes(celebahq, 32)) == 113_673_219
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DModel(**config).state_dict()
+    assert found == {tensor: tuple(value.shape) for tensor, value in theirs.items()}
+
+
+def test_the_papers_mcm_has_3_9_million_parameters():
     mcm = {
         "in_channels": 8,
         "out_channels": 6,
