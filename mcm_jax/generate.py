@@ -62,7 +62,9 @@ def generate(
       UserError: bad input; nothing was written.
     """
     if not conditions:
-        raise UserError("no condition given; pass --segmentation=PNG, --sketch=PNG or both")
+        raise UserError(
+            "no condition given; pass --segmentation=PNG, --sketch=PNG, --condition=NAME=PICTURE, or several"
+        )
     pipeline = Pipeline.from_folder(workdir)
     defaults = pipeline.config.sampling
     settings = {
@@ -77,8 +79,9 @@ def generate(
         "eta": defaults.eta if eta is None else eta,
         "batch_size": min(num_samples, defaults.batch_size) if batch_size is None else batch_size,
     }
-    if prompt is not None and not pipeline.base.is_text_conditional:
-        raise UserError(f"--prompt: the base {pipeline.base.name!r} is unconditional, it has no text encoder")
+    texts = {"prompt": prompt, "negative_prompt": negative_prompt, "text_guidance": text_guidance}
+    if (given := [f"--{k}" for k, v in texts.items() if v is not None]) and not pipeline.base.is_text_conditional:
+        raise UserError(f"{', '.join(given)}: the base {pipeline.base.name!r} is unconditional, it has no text encoder")
     checked = {k: v for k, v in settings.items() if k not in ("sampler", "prompt", "negative_prompt")}
     sampling.check_settings(pipeline.base.schedule, **checked)
     known = {m.name: m for m in pipeline.modulator.modalities}
@@ -88,8 +91,8 @@ def generate(
     maps, shown = {}, []
     for name, path in sorted(conditions.items()):
         condition = read_png(path, known[name])
-        maps[name] = np.repeat(known[name].resize(condition, height, width)[None], num_samples, axis=0)
-        shown.append(pictures.show(known[name], known[name].resize(condition, *pipeline.base.image_shape[:2])[None]))
+        maps[name] = np.repeat(known[name].fit(condition, height, width)[None], num_samples, axis=0)
+        shown.append(pictures.show(known[name], known[name].fit(condition, *pipeline.base.image_shape[:2])[None]))
 
     out = pathlib.Path(out)
     check_writable(out, "--out")

@@ -86,6 +86,11 @@ class Modality:
             out = 1 - np.clip(ink / max(np.quantile(ink[ink > 0], 0.8), thinnest), 0, 1)
         return out
 
+    def fit(self, array: np.ndarray, height: int, width: int) -> np.ndarray:
+        """:meth:`resize` of the centre that has the grid's aspect ratio: nothing is squeezed."""
+        top, left, bottom, right = (round(edge) for edge in cover(*array.shape[:2], height, width))
+        return self.resize(array[top:bottom, left:right], height, width)
+
     def resize_all(self, batch: np.ndarray, height: int, width: int) -> np.ndarray:
         """:meth:`resize` of each of a batch ``[B, H, W]``; uint8 maps (value * 255) stay uint8."""
         if batch.shape[1:3] == (height, width):
@@ -107,6 +112,19 @@ class Modality:
         if self.kind == "labels":
             return np.zeros((batch, height, width), np.uint8)
         return np.zeros((batch, height, width) + ((self.channels,) if self.channels > 1 else ()), np.float32)
+
+
+def cover(height: int, width: int, grid_height: int, grid_width: int) -> tuple[float, float, float, float]:
+    """The centre of a picture that has a grid's aspect ratio: top, left, bottom, right, in the picture's pixels.
+
+    Top and left are whole, so that a picture and a condition which are only cut stay as they are.
+    """
+    if width * grid_height >= height * grid_width:
+        rows, columns = height, height * grid_width / grid_height
+    else:
+        rows, columns = width * grid_height / grid_width, width
+    top, left = round((height - rows) / 2), round((width - columns) / 2)
+    return top, left, top + rows, left + columns
 
 
 def total_channels(modalities: tuple[Modality, ...]) -> int:

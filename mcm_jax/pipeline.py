@@ -95,8 +95,8 @@ class Pipeline:
         params, step = _read_mcm(path / WEIGHTS, like, base)
         return cls(base, modulator, params, config, step)
 
-    def _compile(self, sampler: str, steps: int, eta: float, alone: bool, guided: bool) -> Any:
-        base, modulator, where = self.base, self.modulator, self.config.sampling.modulate
+    def _compile(self, sampler: str, steps: int, eta: float, alone: bool, guided: bool, where: str) -> Any:
+        base, modulator = self.base, self.modulator
 
         @jax.jit
         def run(base_params, params, conditions, present, keys, guidance, text_guidance, context, negative):
@@ -145,6 +145,7 @@ class Pipeline:
         negative_prompt: str | None = None,
         guidance: float | None = None,
         text_guidance: float | None = None,
+        modulate: str | None = None,
         sampler: str | None = None,
         steps: int | None = None,
         eta: float | None = None,
@@ -160,6 +161,8 @@ class Pipeline:
           negative_prompt: what classifier-free guidance leads away from.
           guidance: modality guidance scale; 0 is the base alone (then the MCM does not run).
           text_guidance: classifier-free guidance scale; 1 is none (then the base sees the prompt only).
+          modulate: where the MCM stands if the prompt is guided: ``after_cfg`` or ``before_cfg``, see
+            :func:`mcm_jax.sampling.modulate_guided`.
           sampler: ``ddim`` or ``ddpm``.
           steps: sampling steps.
           eta: DDIM's share of fresh noise.
@@ -203,7 +206,7 @@ class Pipeline:
             full[modality.name] = modality.null(count, height, width) if given is None else np.asarray(given)
         guided = self.base.is_text_conditional and text_guidance != 1
         contexts, which, negative = self._contexts(prompts, negative_prompt, count, guided)
-        run = self._compiled(sampler, int(steps), float(eta), guidance == 0, guided)
+        run = self._compiled(sampler, int(steps), float(eta), guidance == 0, guided, modulate or defaults.modulate)
         scales = jnp.float32(guidance), jnp.float32(text_guidance)
         images = []
         for start in range(0, count, batch_size):

@@ -48,7 +48,7 @@ def source():
 
 @pytest.fixture(scope="module")
 def prepared(base, modulator, source):
-    return inputs.prepare(base, source, modulator.modalities, 4)  # 6 examples: the second batch is filled up
+    return inputs.prepare(base, source, modulator.modalities)  # 6 examples: a batch that is filled up
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +119,13 @@ def test_guidance_of_the_prompt_goes_through_base_and_mcm(where, workdir, source
     pipeline = Pipeline.from_folder(workdir)
     rng = np.random.default_rng(0)
     pipeline.params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), pipeline.params)
-    pipeline.config.sampling.modulate = where
     base, modulator = pipeline.base, pipeline.modulator
     latents = dataclasses.replace(base, autoencoder=None)  # no decoding: what was diffused comes out
     pipeline.base = latents
     keys = jax.random.split(jax.random.key(3), 2)
     conditions = {m.name: m.resize_all(source.arrays[m.name][:2], 16, 16) for m in modulator.modalities}
     conditions["sketch"] = conditions["sketch"].astype(np.float32) / 255
-    scales = {"guidance": 1.5, "text_guidance": 4.0}
+    scales = {"guidance": 1.5, "text_guidance": 4.0, "modulate": where}
     found = pipeline(
         conditions, keys, prompts=[PROMPT, "night"], negative_prompt="day", steps=1, batch_size=2, **scales
     )

@@ -22,12 +22,11 @@ from PIL import Image
 from PIL.Image import Transpose
 
 from mcm_jax.errors import UserError
-from mcm_jax.modalities import Modality, read_png
+from mcm_jax.modalities import Modality, cover, read_png
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 """Endings of the files that are pictures, in any case."""
 
-_RESERVED = ("image", "caption")
 _CLUTTER = ("thumbs.db", "desktop.ini")  # and hidden files: what file managers leave behind
 _SHOWN = 3  # names in a message
 _ORIENTATION = 0x0112  # of EXIF, and what undoes each
@@ -83,10 +82,6 @@ class Folder:
         self.modalities, self.height, self.width, self.captions = tuple(modalities), height, width, captions
         self._root = pathlib.Path(path) / split
         endings = {m.name: (".png",) if m.kind == "labels" else PICTURES for m in self.modalities}
-        if reserved := [name for name in endings if name in _RESERVED]:
-            raise UserError(
-                f"a modality cannot be called {reserved[0]!r} with a folder of pairs: {_layout(self._root)}"
-            )
         if captions:
             endings["caption"] = (".txt",)
         if not self._root.is_dir():
@@ -115,7 +110,7 @@ class Folder:
         name = self.names[index]
         path = self._path("image", name)
         picture = _read_image(path)
-        box = _cover(picture.height, picture.width, self.height, self.width)
+        box = cover(picture.height, picture.width, self.height, self.width)
         top, left, bottom, right = box
         resized = picture.resize((self.width, self.height), Image.Resampling.LANCZOS, (left, top, right, bottom))
         example = {"image": np.array(resized)}
@@ -241,19 +236,6 @@ def _read_caption(path: pathlib.Path) -> str:
 
 
 # The grid
-
-
-def _cover(height: int, width: int, grid_height: int, grid_width: int) -> tuple[float, float, float, float]:
-    """The part of a picture that fills the grid: top, left, bottom, right.
-
-    Top and left are whole, so that a picture and a condition which are only cut stay as they are.
-    """
-    if width * grid_height >= height * grid_width:
-        rows, columns = height, height * grid_width / grid_height
-    else:
-        rows, columns = width * grid_height / grid_width, width
-    top, left = round((height - rows) / 2), round((width - columns) / 2)
-    return top, left, top + rows, left + columns
 
 
 def _same_aspect_ratio(a: tuple[int, int], b: tuple[int, int]) -> bool:

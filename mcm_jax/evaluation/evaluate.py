@@ -72,10 +72,11 @@ def evaluate(
 
     Returns:
       What is written: ``miou`` (over all pixels of all maps, mean over classes; keys ``real``, ``base``, ``both``, each
-      modality), ``class_iou``, ``edge_f1`` (precision, recall and F1 of the samples' edges against the sketches, within
-      one pixel), ``facts`` (for a text-conditional base: in what share of the samples each thing that the caption says
-      holds, by another net), ``diversity`` (mean root-mean-square distance, in units of the [-1, 1] range, between
-      samples of several seeds for one condition) and what it was measured with.
+      modality; ``unprompted``, a text-conditional base that is not told the caption), ``class_iou``, ``edge_f1``
+      (precision, recall and F1 of the samples' edges against the sketches, within one pixel), ``facts`` (for a
+      text-conditional base: in what share of the samples each thing that the caption says holds, by another net),
+      ``diversity`` (mean root-mean-square distance, in units of the [-1, 1] range, between samples of several seeds for
+      one condition) and what it was measured with.
 
     Raises:
       UserError: bad input; nothing was written.
@@ -93,7 +94,7 @@ def evaluate(
         raise UserError(f"maps must be at least 1, got {maps}")
     guidance = config.sampling.guidance if guidance is None else guidance
     text_guidance = config.sampling.text_guidance if text_guidance is None else text_guidance
-    config.sampling.modulate = modulate or config.sampling.modulate
+    modulate = modulate or config.sampling.modulate
     steps = config.sampling.steps if steps is None else steps
     sampling.check_settings(
         pipeline.base.schedule, seed=seed, guidance=guidance, text_guidance=text_guidance, steps=steps
@@ -119,11 +120,17 @@ def evaluate(
     small = source if height == size else InMemory.render(Scenes("test", maps, size, size, config.data.seed))
     labels, sketches = small.arrays["segmentation"], small.arrays["sketch"].astype(np.float32) / 255
 
-    def sample(given: list[str], scale: float, keys: jax.Array, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Samples under some of the modalities, for all maps or for some rows of them, within [-1, 1]."""
+    def sample(
+        given: list[str], scale: float, keys: jax.Array, rows: np.ndarray | slice = slice(None), told: bool = True
+    ) -> np.ndarray:
+        """Samples under some of the modalities, for all maps or for some rows of them, within [-1, 1].
+
+        A text-conditional base is told the captions, or the empty prompt.
+        """
         text = {}
         if pipeline.base.is_text_conditional:
-            text = {"prompts": list(prompts[rows]), "text_guidance": text_guidance}
+            text = {"text_guidance": text_guidance, "modulate": modulate}
+            text["prompts"] = list(prompts[rows]) if told else None
         kept = {name: conditions[name][rows] for name in given}
         return np.clip(pipeline(kept, keys, guidance=scale, steps=steps, **text), -1, 1)
 
@@ -137,7 +144,7 @@ def evaluate(
 
     result = {"miou": {}, "class_iou": {}, "edge_f1": {}, "diversity": {}, "facts": {}}
     judge = load_facts_net() if pipeline.base.is_text_conditional else None
-    told = facts_of([scene_at(config.data.seed, "test", i).facts for i in range(maps)])
+    facts = facts_of([scene_at(config.data.seed, "test", i).facts for i in range(maps)])
 
     def score(name: str, images: np.ndarray) -> None:
         images = reduce(images)
@@ -149,7 +156,7 @@ def evaluate(
         result["edge_f1"][name] = {k: float(v) for k, v in metrics.edge_f1(images, sketches).items()}
         if judge:
             seen = judge.predict(images)
-            right = {fact: float((seen[fact] == told[fact]).mean()) for fact in told}
+            right = {fact: float((seen[fact] == facts[fact]).mean()) for fact in facts}
             result["facts"][name] = right | {"mean": sum(right.values()) / len(right)}
 
     def spread(name: str, given: list[str], scale: float) -> None:
@@ -162,6 +169,8 @@ def evaluate(
 
     began = time.perf_counter()
     score("real", examples["image"])
+    if judge:
+        score("unprompted", sample([], 0.0, keys, told=False))
     alone = sample([], 0.0, keys)
     score("base", alone)
     spread("base", [], 0.0)
@@ -177,13 +186,15 @@ def evaluate(
         "maps": maps,
         "guidance": guidance,
         "text_guidance": text_guidance if pipeline.base.is_text_conditional else None,
-        "modulate": config.sampling.modulate if pipeline.base.is_text_conditional else None,
+        "modulate": modulate if pipeline.base.is_text_conditional else None,
+        "negative_prompt": config.sampling.negative_prompt if pipeline.base.is_text_conditional else None,
         "sampler": config.sampling.sampler,
         "steps": steps,
+        "eta": config.sampling.eta,
         "seed": seed,
         "diversity_of": {"conditions": chosen, "seeds": seeds},
         "mcm_parameters": parameter_count(pipeline.params),
-        "base_parameters": parameter_count(pipeline.base.params),
+        "base_parameters": parameter_count(pipeline.base.params["unet"]),
         "mcm_step": pipeline.step,
         "base": pipeline.base.name,
         "fingerprint": pipeline.base.fingerprint,

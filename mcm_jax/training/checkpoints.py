@@ -45,11 +45,12 @@ class Checkpoints:
 
         Args:
           like: a state of the expected structure, shapes and sharding; its values are not used.
-          meta: what the checkpoint must belong to; keys: ``base``, ``fingerprint``.
+          meta: what the checkpoint must belong to; keys: ``base``, ``fingerprint``, and
+            optionally ``examples``, a digest of the data set.
 
         Raises:
-          UserError: there is none, it belongs to another base, or to an MCM of other shapes (lists both sides), or
-            it is damaged.
+          UserError: there is none, it belongs to another base, other examples, or an MCM of other shapes (lists both
+            sides), or it is damaged.
         """
         step = self.latest_step()
         if step is None:
@@ -62,6 +63,11 @@ class Checkpoints:
                 f"{name} was trained on the base {found['base']!r} with fingerprint {found['fingerprint'][:16]}, but "
                 f"the base {meta['base']!r} has {meta['fingerprint'][:16]}. Set config.base.path to the base it was "
                 f"trained on"
+            )
+        if meta.get("examples") and found.get("examples", meta["examples"]) != meta["examples"]:
+            raise UserError(
+                f"{name}: the training examples are others than this run began with (files came or went, by name). Put "
+                f"them back, or train in another workdir"
             )
         with self._reading(step):
             there = _params_shapes(self._manager.item_metadata(step)["state"])

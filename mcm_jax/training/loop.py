@@ -1,5 +1,6 @@
 """The training run: config and workdir in, checkpoints, metrics and pictures out."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -25,7 +26,7 @@ from mcm_jax.mcm import Modulator, parameter_count
 from mcm_jax.pipeline import Pipeline, save_mcm
 from mcm_jax.training import sharding, state, step
 from mcm_jax.training.checkpoints import Checkpoints
-from mcm_jax.training.inputs import prepare
+from mcm_jax.training.inputs import Inputs, prepare
 
 _VALIDATION_IMAGES = 8
 
@@ -127,6 +128,10 @@ def _is_disk_error(e: BaseException | None) -> bool:
     return False
 
 
+def _saved_steps(workdir: pathlib.Path) -> list[int]:
+    return [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+
+
 @contextmanager
 def _disk_errors(workdir: pathlib.Path) -> Iterator[None]:
     """Turns a failed write into one message that says what is safe; any other exception is a bug and passes."""
@@ -137,7 +142,7 @@ def _disk_errors(workdir: pathlib.Path) -> Iterator[None]:
     except Exception as e:
         if not _is_disk_error(e) or isinstance(e, BrokenPipeError):
             raise
-        steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+        steps = _saved_steps(workdir)
         safe = f"The last complete one is of step {max(steps)}" if steps else "There is no complete checkpoint yet"
         raise UserError(
             f"workdir {workdir}: a checkpoint or report could not be written ({e}). {safe}. Free space there and run "
@@ -181,46 +186,55 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     modulator = config_lib.modulator(config, base)
     jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape))  # refuses what does not fit the base
 
-    if config.data.name == "folder":  # what is wrong with the user's files is said before anything is written
-        _open(config.data, "train", base, modulator)
-
     check_writable(workdir, "--workdir")
+    config_lib.refuse_another(config, workdir)
+    base = dataclasses.replace(base, params=sharding.replicate(base.params, mesh))
+    inputs, validation = None, {}
+    if max(_saved_steps(workdir), default=0) < config.train.steps:  # what is wrong with the data leaves no workdir
+        if config.train.validate_every:
+            validation = _validation_examples(config.data, base, modulator)
+        inputs = prepare(base, _open(config.data, "train", base, modulator), modulator.modalities)
     with _disk_errors(workdir):
         config_lib.save(config, workdir)
-        return _train(config, workdir, base, modulator, mesh)
+        return _train(config, workdir, base, modulator, mesh, inputs, validation)
 
 
 def _train(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, base: Base, modulator: Modulator, mesh: jax.sharding.Mesh
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    base: Base,
+    modulator: Modulator,
+    mesh: jax.sharding.Mesh,
+    inputs: Inputs | None,
+    validation: dict[str, np.ndarray],
 ) -> state.TrainState:
-    """The run itself, in a workdir that is its own."""
+    """The run itself, in a workdir that is its own. A finished one needs no inputs."""
     train = config.train
     meta = {"base": base.name, "fingerprint": base.fingerprint, "config": json.loads(config.to_json())}
+    meta["examples"] = inputs and inputs.digest
     optimizer, learning_rate = state.make_optimizer(
         train.steps, train.learning_rate, train.warmup_steps, train.weight_decay, train.clip_norm
     )
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     params = jax.jit(lambda key: modulator.init(key, base.latent_shape))(key)
     now = sharding.replicate(state.init_state(params, optimizer), mesh)
-    base_params = sharding.replicate(base.params, mesh)
     checkpoints = Checkpoints(workdir, train.keep)
     reported, sums = 0, None  # the last reported step, and the metrics' sums since then
     if checkpoints.latest_step() is not None:
         now, found = checkpoints.restore(now, meta)
         reported, sums = found["reported"], found["sums"] and {k: np.float32(v) for k, v in found["sums"].items()}
     first = int(now.step)
-    size, frozen = parameter_count(params), parameter_count(base.params)
-    print(f"MCM of {size:,} parameters ({size / frozen:.1%} of the base {base.name!r}), on {mesh.size} device(s)")
-    if first >= train.steps:
+    size, frozen = parameter_count(params), parameter_count(base.params["unet"])
+    print(f"MCM of {size:,} parameters ({size / frozen:.1%} of the U-Net of {base.name!r}), on {mesh.size} device(s)")
+    if inputs is None or first >= train.steps:
         print(f"{workdir} is finished: {first} of {train.steps} steps are done")
         checkpoints.close()
         return now
-    print(f"going on from step {first}" if first else "preparing the training examples")
+    if first:
+        print(f"going on from step {first}")
 
-    inputs = prepare(base, _open(config.data, "train", base, modulator), modulator.modalities, train.batch_size)
     maps = [m.name for m in modulator.modalities if m.kind != "labels"]
     batches = training_batches(inputs.source, train.batch_size, config.seed, maps)
-    validation = _validation_examples(config.data, base, modulator) if train.validate_every else {}
     noise_step = step.make_noise_step(
         modulator,
         seed=config.seed,
@@ -228,8 +242,7 @@ def _train(
         draws=config.data.draws,
         prompt_drop_rate=config.data.prompt_drop_rate,
     )
-    contexts = sharding.replicate(inputs.contexts, mesh)
-    predictions = step.Predictions(base, len(inputs.source), config.data.draws, contexts)
+    predictions = step.Predictions(base, len(inputs.source), config.data.draws, inputs.contexts)
     train_step = step.make_train_step(
         modulator, optimizer, weighting=config.loss.weighting, l1=config.loss.l1, ema_decay=train.ema_decay
     )
@@ -253,7 +266,7 @@ def _train(
             for i in range(first, train.steps):
                 batch = batches[i]
                 record = noise_step(sharding.split_batch(batch, mesh))
-                now, metrics = train_step(now, predictions(base_params, batch, record))
+                now, metrics = train_step(now, predictions(base.params, batch, record))
                 sums = metrics if sums is None else jax.tree.map(lambda a, b: a + b, sums, metrics)
                 bar.update()
                 done = i + 1

@@ -75,29 +75,32 @@ class Predictions:
       base: the frozen model.
       examples: how many the data set has.
       draws: draws to keep of each example, ``examples * draws * H * W * C * 2`` bytes; 0 predicts every batch afresh.
-      contexts: of the prompts, ``[P, L, D]``, for a text-conditional base.
+      contexts: of the prompts, ``[P, L, D]`` on the host, for a text-conditional base.
     """
 
-    def __init__(self, base: Base, examples: int, draws: int, contexts: jax.Array | None = None):
-        def predict(params: Any, contexts: jax.Array | None, record: Record) -> jax.Array:
-            context = () if contexts is None else (contexts[record["prompt"]],)
-            return base.predict(params, record["x_t"], record["t"], *context).astype(jnp.float32)
-
-        self._predict = jax.jit(predict)
+    def __init__(self, base: Base, examples: int, draws: int, contexts: np.ndarray | None = None):
+        # Without a fourth argument where there is no context: any function of three can stand for a base's predict.
+        self._predict = jax.jit(lambda *args: base.predict(*args).astype(jnp.float32))
         self._contexts = contexts
         self._draws = draws
         self._kept = np.zeros((examples, draws, *base.latent_shape), np.float16)
         self._known = np.zeros((examples, draws), bool)
 
+    def _fresh(self, base_params: Any, record: Record) -> jax.Array:
+        args = [record["x_t"], record["t"]]
+        if self._contexts is not None:
+            args.append(jax.device_put(self._contexts[np.asarray(record["prompt"])], record["x_t"].sharding))
+        return self._predict(base_params, *args)
+
     def __call__(self, base_params: Any, batch: Mapping[str, np.ndarray], record: Record) -> Record:
         """Adds ``eps`` to the record of a batch, a float32 device array (rounded to 16 bits where it is kept)."""
         if not self._draws:
-            return record | {"eps": self._predict(base_params, self._contexts, record)}
+            return record | {"eps": self._fresh(base_params, record)}
         at = batch["index"], batch["draw"] % self._draws
         new = ~self._known[at]
         if new.any():
             at_new = tuple(a[new] for a in at)
-            self._kept[at_new] = np.asarray(self._predict(base_params, self._contexts, record))[new]
+            self._kept[at_new] = np.asarray(self._fresh(base_params, record))[new]
             self._known[at_new] = True
         eps = self._kept[at].astype(np.float32)
         return record | {"eps": jax.device_put(eps, record["x_t"].sharding)}

@@ -1,0 +1,175 @@
+"""Training on a folder of the user's own pairs, and what is said, and left behind, when something is wrong with it."""
+
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from mcm_jax import config as config_lib
+from mcm_jax.base import load_base
+from mcm_jax.data.folder import Folder
+from mcm_jax.errors import UserError
+from mcm_jax.generate import generate
+from mcm_jax.training import inputs, loop
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+COUNT = 5
+
+
+def _write(folder, stem, rng):
+    """A pair of 20x30 pixels: random pictures, labels 0..5."""
+    colours = rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    Image.fromarray(colours).save(folder / "image" / f"{stem}.png")
+    Image.fromarray(rng.integers(0, 6, (20, 30)).astype(np.uint8)).save(folder / "segmentation" / f"{stem}.png")
+    Image.fromarray(colours[..., 0]).save(folder / "sketch" / f"{stem}.png")
+
+
+@pytest.fixture
+def data(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("image", "segmentation", "sketch"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+        for i in range(COUNT):
+            _write(tmp_path / "data" / split, f"{i}", rng)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def config(data, base_path):
+    changes = {"data.name": "folder", "data.path": str(data), "train.steps": 2, "train.validate_every": 0}
+    return tiny.make_config(base_path, changes | {"train.checkpoint_every": 1, "train.log_every": 1})
+
+
+def test_the_command_trains_on_a_folder_and_samples(script, config, base_path, data, tmp_path):
+    changes = {"data.name": "folder", "data.path": data, "train.steps": 2, "train.validate_every": 2}
+    workdir = tmp_path / "run"
+    outcome = script("train.py", *tiny.config_flags(base_path, changes), f"--workdir={workdir}")
+    assert outcome.status == 0, outcome.err
+    assert json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+    assert (workdir / "validation/step_0000002.png").exists()
+    sketch = data / "test/sketch/0.png"
+    outcome = script(
+        *("sample.py", f"--workdir={workdir}", f"--condition=sketch={sketch}", "--num_samples=1", "--steps=2"),
+        f"--out={tmp_path / 'out'}",
+    )
+    assert outcome.status == 0, outcome.err
+    outcome = script("evaluate.py", f"--workdir={workdir}", f"--out={tmp_path / 'metrics.json'}")
+    assert outcome.explains("data.name='folder'", "scenes")
+
+
+def test_conditions_are_cut_in_sampling_as_in_training(config, data, base, tmp_path, monkeypatch):
+    """A wide sketch on a square base: the centre, not all of it squeezed."""
+    modalities = config_lib.modalities(config)
+    source = Folder(data, "train", modalities, *base.image_shape[:2])
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    class Fake:
+        def __init__(self, real):
+            self.__dict__.update(real.__dict__)
+
+        def __call__(self, maps, *args, **kwargs):
+            seen.update(maps)
+            raise Stop
+
+    loop.train_and_evaluate(config, tmp_path / "run")
+    from mcm_jax import generate as module
+
+    real = module.Pipeline.from_folder(tmp_path / "run")
+    monkeypatch.setattr(module.Pipeline, "from_folder", lambda workdir: Fake(real))
+    files = {name: str(data / "train" / name / "3.png") for name in ("segmentation", "sketch")}
+    with pytest.raises(Stop):
+        generate(str(tmp_path / "run"), files, tmp_path / "out", num_samples=1)
+    np.testing.assert_array_equal(seen["segmentation"][0], source[3]["segmentation"])
+    np.testing.assert_allclose(seen["sketch"][0], source[3]["sketch"] / 255.0, atol=0.5 / 255 + 1e-6)
+
+
+def test_bad_data_leave_no_workdir_and_once_mended_train(config, data, tmp_path):
+    workdir = tmp_path / "run"
+    file = data / "train/segmentation/4.png"
+    good = file.read_bytes()
+    Image.fromarray(np.full((20, 30), 9, np.uint8)).save(file)
+    with pytest.raises(UserError, match=r"4\.png.*\[9\]"):
+        loop.train_and_evaluate(config, workdir)
+    assert not workdir.exists() or not any(workdir.iterdir())
+
+    config.train.validate_every = 2
+    file.write_bytes(good)
+    (data / "test/sketch/2.png").unlink()  # the held-out split is looked at first
+    with pytest.raises(UserError, match="sketch"):
+        loop.train_and_evaluate(config, workdir)
+    assert not workdir.exists() or not any(workdir.iterdir())
+
+    config.train.validate_every = 0
+    assert int(loop.train_and_evaluate(config, workdir).step) == 2
+
+
+def test_other_files_are_another_run(config, data, tmp_path):
+    """Indices are positions in the sorted folder: a file more would give every later example another's noise."""
+    workdir = tmp_path / "run"
+    loop.train_and_evaluate(config, workdir)
+    for name in ("checkpoints/2", "mcm.safetensors"):
+        path = workdir / name
+        tiny.shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _write(data / "train", "added", np.random.default_rng(1))
+    with pytest.raises(UserError, match="checkpoints/1: the training examples are others"):
+        loop.train_and_evaluate(config, workdir)
+    for name in ("image", "segmentation", "sketch"):
+        (data / "train" / name / "added.png").unlink()
+    assert int(loop.train_and_evaluate(config, workdir).step) == 2
+
+
+@pytest.mark.parametrize("name", ["image", "prompt", "latent", "draw"])
+def test_names_that_an_example_holds_already(config, name):
+    with config.unlocked():
+        config.modalities[name] = {"kind": "map", "channels": 1}
+    with pytest.raises(UserError, match=f"modalities.{name}: this name is taken"):
+        config_lib.check(config)
+
+
+def test_pictures_are_not_read_far_ahead(config, sd_path):
+    """Reading is faster than encoding: without a bound the whole set would wait in memory."""
+    base = load_base(sd_path)
+    modalities = config_lib.modalities(config)
+    picture = np.zeros((32, 32, 3), np.uint8)
+    example = {"image": picture, "segmentation": picture[..., 0], "sketch": picture[..., 0], "caption": np.array("a")}
+    lock, read, ahead, encoded = threading.Lock(), [0], [0], [0]
+
+    class Source:
+        def __len__(self):
+            return 2_000
+
+        def __getitem__(self, index):
+            with lock:
+                read[0] += 1
+                ahead[0] = max(ahead[0], read[0] - encoded[0])
+            return example
+
+    class Slow:
+        """The base, with an encoder that takes its time."""
+
+        latent_shape, params, name = base.latent_shape, base.params, base.name
+        is_latent = is_text_conditional = True
+        embed_text = staticmethod(lambda params, prompts: np.zeros((len(prompts), 3, 24), np.float32))
+
+        @staticmethod
+        def encode(params, image):
+            def wait(latent):
+                encoded[0] += len(latent)
+                time.sleep(0.002)
+                return latent
+
+            latent = image[:, ::2, ::2, :1].repeat(4, axis=-1)
+            return inputs.jax.pure_callback(wait, inputs.jax.ShapeDtypeStruct(latent.shape, latent.dtype), latent)
+
+    prepared = inputs.prepare(Slow(), Source(), modalities)
+    assert len(prepared.source) == 2_000 and prepared.contexts.shape == (2, 3, 24)
+    assert ahead[0] < 400
