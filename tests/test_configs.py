@@ -93,7 +93,7 @@ def test_every_config_trains_a_step(name, request, pairs, tmp_path):
     ],
 )
 def test_the_papers_share(name, expected, of_base, share):
-    """"About 1% of the base": 1.4% of the latent diffusion model, 0.45% of Stable Diffusion."""
+    """ "About 1% of the base": 1.4% of the latent diffusion model, 0.45% of Stable Diffusion."""
     config = _config(name)
     found = _parameters(config, BASES[config.base.path][1])
     assert found == expected and found / of_base == pytest.approx(share, rel=0.02)
