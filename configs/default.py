@@ -78,7 +78,7 @@ def get_config() -> ml_collections.ConfigDict:
         guidance=1.0,  # eps + guidance * (eps' - eps)
         text_guidance=7.5,  # classifier-free guidance of the prompt; this and the next two: for text-conditional bases
         negative_prompt="",
-        modulate="after_cfg",  # the MCM modulates the guided prediction, or each branch (before_cfg)
+        modulate="before_cfg",  # the MCM modulates each branch of the prompt's guidance, or its result (after_cfg)
         batch_size=32,
     )
     c.evaluation = dict(
