@@ -448,12 +448,6 @@ def test_lossy_labels_are_refused_by_their_name_and_by_their_content(tmp_path):
         Folder(tmp_path, "train", (SEGMENTATION,), 8, 8)[0]
 
 
-@pytest.mark.parametrize("name", ["image", "caption"])
-def test_a_modality_cannot_take_the_name_of_another_folder(name, tmp_path):
-    _tree(tmp_path, "image/a.png")
-    assert f"a modality cannot be called '{name}'" in _refused(tmp_path, Modality(name, "map", 1))
-
-
 # What is wrong with a file
 
 

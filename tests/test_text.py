@@ -174,7 +174,7 @@ def test_sample_script_with_a_prompt(script, workdir, tmp_path):
 def test_a_prompt_that_is_too_long_says_what_is_cut(workdir, tmp_path):
     pipeline = Pipeline.from_folder(workdir)
     keys = jax.random.split(jax.random.key(0), 1)
-    long = " ".join(["three trees and"] * 6)
+    long = " ".join(["three trees and"] * 9)
     with pytest.warns(UserWarning, match="trees and"):
         pipeline({}, keys, prompts=[long], steps=1, batch_size=1)
 
