@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from mcm_jax.base.autoencoders import AutoencoderKL, AutoencoderKLConfig, VQConfig, VQModel
 from mcm_jax.base.weights import params_from_torch, torch_name, torch_shape
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 DOWN, ATTN_DOWN = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
 UP, ATTN_UP = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"

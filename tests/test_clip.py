@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from mcm_jax.base.clip import CLIPText, CLIPTextConfig, normalise_names
 from mcm_jax.base.weights import params_from_torch, torch_name, torch_shape
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 TINY = {
     "vocab_size": 50,

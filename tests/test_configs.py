@@ -15,7 +15,7 @@ from mcm_jax.mcm import Modulator
 from mcm_jax.schedules import Schedule
 from mcm_jax.training import train_and_evaluate
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 # The base of each config: which tiny one stands for it here, and the shape of what it diffuses.
 BASES = {

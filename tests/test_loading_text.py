@@ -19,6 +19,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from mcm_jax.base import BaseLoadError, load_base
 
+pytestmark = pytest.mark.slow
+
 ALPHABET = sorted(ByteLevel.alphabet())
 MERGES = ["t h", "th e</w>", "o n"]
 VOCAB = ["!", *(c for c in ALPHABET if c != "!"), *(f"{c}</w>" for c in ALPHABET)]

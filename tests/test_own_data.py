@@ -16,7 +16,7 @@ from mcm_jax.errors import UserError
 from mcm_jax.generate import generate
 from mcm_jax.training import inputs, loop
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 COUNT = 5
 

@@ -20,7 +20,7 @@ from mcm_jax.generate import generate
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.training import inputs, step, train_and_evaluate
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 COUNT = 6
 PROMPT = "a mountain lake at sunset with three trees"

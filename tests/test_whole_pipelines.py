@@ -14,7 +14,7 @@ from mcm_jax import sampling
 from mcm_jax.base import load_base
 from mcm_jax.pipeline import Pipeline
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 STEPS, COUNT, SEED = 10, 2, 3
 PROMPTS = ["a mountain lake at sunset with three trees", "a meadow, by day"]
