@@ -225,7 +225,8 @@ def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
             differs = "\n".join(lines)
             raise UserError(
                 f"{path} is another run's config. It differs in\n{differs}\n"
-                f"Take another --workdir, or the same values to go on with that run"
+                f"Take another --workdir, or the same values to go on with that run (a run cannot be made longer: the "
+                f"learning rate decays over train.steps)"
             )
 
 

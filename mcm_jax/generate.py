@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping
 
 import jax
@@ -81,7 +82,10 @@ def generate(
     }
     texts = {"prompt": prompt, "negative_prompt": negative_prompt, "text_guidance": text_guidance}
     if (given := [f"--{k}" for k, v in texts.items() if v is not None]) and not pipeline.base.is_text_conditional:
-        raise UserError(f"{', '.join(given)}: the base {pipeline.base.name!r} is unconditional, it has no text encoder")
+        raise UserError(
+            f"{', '.join(given)}: the base {pipeline.base.name!r} is unconditional, it has no text encoder; "
+            f"take an MCM of a text-conditional one, e.g. --workdir=scenes-sd-mcm"
+        )
     checked = {k: v for k, v in settings.items() if k not in ("sampler", "prompt", "negative_prompt")}
     sampling.check_settings(pipeline.base.schedule, **checked)
     known = {m.name: m for m in pipeline.modulator.modalities}
@@ -91,6 +95,11 @@ def generate(
     maps, shown = {}, []
     for name, path in sorted(conditions.items()):
         condition = read_png(path, known[name])
+        if known[name].kind == "lines" and condition.mean() < 0.5:
+            warnings.warn(
+                f"{path}: mostly dark; a {name} is black lines on white, so invert it if it is the other way round",
+                stacklevel=2,
+            )
         maps[name] = np.repeat(known[name].fit(condition, height, width)[None], num_samples, axis=0)
         shown.append(pictures.show(known[name], known[name].fit(condition, *pipeline.base.image_shape[:2])[None]))
 
@@ -119,6 +128,8 @@ def generate(
         "device": jax.devices()[0].device_kind,
     }
     try:
+        for earlier in out.glob("sample_*.png"):  # of another run into this folder
+            earlier.unlink()
         for i, image in enumerate(values):
             pictures.save_png(out / f"sample_{i:03d}.png", image)
         rows = [strip[i : i + columns] for i in range(0, len(strip), columns)]

@@ -53,7 +53,8 @@ class Modality:
             if len(unknown):
                 raise UserError(
                     f"{source}: found the classes {unknown[:10].tolist()}, but this model knows 0..{self.channels - 1} "
-                    f"({self.channels} classes). Map the others to one of these, one class a pixel value"
+                    f"({self.channels} classes). Map the others (a void class, too) to one of these, or train with "
+                    f"config.modalities.{self.name}.channels set to how many there are"
                 )
         else:
             shape = array.shape if array.ndim == 3 else (*array.shape, 1)

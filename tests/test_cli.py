@@ -17,7 +17,7 @@ from mcm_jax.generate import generate
 from mcm_jax.training import loop
 from mcm_jax.training.checkpoints import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 SETTINGS = ("num_samples", "seed", "guidance", "sampler", "steps", "eta", "batch_size")
 
@@ -160,7 +160,6 @@ def test_a_finished_workdir_says_so(script, trained, base_path):
     assert tiny.contents(trained.workdir) == before
 
 
-@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(base_path, tmp_path):
     """In a real process: 130, one message, and in the end every report once."""
     workdir = tmp_path / "run"
@@ -202,7 +201,6 @@ def stopped_at(printed):
     return int(printed.split("stopped by a signal at step ")[1].split()[0])
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_explained_and_the_last_checkpoint_stands(trained, base_path, tmp_path):
     """Files above a limit cannot be written in this process, as on a full disk or over a quota."""
     workdir = trained.copy(tmp_path / "run")
@@ -237,7 +235,7 @@ def maps(tmp_path):
     folder = tmp_path / "maps"
     folder.mkdir()
     segmentation = rng.integers(0, 6, (23, 37)).astype(np.uint8)
-    sketch = (rng.random((31, 9)) < 0.2).astype(np.uint8) * 255
+    sketch = (rng.random((31, 9)) < 0.8).astype(np.uint8) * 255
     colours = rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)
     Image.fromarray(segmentation).save(folder / "segmentation.png")
     Image.fromarray(sketch).save(folder / "sketch.png")
@@ -296,7 +294,6 @@ def test_out_must_be_given_and_writable(script, trained, maps):
     assert outcome.explains("text.png", "cannot be written", "--out")
 
 
-@pytest.mark.slow
 def test_samples_can_be_repeated(trained, maps, tmp_path):
     """A real process writes them; samples.json alone says how to have them again, bit for bit."""
     out = tmp_path / "out"
@@ -342,3 +339,17 @@ def test_a_sample_does_not_depend_on_how_many_there_are(script, trained, maps, t
         assert (tmp_path / "script" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
     other = generate(str(trained.workdir), sketch, tmp_path / "8", num_samples=2, seed=8)
     assert np.abs(other - images[2]).max() > 1e-2
+
+
+def test_a_second_run_into_a_folder_replaces_the_first(trained, maps, tmp_path):
+    sketch = {"sketch": str(maps / "sketch.png")}
+    for count in (3, 1):
+        generate(str(trained.workdir), sketch, tmp_path, num_samples=count, seed=7)
+    assert [p.name for p in sorted(tmp_path.glob("sample_*"))] == ["sample_000.png"]
+
+
+def test_a_sketch_that_looks_inverted_is_pointed_out(trained, maps, tmp_path):
+    file = tmp_path / "inverted.png"
+    Image.fromarray(np.where(np.eye(31, dtype=bool), 255, 0).astype(np.uint8)).save(file)
+    with pytest.warns(UserWarning, match="mostly dark; a sketch is black lines on white"):
+        generate(str(trained.workdir), {"sketch": str(file)}, tmp_path, num_samples=1)

@@ -18,7 +18,7 @@ from mcm_jax.data.scenes import Scenes
 from mcm_jax.errors import UserError
 from mcm_jax.pipeline import Pipeline
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 # Sampling from noise divides rounding errors by sqrt(abar), about 0.1 here: equal is within 1e-4, different above 1e-2.
 N = 3

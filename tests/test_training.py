@@ -27,7 +27,7 @@ from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.training import loop, sharding, state, step
 from mcm_jax.training.checkpoints import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 METRICS = {"mse", "mse_of_base", "modulation", "loss", "gradient_norm", "images_per_second", "learning_rate"}
 
@@ -188,7 +188,6 @@ def test_kept_predictions_are_those_of_the_base(base, modulator, source):
     assert all((hidden[d] != hidden[d - 2]).any() for d in (2, 3))  # which modalities are hidden is drawn anew
 
 
-@pytest.mark.slow
 def test_two_devices_train_as_one(base, modulator, params, predict_step, batch):
     if jax.device_count() < 2:
         pytest.skip("one device")
@@ -360,7 +359,6 @@ def _kill():
     raise _Killed
 
 
-@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch, capsys):
     """Stopped between two reports, at a checkpoint, and killed: bit for bit the same params, moments and metrics."""
     workdir, original = tmp_path / "run", loop.tqdm
@@ -395,7 +393,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch, 
     assert events[0] == events[1]
 
 
-@pytest.mark.slow
 def test_a_resumed_run_has_the_same_kept_predictions(base_path, tmp_path, monkeypatch):
     """They are not saved, but made again, in other batches: their values must not tell."""
     config = tiny.make_config(base_path, {"data.draws": 1, "train.validate_every": 0})
@@ -457,7 +454,6 @@ def test_no_checkpoint_yet(trained, tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.slow
 def test_another_seed_is_another_run(trained, base_path, tmp_path):
     config = tiny.make_config(base_path, {"seed": 1, "train.validate_every": 0})
     other = loop.train_and_evaluate(config, tmp_path / "run")

@@ -14,6 +14,8 @@ from mcm_jax.base import load_base
 from mcm_jax.base.loading import torch_name, torch_shape
 from mcm_jax.base.unet2d import UNet2D, UNet2DConfig
 
+pytestmark = pytest.mark.slow
+
 DOWN, ATTN_DOWN, RES_DOWN = "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"
 UP, ATTN_UP, RES_UP = "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"
 TINY = {

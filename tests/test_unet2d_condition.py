@@ -16,6 +16,8 @@ from flax import traverse_util
 from mcm_jax.base.loading import params_from_torch, torch_name, torch_shape
 from mcm_jax.base.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
 
+pytestmark = pytest.mark.slow
+
 DOWN, CROSS_DOWN, UP, CROSS_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
 TINY = {
     "block_out_channels": (8, 16),
@@ -179,7 +181,6 @@ def test_output_equals_diffusers(label):
     assert_equal(*ours_and_theirs(config, 0.1, *inputs(config, *sizes)), label)
 
 
-@pytest.mark.slow
 def test_output_of_full_size_equals_diffusers():
     """Stable Diffusion 1.5's own size, with random weights; takes 9 GiB of memory."""
     arrays = inputs(STABLE_DIFFUSION_1_5, 1, (64, 64), 77)
