@@ -52,6 +52,7 @@ def test_base_equals_pytorch(base):
     )
 
 
+@pytest.mark.slow
 def test_base_removes_noise_from_scenes(base):
     """The base is a real model: it predicts the noise in held-out scenes far better than chance."""
     images = np.stack([Scenes("test", 8, seed=2)[i]["image"] for i in range(8)])
@@ -61,6 +62,7 @@ def test_base_removes_noise_from_scenes(base):
     assert float(jnp.mean((eps - noise) ** 2)) < 0.03
 
 
+@pytest.mark.slow
 def test_text_conditional_base_equals_pytorch():
     """The shipped miniature Stable Diffusion, net by net: prompt to context, context to noise, picture to latent."""
     folder = assets.resolve("scenes-sd")
