@@ -5,7 +5,6 @@ Trained by ``tools/train_scenes_facts.py`` on other scenes than the base models,
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import traverse_util
-from safetensors import numpy as safetensors
 
 from mcm_jax.data.scenes import TIMES
+from mcm_jax.evaluation import judges
 
 ASSET = pathlib.Path(__file__).parents[1] / "assets" / "scenes-facts"
 """The shipped net: ``model.safetensors`` (float16), ``config.json`` and ``training_log.jsonl``."""
@@ -100,63 +98,17 @@ class FactsJudge:
         Raises:
           ValueError: another shape or dtype, values outside [-1, 1] or not finite.
         """
-        images = np.asarray(images)
-        expected = (self.config["height"], self.config["width"], 3)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise ValueError(
-                f"this net was trained on images [B, {expected[0]}, {expected[1]}, 3], got {list(images.shape)}"
-            )
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images must be floats in [-1, 1], got {images.dtype}")
-        images = images.astype(np.float32)
-        if not (np.abs(images) <= 1 + 1e-3).all():  # also false for NaN
-            raise ValueError(f"images must lie in [-1, 1], got {images.min()} to {images.max()}; clip samples first")
-        found = {name: np.empty(len(images), np.int32) for name, _ in self.net.facts}
-        for start in range(0, len(images), self.batch):
-            part = images[start : start + self.batch]
-            padded = np.zeros((self.batch, *expected), np.float32)
-            padded[: len(part)] = part
-            for name, values in _values(self.net, self.params, padded).items():
-                found[name][start : start + self.batch] = np.asarray(values)[: len(part)]
-        return found
+        return judges.predict(functools.partial(_values, self.net, self.params), images, self.config, self.batch)
 
 
 def save_facts_net(path: str | os.PathLike, net: FactsNet, params: Mapping, config: Mapping) -> None:
     """Writes ``model.safetensors`` (float16) and ``config.json`` (``config`` and the net's sizes) into ``path``."""
-    path = pathlib.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    flat = traverse_util.flatten_dict(params, sep="/")
-    weights = safetensors.save({k: np.asarray(v, np.float16) for k, v in flat.items()})
-    (path / "model.safetensors").write_bytes(weights)  # save_file would make a file that only its owner can read
     sizes = {"facts": dict(net.facts), "widths": list(net.widths), "groups": net.groups}
-    (path / "config.json").write_text(json.dumps({**config, "net": sizes}, indent=1) + "\n")
+    judges.save(path, params, {**config, "net": sizes})
 
 
-def load_facts_net(path: str | os.PathLike | None = None) -> FactsJudge:
-    """Loads a net that judges facts.
-
-    Args:
-      path: a folder with ``model.safetensors`` and ``config.json``; by default the shipped one (:data:`ASSET`).
-
-    Returns:
-      The net, its weights in float32.
-
-    Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: the weights do not fit the net that the config describes.
-    """
-    path = ASSET if path is None else pathlib.Path(path)
-    for name in ("config.json", "model.safetensors"):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"no facts net in {path}: {name} is missing")
-    config = json.loads((path / "config.json").read_text())
-    sizes = config["net"]
-    net = FactsNet(tuple(sizes["facts"].items()), tuple(sizes["widths"]), sizes["groups"])
-    flat = safetensors.load_file(path / "model.safetensors")
-    image = jax.ShapeDtypeStruct((1, config["height"], config["width"], 3), jnp.float32)
-    wanted = traverse_util.flatten_dict(jax.eval_shape(net.init, jax.random.key(0), image)["params"], sep="/")
-    have, want = ({(k, tuple(v.shape)) for k, v in d.items()} for d in (flat, wanted))
-    if have != want:
-        raise ValueError(f"{path}: missing {sorted(want - have)}, unexpected {sorted(have - want)}")
-    params = traverse_util.unflatten_dict({k: jnp.asarray(v, jnp.float32) for k, v in flat.items()}, sep="/")
-    return FactsJudge(net, params, config)
+def load_facts_net(path: str | os.PathLike = ASSET) -> FactsJudge:
+    """Loads a net, by default the shipped one, with float32 weights; raises as :func:`.judges.load` does."""
+    return FactsJudge(
+        *judges.load(path, lambda n: FactsNet(tuple(n["facts"].items()), tuple(n["widths"]), n["groups"]))
+    )

@@ -5,7 +5,6 @@ Trained by ``tools/train_scenes_segmenter.py`` on other scenes than the base mod
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -14,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import traverse_util
-from safetensors import numpy as safetensors
+
+from mcm_jax.evaluation import judges
 
 ASSET = pathlib.Path(__file__).parents[1] / "assets" / "scenes-segmenter"
 """The shipped segmenter: ``model.safetensors`` (float16), ``config.json`` and ``training_log.jsonl``."""
@@ -95,62 +94,15 @@ class Segmenter:
         Raises:
           ValueError: another shape or dtype, values outside [-1, 1] or not finite.
         """
-        images = np.asarray(images)
-        expected = (self.config["height"], self.config["width"], 3)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise ValueError(
-                f"this segmenter was trained on images [B, {expected[0]}, {expected[1]}, 3], got {list(images.shape)}"
-            )
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images must be floats in [-1, 1], got {images.dtype}")
-        images = images.astype(np.float32)
-        if not (np.abs(images) <= 1 + 1e-3).all():  # also false for NaN
-            raise ValueError(f"images must lie in [-1, 1], got {images.min()} to {images.max()}; clip samples first")
-        labels = np.empty(images.shape[:3], np.uint8)
-        for start in range(0, len(images), self.batch):
-            part = images[start : start + self.batch]
-            padded = np.zeros((self.batch, *expected), np.float32)
-            padded[: len(part)] = part
-            labels[start : start + self.batch] = np.asarray(_labels(self.net, self.params, padded))[: len(part)]
-        return labels
+        return judges.predict(functools.partial(_labels, self.net, self.params), images, self.config, self.batch)
 
 
 def save_segmenter(path: str | os.PathLike, net: SegmentationNet, params: Mapping, config: Mapping) -> None:
     """Writes ``model.safetensors`` (float16) and ``config.json`` (``config`` and the net's sizes) into ``path``."""
-    path = pathlib.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    flat = traverse_util.flatten_dict(params, sep="/")
-    weights = safetensors.save({k: np.asarray(v, np.float16) for k, v in flat.items()})
-    (path / "model.safetensors").write_bytes(weights)  # save_file would make a file that only its owner can read
     sizes = {"classes": net.classes, "widths": list(net.widths), "groups": net.groups}
-    (path / "config.json").write_text(json.dumps({**config, "net": sizes}, indent=1) + "\n")
+    judges.save(path, params, {**config, "net": sizes})
 
 
-def load_segmenter(path: str | os.PathLike | None = None) -> Segmenter:
-    """Loads a segmenter.
-
-    Args:
-      path: a folder with ``model.safetensors`` and ``config.json``; by default the shipped one (:data:`ASSET`).
-
-    Returns:
-      The segmenter, its weights in float32.
-
-    Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: the weights do not fit the net that the config describes.
-    """
-    path = ASSET if path is None else pathlib.Path(path)
-    for name in ("config.json", "model.safetensors"):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"no segmenter in {path}: {name} is missing")
-    config = json.loads((path / "config.json").read_text())
-    sizes = config["net"]
-    net = SegmentationNet(sizes["classes"], tuple(sizes["widths"]), sizes["groups"])
-    flat = safetensors.load_file(path / "model.safetensors")
-    image = jax.ShapeDtypeStruct((1, config["height"], config["width"], 3), jnp.float32)
-    wanted = traverse_util.flatten_dict(jax.eval_shape(net.init, jax.random.key(0), image)["params"], sep="/")
-    have, want = ({(k, tuple(v.shape)) for k, v in d.items()} for d in (flat, wanted))
-    if have != want:
-        raise ValueError(f"{path}: missing {sorted(want - have)}, unexpected {sorted(have - want)}")
-    params = traverse_util.unflatten_dict({k: jnp.asarray(v, jnp.float32) for k, v in flat.items()}, sep="/")
-    return Segmenter(net, params, config)
+def load_segmenter(path: str | os.PathLike = ASSET) -> Segmenter:
+    """Loads a segmenter, by default the shipped one, with float32 weights; raises as :func:`.judges.load` does."""
+    return Segmenter(*judges.load(path, lambda n: SegmentationNet(n["classes"], tuple(n["widths"]), n["groups"])))
