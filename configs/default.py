@@ -16,10 +16,16 @@ SIZES = {
 }
 
 
-def paper(c: ml_collections.ConfigDict) -> None:
-    """Sets the network, form and training to the paper's, where known (docs/mcm.md)."""
-    c.mcm.update(SIZES["paper"], inputs=("x_t", "eps"), shift_space="eps")
+def paper_form(c: ml_collections.ConfigDict) -> None:
+    """Sets what the MCM sees, what it changes and what it is trained for to the paper's (docs/mcm.md)."""
+    c.mcm.update(inputs=("x_t", "eps"), shift_space="eps")
     c.loss.weighting = "eps"
+
+
+def paper(c: ml_collections.ConfigDict) -> None:
+    """Sets the network, form and training to the paper's, where known."""
+    c.mcm.update(SIZES["paper"])
+    paper_form(c)
     c.train.batch_size = 64
     c.train.learning_rate = 1e-5
 

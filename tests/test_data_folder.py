@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mcm_jax.data import scenes
 from mcm_jax.data.folder import Folder
 from mcm_jax.data.pipeline import training_batches
+from mcm_jax.data.render import PALETTE, render
+from mcm_jax.data.scene import draw_scene
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality
 
@@ -182,11 +183,11 @@ def test_half_transparent_is_half_white(tmp_path):
 
 
 def _scene(index=0):
-    return scenes.draw_scene(np.random.default_rng(index))
+    return draw_scene(np.random.default_rng(index))
 
 
 def test_labels_of_another_resolution_are_cut_alike(tmp_path):
-    labels = scenes.render(_scene(), 96, 128)["segmentation"]
+    labels = render(_scene(), 96, 128)["segmentation"]
     found = _condition(tmp_path, SEGMENTATION, labels, (48, 64), SQUARE)
     np.testing.assert_array_equal(found, labels[1::2, 17:113:2])  # columns 16 to 111 are the cut; nearest of two
     assert found.dtype == np.uint8
@@ -194,12 +195,12 @@ def test_labels_of_another_resolution_are_cut_alike(tmp_path):
 
 def test_a_scene_lies_on_its_labels(tmp_path):
     """A picture in its classes' colours, and labels drawn at twice its size: no shift agrees better than none."""
-    small, large = (scenes.render(_scene(3), 48 * k, 64 * k)["segmentation"] for k in (1, 2))
-    _save(tmp_path / "train" / "image" / "a.png", scenes.PALETTE[small])
+    small, large = (render(_scene(3), 48 * k, 64 * k)["segmentation"] for k in (1, 2))
+    _save(tmp_path / "train" / "image" / "a.png", PALETTE[small])
     labels = _condition(tmp_path, SEGMENTATION, large, None, SQUARE)
     colours = Folder(tmp_path, "train", (), *SQUARE)[0]["image"]
     shifts = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-    agree = {s: np.mean(np.roll(scenes.PALETTE[labels], s, (0, 1)) == colours, where=_inner(colours)) for s in shifts}
+    agree = {s: np.mean(np.roll(PALETTE[labels], s, (0, 1)) == colours, where=_inner(colours)) for s in shifts}
     assert max(agree, key=agree.get) == (0, 0) and agree[0, 0] > 0.95
 
 
@@ -364,7 +365,7 @@ def test_links_are_followed_and_broken_ones_named(tmp_path):
     try:
         (split / "sketch").symlink_to(split / "elsewhere", target_is_directory=True)
     except OSError:
-        pytest.skip("no links here")
+        pytest.skip("symbolic links cannot be made here, as on Windows without developer mode")
     assert len(Folder(tmp_path, "train", (SKETCH,), 8, 8)) == 1
     (split / "image" / "b.png").symlink_to(split / "nowhere.png")
     assert "found 1 other(s): b.png" in _refused(tmp_path)

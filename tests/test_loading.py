@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcm_jax.base import BaseLoadError, load_base
-from mcm_jax.base.loading import torch_name, torch_shape
+from mcm_jax.base.weights import torch_name, torch_shape
 
 UNET = {
     "sample_size": 4,

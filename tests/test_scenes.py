@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mcm_jax.data import scenes
-from mcm_jax.data.scenes import CLASSES, PALETTE, SPLITS, TIMES, Scenes, draw_scene, render, scene_at
+from mcm_jax.data import render as rendering
+from mcm_jax.data.render import render
+from mcm_jax.data.scene import draw_scene
+from mcm_jax.data.scenes import CLASSES, PALETTE, SPLITS, TIMES, Scenes, scene_at
 
 SKY, SUN, MOUNTAIN, WATER, MEADOW, TREE = range(6)
 SIZES = [(8, 8), (16, 24), (32, 32), (64, 48), (128, 128)]
@@ -269,7 +271,7 @@ def test_every_tree_can_be_seen_apart():
     for index in range(300):
         taken = np.zeros((96, 96), bool)
         for tree in reversed(scene_at(2, "train", index).trees):  # near to far
-            crown, trunk, _ = scenes._tree_mask(tree, rows, cols.astype(np.float32), 1.0)
+            crown, trunk, _ = rendering._tree_mask(tree, rows, cols.astype(np.float32), 1.0)
             own = crown | trunk
             assert (own & ~taken).sum() > 0.25 * own.sum(), index
             taken |= own

@@ -11,8 +11,8 @@ import torch
 from flax import traverse_util
 
 from mcm_jax.base import load_base
-from mcm_jax.base.loading import torch_name, torch_shape
 from mcm_jax.base.unet2d import UNet2D, UNet2DConfig
+from mcm_jax.base.weights import torch_name, torch_shape
 
 pytestmark = pytest.mark.slow
 

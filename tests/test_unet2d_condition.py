@@ -13,8 +13,8 @@ import pytest
 import torch
 from flax import traverse_util
 
-from mcm_jax.base.loading import params_from_torch, torch_name, torch_shape
 from mcm_jax.base.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
+from mcm_jax.base.weights import params_from_torch, torch_name, torch_shape
 
 pytestmark = pytest.mark.slow
 

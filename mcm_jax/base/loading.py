@@ -34,14 +34,9 @@ from mcm_jax.base.weights import (
     find_weights,
     load_params,
     open_weights,
-    params_from_torch,
     read_json,
-    torch_name,
-    torch_shape,
 )
 from mcm_jax.schedules import Schedule
-
-__all__ = ["DTYPES", "Base", "BaseLoadError", "load_base", "params_from_torch", "torch_name", "torch_shape"]
 
 # Each pipeline's components. Others in its folder, such as a safety checker, are never looked at.
 _PIPELINES = {

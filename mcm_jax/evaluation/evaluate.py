@@ -144,7 +144,7 @@ def evaluate(
 
     result = {"miou": {}, "class_iou": {}, "edge_f1": {}, "diversity": {}, "facts": {}}
     judge = load_facts_net() if pipeline.base.is_text_conditional else None
-    facts = facts_of([scene_at(config.data.seed, "test", i).facts for i in range(maps)])
+    facts = facts_of([scene_at(config.data.seed, "test", i).facts for i in range(maps)]) if judge else {}
 
     def score(name: str, images: np.ndarray) -> None:
         images = reduce(images)
