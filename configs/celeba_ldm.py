@@ -20,7 +20,8 @@ def get_config():
     c.base.dtype = "bfloat16"
     c.data.name = "folder"
     c.data.path = "data/celebahq"
-    c.data.draws = 5
+    c.cache.mode = "build"
+    c.cache.load_base = True
     c.modalities.segmentation.channels = 19
     default.paper(c)
     c.mcm.x0_clip = 4.0  # latents, not pixels; for the base's estimate of x0, should the MCM see it

@@ -42,10 +42,25 @@ def get_config() -> ml_collections.ConfigDict:
         name="scenes",  # procedural landscapes, at the base's resolution; or folder: your own pairs
         path="",  # of a folder of pairs, see docs/data.md
         size=2_000,  # training examples of scenes
-        draws=0,  # timesteps and noises of each example; 0 is a new one every epoch. The base's predictions for a few
-        # draws are kept in memory and serve all later epochs: the base then runs in the first ones only
         seed=2,  # of scenes: another seed is another data set; 0 trained the base, 1 the segmentation net
         prompt_drop_rate=0.1,  # how often the base is shown the empty prompt; for text-conditional bases
+        views=1,  # augmented versions of each example, the first one as it is; see docs/data.md
+        flip=False,  # every other view is mirrored
+        crop=1.0,  # the least share of the picture's sides that a view shows
+    )
+    c.draws = dict(  # timestep, noise, view and prompt drop of each example
+        count=5,  # what a cache holds of each; online, new ones come without end, and each 5 cover all timesteps
+        seed=0,  # apart from the run's: a cache serves any config.seed
+        density=(1.0,),  # of timesteps over equal parts of 0..T-1; importance weights keep the loss unbiased
+    )
+    c.cache = dict(  # of the base's predictions, see docs/cache.md
+        mode="off",  # off: the base predicts each batch; on: a cache serves in its place; build: that, made if needed
+        path="",  # a folder; '' is the workdir's own
+        dtype="float16",  # of the predictions on disk: float16, bfloat16, float32, int8
+        shard_draws=1_024,  # predictions in a file: what a kill can lose
+        batch_size=32,  # predictions at a time, over all devices
+        verify=True,  # all checksums before training
+        load_base=False,  # for validation pictures, which are left to sample.py otherwise
     )
     c.modalities = dict(  # kind: labels (classes), map (values in [0, 1]), lines (a map, black lines on white)
         segmentation=dict(kind="labels", channels=6),

@@ -12,7 +12,8 @@ def get_config():
     c = default.get_config()
     c.mcm.update(default.SIZES["medium"])
     c.data.size = 1_500
-    c.data.draws = 3
+    c.draws.count = 3
+    c.cache.mode = "build"
     c.train.steps = 700
     c.train.batch_size = 32
     c.train.learning_rate = 2e-3

@@ -13,7 +13,9 @@ def get_config():
     c = default.get_config()
     c.mcm.update(default.SIZES["medium"])
     c.data.size = 4_000
-    c.data.draws = 4
+    c.draws.count = 4
+    c.cache.mode = "build"
+    c.cache.load_base = True
     c.modalities.drop_rate = 0.4
     c.train.steps = 4_200
     c.train.learning_rate = 2e-3

@@ -9,8 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import ml_collections
 
+from mcm_jax import draws as draws_lib
 from mcm_jax import losses, sampling
-from mcm_jax.base import Base
+from mcm_jax.base import Base, BaseCard
+from mcm_jax.cache import build
 from mcm_jax.data.scenes import CLASSES
 from mcm_jax.errors import UserError
 from mcm_jax.files import write_atomically
@@ -25,9 +27,15 @@ _CHOICES = {
     "sampling.sampler": sampling.SAMPLERS,
     "sampling.modulate": sampling.MODULATE,
     "data.name": ("scenes", "folder"),
+    "cache.mode": ("off", "on", "build"),
+    "cache.dtype": build.DTYPES,
 }
 _AT_LEAST_ONE = (
     "data.size",
+    "data.views",
+    "draws.count",
+    "cache.shard_draws",
+    "cache.batch_size",
     "train.steps",
     "train.batch_size",
     "train.log_every",
@@ -44,7 +52,7 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     "seed",
     "data.seed",
-    "data.draws",
+    "draws.seed",
     "loss.l1",
     "train.warmup_steps",
     "train.weight_decay",
@@ -57,11 +65,11 @@ _AT_LEAST_ZERO = (
 )
 _SEEDS = 2**32  # a JAX key takes 32 bits; more would be cut off silently
 _MAPS = {"scenes": {"segmentation": ("labels", len(CLASSES)), "sketch": ("map", 1)}}  # what each data set holds
-_ABOVE_ZERO = ("train.learning_rate", "mcm.x0_clip")
+_ABOVE_ZERO = ("train.learning_rate", "mcm.x0_clip", "data.crop")
 _WHOLE = (
     "seed",
     "data.seed",
-    "data.draws",
+    "draws.seed",
     "train.warmup_steps",
     "train.validate_every",
     "mcm.head_dim",
@@ -73,11 +81,13 @@ _OTHERS = (
     "base.path",
     "data.path",
     "mcm.inputs",
-    "mcm.residual_scale",
     "modalities.drop_rate",
+    "draws.density",
+    "cache.path",
     "sampling.negative_prompt",
 )
-_SHARES = ("train.ema_decay", "modalities.drop_rate", "data.prompt_drop_rate", "sampling.eta")
+_FLAGS = ("mcm.residual_scale", "data.flip", "cache.verify", "cache.load_base")
+_SHARES = ("train.ema_decay", "modalities.drop_rate", "data.prompt_drop_rate", "data.crop", "sampling.eta")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -99,7 +109,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         if not holds:
             raise UserError(f"config.{key} must be {expected}, got {flat[key]!r}")
 
-    known = (*_CHOICES, *_AT_LEAST_ONE, *_AT_LEAST_ZERO, *_ABOVE_ZERO, *_SHARES, *_LISTS, *_OTHERS)
+    known = (*_CHOICES, *_AT_LEAST_ONE, *_AT_LEAST_ZERO, *_ABOVE_ZERO, *_SHARES, *_FLAGS, *_LISTS, *_OTHERS)
     if missing := [k for k in known if k not in flat]:
         raise UserError(f"the config lacks {', '.join(missing)}; start from configs/default.py, which has every key")
     for key in (*_AT_LEAST_ONE, *_AT_LEAST_ZERO, *_ABOVE_ZERO, *_SHARES):
@@ -110,7 +120,14 @@ def check(config: ml_collections.ConfigDict) -> None:
     for key, least in _LISTS.items():
         whole = isinstance(flat[key], list) and all(isinstance(v, int) and v >= least for v in flat[key])
         expect(whole and len(flat[key]) > 0, key, f"a list of whole numbers, each at least {least}")
-    expect(isinstance(flat["mcm.residual_scale"], bool), "mcm.residual_scale", "True or False")
+    for key in _FLAGS:
+        expect(isinstance(flat[key], bool), key, "True or False")
+    try:
+        draws_lib.check_density(flat["draws.density"], 2**31)  # how many timesteps there are is the base's to say
+    except (TypeError, ValueError):
+        expect(False, "draws.density", "relative densities, each at least 0 and not all 0, e.g. (1,) or (1, 3)")
+    expect(flat["data.views"] <= flat["draws.count"], "data.views", "at most draws.count: each draw sees one view")
+    expect(isinstance(flat["cache.path"], str), "cache.path", "a folder, '' for the workdir's own")
     expect(isinstance(flat["sampling.negative_prompt"], str), "sampling.negative_prompt", "a text, '' for none")
     expect(isinstance(flat["base.path"], str) and flat["base.path"] != "", "base.path", "a folder or a shipped name")
     for key, choices in _CHOICES.items():
@@ -125,7 +142,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         expect(0 <= flat[key] <= 1, key, "in [0, 1]")
     expect(flat["modalities.drop_rate"] < 1, "modalities.drop_rate", "below 1: at 1 no condition is ever seen")
     expect(flat["train.ema_decay"] < 1, "train.ema_decay", "below 1: at 1 the average never moves")
-    expect(flat["seed"] < _SEEDS, "seed", f"at most {_SEEDS - 1}")
+    for key in ("seed", "draws.seed"):
+        expect(flat[key] < _SEEDS, key, f"at most {_SEEDS - 1}")
     for key, value in flat.items():
         expect(not isinstance(value, float) or math.isfinite(value), key, "finite")
     inputs = flat["mcm.inputs"]
@@ -164,7 +182,22 @@ def modalities(config: ml_collections.ConfigDict) -> tuple[Modality, ...]:
     return tuple(Modality(name, v["kind"], v["channels"]) for name, v in entries)
 
 
-def modulator(config: ml_collections.ConfigDict, base: Base) -> Modulator:
+def draws(config: ml_collections.ConfigDict, base: Base | BaseCard) -> draws_lib.Draws:
+    """What the config draws of each example, for a base. Raises UserError where the density has too many parts."""
+    d, total = config.draws, base.schedule.num_train_timesteps
+    prompt_drop_rate = config.data.prompt_drop_rate if base.is_text_conditional else 0.0
+    try:
+        return draws_lib.Draws(d.seed, d.count, tuple(d.density), total, prompt_drop_rate)
+    except ValueError as e:
+        raise UserError(f"config.draws.density: {e}") from e
+
+
+def cache_folder(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
+    """Where the config's cache is."""
+    return pathlib.Path(config.cache.path).expanduser() if config.cache.path else pathlib.Path(workdir) / "cache"
+
+
+def modulator(config: ml_collections.ConfigDict, base: Base | BaseCard) -> Modulator:
     """The MCM that the config describes, for a base."""
     m = config.mcm
     size = Size(

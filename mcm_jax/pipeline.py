@@ -120,6 +120,30 @@ class Pipeline:
 
         return run
 
+    def sampling_bytes(self, batch_size: int) -> int:
+        """Memory that sampling a batch takes on the device, parameters and all, by the compiler's own count.
+
+        The base's params may be shapes alone (:func:`mcm_jax.base.outline`). Takes as long as compiling does.
+
+        Args:
+          batch_size: images.
+        """
+        s, base, shape = self.config.sampling, self.base, jax.ShapeDtypeStruct
+        guided = base.is_text_conditional and s.text_guidance != 1
+        context = None
+        if base.is_text_conditional:
+            ids = shape((batch_size, base.tokenizer.length), jnp.int32)
+            context = jax.eval_shape(base.encode_tokens, base.params, ids)
+        params = jax.eval_shape(lambda: self.modulator.init(jax.random.key(0), base.latent_shape))
+        names = self.modulator.modalities
+        conditions = {m.name: m.null(batch_size, *base.latent_shape[:2]) for m in names}
+        present, keys = shape((batch_size, len(names)), bool), sampling.sample_keys(0, batch_size)
+        run = self._compiled(s.sampler, int(s.steps), float(s.eta), s.guidance == 0, guided, s.modulate)
+        scales = shape((), jnp.float32), shape((), jnp.float32)
+        arguments = base.params, params, conditions, present, keys, *scales, context, context if guided else None
+        plan = run.lower(*arguments).compile().memory_analysis()
+        return plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
+
     def _contexts(self, prompts: Sequence[str] | None, negative: str, count: int, guided: bool) -> tuple[Any, Any, Any]:
         """Contexts ``[P, L, D]`` of the distinct prompts, which of them each sample has, and the negative prompt's."""
         if not self.base.is_text_conditional:

@@ -23,6 +23,46 @@ from mcm_jax.schedules import Schedule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class BaseCard:
+    """What training needs to know of a base whose predictions are at hand: its networks are no part of it.
+
+    Attributes:
+        name: the folder's name.
+        fingerprint: see :class:`Base`.
+        schedule: the noise schedule that the network was trained with.
+        latent_shape: ``(H, W, C)`` of what is diffused.
+        image_shape: ``(H, W, C)`` of the images.
+        is_text_conditional: whether it takes prompts.
+        unet_parameters: how many the predicting network has.
+        parameter_bytes: memory of the parameters of all networks.
+    """
+
+    name: str
+    fingerprint: str
+    schedule: Schedule
+    latent_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int]
+    is_text_conditional: bool
+    unet_parameters: int
+    parameter_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As numbers, texts and lists; float32 values come back exactly."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        schedule = {f.name: getattr(self.schedule, f.name) for f in dataclasses.fields(Schedule)}
+        schedule["alphas_cumprod"] = [float(a) for a in self.schedule.alphas_cumprod]
+        shapes = {"latent_shape": list(self.latent_shape), "image_shape": list(self.image_shape)}
+        return fields | shapes | {"schedule": schedule}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "BaseCard":
+        """What :meth:`to_json` gave. Raises KeyError, TypeError or ValueError where it is something else."""
+        schedule = content["schedule"] | {"alphas_cumprod": np.array(content["schedule"]["alphas_cumprod"], np.float32)}
+        shapes = {key: tuple(map(int, content[key])) for key in ("latent_shape", "image_shape")}
+        return cls(**content | shapes | {"schedule": Schedule(**schedule)})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Base:
     """A frozen diffusion model. Its methods take its params as an argument.
 
@@ -53,6 +93,20 @@ class Base:
     autoencoder: AutoencoderKL | VQModel | None = None
     text_encoder: CLIPText | None = None
     tokenizer: Tokenizer | None = None
+
+    @property
+    def card(self) -> BaseCard:
+        """What is known of it without its networks."""
+        return BaseCard(
+            name=self.name,
+            fingerprint=self.fingerprint,
+            schedule=self.schedule,
+            latent_shape=self.latent_shape,
+            image_shape=self.image_shape,
+            is_text_conditional=self.is_text_conditional,
+            unet_parameters=sum(leaf.size for leaf in jax.tree.leaves(self.params["unet"])),
+            parameter_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params)),
+        )
 
     @property
     def is_latent(self) -> bool:

@@ -75,6 +75,31 @@ def load_base(path: str | os.PathLike, dtype: str = "float32") -> Base:
         BaseLoadError: anything in the folder that is missing, damaged or not supported.
         ValueError: another `dtype`.
     """
+    return _load(path, dtype, keep=True)
+
+
+def outline(path: str | os.PathLike, dtype: str = "float32") -> Base:
+    """The base that :func:`load_base` gives, fingerprint and all, with shapes in place of its params.
+
+    The arguments and errors are those of :func:`load_base`. One tensor is in memory at a time, none on the device.
+    """
+    return _load(path, dtype, keep=False)
+
+
+def find_folder(path: str | os.PathLike) -> Path | None:
+    """The local folder of a base: itself, or the Hugging Face Hub's cache of a name. None where there is none."""
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(path), local_files_only=True))
+    except Exception:  # not installed, not a name, never downloaded: of many kinds
+        return None
+
+
+def _load(path: str | os.PathLike, dtype: str, *, keep: bool) -> Base:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
     folder, hub_name = Path(path).expanduser(), None
@@ -109,7 +134,7 @@ def load_base(path: str | os.PathLike, dtype: str = "float32") -> Base:
         facts["tokenizer"] = tokenizer.facts
     if hub_name:
         _download_weights(hub_name, folder.name, {name: files[name].parent.relative_to(folder) for name in nets})
-    params, fingerprint = _load_params(facts, nets, files, latent_shape, factor, dtype)
+    params, digest = _load_params(facts, nets, files, latent_shape, factor, dtype, keep)
     return Base(
         name=hub_name.split("/")[1] if hub_name else folder.resolve().name,
         params=params,
@@ -117,7 +142,7 @@ def load_base(path: str | os.PathLike, dtype: str = "float32") -> Base:
         schedule=schedule,
         latent_shape=latent_shape,
         image_shape=(latent_shape[0] * factor, latent_shape[1] * factor, 3) if autoencoder else latent_shape,
-        fingerprint=fingerprint,
+        fingerprint=digest,
         autoencoder=autoencoder,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -253,7 +278,13 @@ def _latent_shape(file: Path, unet: UNet2D | UNet2DCondition) -> tuple[int, int,
 
 
 def _load_params(
-    facts: Mapping[str, Any], nets: Mapping[str, Any], files: Mapping[str, Path], latent: tuple, factor: int, dtype: str
+    facts: Mapping[str, Any],
+    nets: Mapping[str, Any],
+    files: Mapping[str, Path],
+    latent: tuple,
+    factor: int,
+    dtype: str,
+    keep: bool,
 ) -> tuple[dict[str, Any], str]:
     """Reads the parameters of all networks, and takes the fingerprint on the way: of the facts, then of each tensor."""
     float32, int32, key = jnp.float32, jnp.int32, jax.random.key(0)
@@ -277,7 +308,7 @@ def _load_params(
         for path, tensor in load_params(file, stored.pop(name), expected, dtype):
             digest.update(f"\n{'/'.join((name, *path))} {tensor.dtype.name} {tensor.shape}\n".encode())
             digest.update(tensor.reshape(-1).view(np.uint8))
-            component[path] = jnp.asarray(tensor)
+            component[path] = jnp.asarray(tensor) if keep else jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
         params[name] = traverse_util.unflatten_dict(component)
     return params, digest.hexdigest()
 

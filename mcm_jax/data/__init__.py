@@ -6,7 +6,24 @@ from typing import Any
 from mcm_jax.data.folder import Folder
 from mcm_jax.data.pipeline import InMemory
 from mcm_jax.data.scenes import Scenes
+from mcm_jax.data.views import Views
 from mcm_jax.modalities import Modality
+
+
+def find_source(
+    data: Any,
+    split: str,
+    modalities: Sequence[Modality],
+    height: int,
+    width: int,
+    *,
+    captions: bool,
+    size: int | None = None,
+) -> Scenes | Folder:
+    """What :func:`open_source` opens, by the same arguments, but as it is: nothing is rendered or read yet."""
+    if data.name == "folder":
+        return Folder(data.path, split, modalities, height, width, captions)
+    return Scenes(split, size or data.size, height, width, data.seed)
 
 
 def open_source(
@@ -22,7 +39,8 @@ def open_source(
     """The source that a config's ``data`` section names.
 
     Args:
-      data: the section: ``name`` (``scenes`` or ``folder``), and what that needs of ``path``, ``size``, ``seed``.
+      data: the section: ``name`` (``scenes`` or ``folder``), what that needs of ``path``, ``size``, ``seed``, and the
+        ``views`` of each training example (:class:`mcm_jax.data.views.Views`).
       split: ``train`` or ``test``.
       modalities: which conditions are read.
       height: of the images.
@@ -37,6 +55,8 @@ def open_source(
     Raises:
       UserError: a folder that is not as docs/data.md says.
     """
-    if data.name == "folder":
-        return Folder(data.path, split, modalities, height, width, captions)
-    return InMemory.render(Scenes(split, size or data.size, height, width, data.seed))
+    found = find_source(data, split, modalities, height, width, captions=captions, size=size)
+    source = InMemory.render(found) if isinstance(found, Scenes) else found
+    if split != "train" or (data.views, data.flip, data.crop) == (1, False, 1):
+        return source
+    return Views(source, modalities, views=data.views, flip=data.flip, crop=data.crop, seed=data.seed)

@@ -11,6 +11,9 @@
 Whatever is wrong with the tree is said at once; the files are opened as they are asked for.
 """
 
+import concurrent.futures
+import hashlib
+import json
 import os
 import pathlib
 import struct
@@ -124,10 +127,34 @@ class Folder:
                 )
             scales = (condition.shape[0] / picture.height, condition.shape[1] / picture.width)
             scaled = tuple(edge * scale for edge, scale in zip(box, scales * 2, strict=True))
-            example[modality.name] = _to_grid(modality, condition, scaled, self.height, self.width)
+            example[modality.name] = to_grid(modality, condition, scaled, self.height, self.width)
         if self.captions:
             example["caption"] = np.array(_read_caption(self._path("caption", name)))
         return example
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the names and contents of the pictures, of each modality's files and of the prompts. Reads all."""
+
+        def digest(path: pathlib.Path) -> str:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+        found = {}
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for folder in self._files:
+                digests = pool.map(digest, [self._path(folder, name) for name in self.names])
+                facts = json.dumps(list(zip(self.names, digests, strict=True)))
+                found[folder] = hashlib.sha256(facts.encode()).hexdigest()
+        return found
+
+    def stamp(self) -> str:
+        """SHA-256 of all files' names, sizes and times: where it is equal, fingerprints need not be taken again."""
+        facts = []
+        for folder, files in self._files.items():
+            for name in self.names:
+                found = self._path(folder, name).stat()
+                facts.append((folder, files[name], found.st_size, found.st_mtime_ns))
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _path(self, folder: str, name: str) -> pathlib.Path:
         return self._root / folder / self._files[folder][name]
@@ -246,7 +273,7 @@ def _same_aspect_ratio(a: tuple[int, int], b: tuple[int, int]) -> bool:
     )
 
 
-def _to_grid(modality: Modality, condition: np.ndarray, box: Sequence[float], height: int, width: int) -> np.ndarray:
+def to_grid(modality: Modality, condition: np.ndarray, box: Sequence[float], height: int, width: int) -> np.ndarray:
     """The part ``box`` (top, left, bottom, right, in the condition's pixels) on the grid, 8 bits a value."""
     top, left, bottom, right = box
     if modality.kind == "labels" or (bottom - top <= height and right - left <= width):

@@ -1,9 +1,8 @@
 """From a source of paired examples to numpy batches.
 
 A source is anything with ``len`` and ``[i]`` that gives an array for each modality, and ``image`` (uint8 ``[H, W, C]``)
-or what was made of it (:mod:`mcm_jax.training.inputs`). Grain shuffles it anew every epoch and is random-access: batch
-k is a function of (source, seed, k), so a resumed run needs no iterator state to see what the uninterrupted one would
-have seen.
+or what was made of it (:mod:`.inputs`). It is shuffled anew every epoch, and batch k is a function of (source, seed,
+k): a resumed run needs no iterator state to see what the uninterrupted one would have seen.
 """
 
 import concurrent.futures
@@ -11,12 +10,14 @@ import functools
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
 
 from mcm_jax.data.scenes import Scenes
+
+_ENDLESS = 2**40  # batches
 
 
 def _render(scenes: Scenes, index: int) -> dict[str, np.ndarray]:
@@ -76,24 +77,34 @@ def to_float(example: dict[str, np.ndarray], maps: Sequence[str]) -> dict[str, n
 
 
 def training_batches(
-    source: Sequence[dict[str, np.ndarray]], batch_size: int, seed: int, maps: Sequence[str]
+    read: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]],
+    examples: int,
+    batch_size: int,
+    seed: int,
+    repeat: int = 0,
 ) -> grain.MapDataset:
     """All batches of a training run, as a sequence without end: ``training_batches(...)[step]``.
 
     Args:
-      source: the examples.
-      batch_size: examples a batch; a batch may span two epochs, so a source smaller than a batch works too.
+      read: gives the stacked examples of (index, draw), both int32 ``[B]``, e.g. :meth:`mcm_jax.cache.Cache.read`.
+      examples: how many there are.
+      batch_size: examples a batch; a batch may span two epochs, so fewer examples than a batch work too.
       seed: of the order, which differs in every epoch.
-      maps: names of the modalities that hold values (and are scaled to [0, 1]), not classes.
+      repeat: the draws of an example after which they come again; 0 is never.
 
     Returns:
-      Batches with the source's keys, float32 images in [-1, 1], ``index`` (which example) and ``draw`` (how
-      often it was seen before), int32 ``[B]``: the two that name an example's noise.
+      What `read` gives, with ``index`` (which example), ``seen`` (how often before) and ``draw`` (which draw: `seen`,
+      or what is left of it by `repeat`), int32 ``[B]``. Index and draw name an example's noise.
     """
-    examples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
-    def load(position: int, index: int) -> dict[str, np.ndarray]:
-        example = to_float(source[int(index)], maps)
-        return example | {"index": np.int32(index), "draw": np.int32(position // len(source))}
+    @functools.lru_cache(maxsize=2)  # whole batches at once: Grain's own shuffle takes longer than reading a record
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
 
-    return examples.map_with_index(load).batch(batch_size)
+    def load(step: int) -> dict[str, np.ndarray]:
+        seen, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), examples)
+        index = np.concatenate([order(int(epoch))[place[seen == epoch]] for epoch in np.unique(seen)])
+        draw = seen % repeat if repeat else seen
+        return read(index, draw) | {"index": index, "seen": seen.astype(np.int32), "draw": draw.astype(np.int32)}
+
+    return grain.MapDataset.range(_ENDLESS).map(load)

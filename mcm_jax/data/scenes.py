@@ -25,6 +25,8 @@ from mcm_jax.data.scene import TIMES, Scene, draw_scene
 __all__ = ["CLASSES", "PALETTE", "SPLITS", "TIMES", "Scenes", "scene_at"]
 
 SPLITS = ("train", "test")
+VERSION = 1
+"""Raised whenever a scene is drawn differently."""
 
 
 def scene_at(seed: int, split: str, index: int) -> Scene:
@@ -63,6 +65,15 @@ class Scenes:
             raise IndexError(f"index {index} is outside 0..{self.size - 1}")
         scene = scene_at(self.seed, self.split, int(index))
         return render(scene, self.height, self.width) | {"caption": scene.caption, "facts": scene.facts}
+
+    def fingerprints(self) -> dict[str, str]:
+        """All that decides what the examples are."""
+        size = f"{self.size} of {self.height}x{self.width}"
+        return {"scenes": f"version {VERSION}, {self.split}, {size}, seed {self.seed}"}
+
+    def stamp(self) -> str:
+        """Equal for equal examples; of files it is cheaper than their fingerprints."""
+        return self.fingerprints()["scenes"]
 
     def __iter__(self) -> Iterator[dict[str, object]]:
         return (self[i] for i in range(self.size))

@@ -15,18 +15,22 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from mcm_jax import assets, pictures, sampling
+from mcm_jax import assets, pictures, sampling, sharding
+from mcm_jax import base as base_lib
 from mcm_jax import config as config_lib
-from mcm_jax.base import Base, load_base
+from mcm_jax.base import Base, BaseCard, load_base
 from mcm_jax.data import open_source
-from mcm_jax.data.pipeline import to_float, training_batches
+from mcm_jax.data.inputs import prepare
+from mcm_jax.data.pipeline import to_float
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.mcm import Modulator, parameter_count
 from mcm_jax.pipeline import Pipeline, save_mcm
-from mcm_jax.training import sharding, state, step
+from mcm_jax.training import feed as feeds
+from mcm_jax.training import state, step
+from mcm_jax.training.caching import known_card, open_cache, precompute, source_of
 from mcm_jax.training.checkpoints import Checkpoints
-from mcm_jax.training.inputs import Inputs, prepare
+from mcm_jax.training.feed import Feed
 
 _VALIDATION_IMAGES = 8
 
@@ -169,54 +173,97 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     workdir = pathlib.Path(workdir)
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.train.batch_size, mesh)
-    base = load_base(assets.resolve_base(config.base.path), config.base.dtype)
-    height, width, channels = base.image_shape
+    config_lib.refuse_another(config, workdir)
+    base, cache, feed, validation = None, None, None, {}
+    finished = max(_saved_steps(workdir), default=0) >= config.train.steps
+    if config.cache.mode == "off":
+        base = load_base(assets.resolve_base(config.base.path), config.base.dtype)
+        card = base.card
+    elif finished:
+        card = known_card(config, workdir)
+    else:
+        make = precompute if config.cache.mode == "build" else open_cache
+        cache = make(config, workdir, lambda card: _modulator(config, card))
+        card = cache.card
+    modulator = _modulator(config, card)
+    check_writable(workdir, "--workdir")
+    if not finished:  # what is wrong with the data leaves no workdir
+        if cache and config.train.validate_every:
+            if config.cache.load_base:
+                base = _base_for_pictures(config, modulator)
+            else:
+                print("validation pictures are left to sample.py: config.cache.load_base would load the base for them")
+        if base:
+            base = dataclasses.replace(base, params=sharding.replicate(base.params, mesh))
+        if base and config.train.validate_every:
+            validation = _validation_examples(config.data, base, modulator)
+        if cache:
+            print(f"training from the cache {cache.folder}")
+            feed = feeds.cached(cache)
+        else:
+            source = _open(config.data, "train", base, modulator)
+            inputs = prepare(base, source, modulator.modalities, mesh)
+            data = source_of(config, card).fingerprints()
+            feed = feeds.online(base, inputs, config_lib.draws(config, card), config.data.views, data, mesh)
+    with _disk_errors(workdir):
+        config_lib.save(config, workdir)
+        return _train(config, workdir, base, card, modulator, mesh, feed, validation)
+
+
+def _modulator(config: ml_collections.ConfigDict, card: BaseCard) -> Modulator:
+    """The MCM for a base; raises UserError where the base, the MCM or the sampling's settings do not fit."""
+    height, width, channels = card.image_shape
     if channels != 3 or min(height, width) < 8:
         raise UserError(
-            f"base {base.name!r} makes images of {height}x{width}x{channels}; training has RGB images of at least 8x8"
+            f"base {card.name!r} makes images of {height}x{width}x{channels}; training has RGB images of at least 8x8"
         )
     settings = config.sampling
     sampling.check_settings(
-        base.schedule,
+        card.schedule,
         guidance=settings.guidance,
         text_guidance=settings.text_guidance,
         steps=settings.steps,
         eta=settings.eta,
     )
-    modulator = config_lib.modulator(config, base)
-    jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape))  # refuses what does not fit the base
+    modulator = config_lib.modulator(config, card)
+    jax.eval_shape(lambda: modulator.init(jax.random.key(0), card.latent_shape))  # refuses what does not fit the base
+    return modulator
 
-    check_writable(workdir, "--workdir")
-    config_lib.refuse_another(config, workdir)
-    base = dataclasses.replace(base, params=sharding.replicate(base.params, mesh))
-    inputs, validation = None, {}
-    if max(_saved_steps(workdir), default=0) < config.train.steps:  # what is wrong with the data leaves no workdir
-        if config.train.validate_every:
-            validation = _validation_examples(config.data, base, modulator)
-        inputs = prepare(base, _open(config.data, "train", base, modulator), modulator.modalities)
-    with _disk_errors(workdir):
-        config_lib.save(config, workdir)
-        return _train(config, workdir, base, modulator, mesh, inputs, validation)
+
+def _base_for_pictures(config: ml_collections.ConfigDict, modulator: Modulator) -> Base | None:
+    """The base, beside a training that does without it; None, and a word on why, where it does not fit."""
+    path = assets.resolve_base(config.base.path)
+    outline = base_lib.outline(path, config.base.dtype)
+    needed = Pipeline(outline, modulator, None, config).sampling_bytes(_VALIDATION_IMAGES)
+    free = sharding.free_memory()
+    if free is not None and needed > free:
+        print(
+            f"validation pictures are left to sample.py: the base and its sampling need {needed / 2**30:.1f} GiB of "
+            f"memory, {free / 2**30:.1f} GiB are free (config.cache.load_base)"
+        )
+        return None
+    return load_base(path, config.base.dtype)
 
 
 def _train(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
-    base: Base,
+    base: Base | None,
+    card: BaseCard,
     modulator: Modulator,
     mesh: jax.sharding.Mesh,
-    inputs: Inputs | None,
+    feed: Feed | None,
     validation: dict[str, np.ndarray],
 ) -> state.TrainState:
-    """The run itself, in a workdir that is its own. A finished one needs no inputs."""
+    """The run itself, in a workdir that is its own. A finished one needs no feed; pictures need the base."""
     train = config.train
-    meta = {"base": base.name, "fingerprint": base.fingerprint, "config": json.loads(config.to_json())}
-    meta["examples"] = inputs and inputs.digest
+    meta = {"base": card.name, "fingerprint": card.fingerprint, "config": json.loads(config.to_json())}
+    meta["examples"] = feed and feed.data
     optimizer, learning_rate = state.make_optimizer(
         train.steps, train.learning_rate, train.warmup_steps, train.weight_decay, train.clip_norm
     )
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    params = jax.jit(lambda key: modulator.init(key, base.latent_shape))(key)
+    params = jax.jit(lambda key: modulator.init(key, card.latent_shape))(key)
     now = sharding.replicate(state.init_state(params, optimizer), mesh)
     checkpoints = Checkpoints(workdir, train.keep)
     reported, sums = 0, None  # the last reported step, and the metrics' sums since then
@@ -224,29 +271,24 @@ def _train(
         now, found = checkpoints.restore(now, meta)
         reported, sums = found["reported"], found["sums"] and {k: np.float32(v) for k, v in found["sums"].items()}
     first = int(now.step)
-    size, frozen = parameter_count(params), parameter_count(base.params["unet"])
-    print(f"MCM of {size:,} parameters ({size / frozen:.1%} of the U-Net of {base.name!r}), on {mesh.size} device(s)")
-    if inputs is None or first >= train.steps:
+    size = parameter_count(params)
+    share = size / card.unet_parameters
+    print(f"MCM of {size:,} parameters ({share:.1%} of the U-Net of {card.name!r}), on {mesh.size} device(s)")
+    if feed is None or first >= train.steps:
         print(f"{workdir} is finished: {first} of {train.steps} steps are done")
         checkpoints.close()
         return now
     if first:
         print(f"going on from step {first}")
 
-    maps = [m.name for m in modulator.modalities if m.kind != "labels"]
-    batches = training_batches(inputs.source, train.batch_size, config.seed, maps)
-    noise_step = step.make_noise_step(
-        modulator,
-        seed=config.seed,
-        drop_rate=config.modalities.drop_rate,
-        draws=config.data.draws,
-        prompt_drop_rate=config.data.prompt_drop_rate,
-    )
-    predictions = step.Predictions(base, len(inputs.source), config.data.draws, inputs.contexts)
+    draws = config_lib.draws(config, card)
+    noise_step = step.make_noise_step(modulator, draws, seed=config.seed, drop_rate=config.modalities.drop_rate)
+    steps = range(first, train.steps)
+    records = feed.records(noise_step, batch_size=train.batch_size, seed=config.seed, steps=steps, mesh=mesh)
     train_step = step.make_train_step(
         modulator, optimizer, weighting=config.loss.weighting, l1=config.loss.l1, ema_decay=train.ema_decay
     )
-    pipeline = Pipeline(base, modulator, None, config)
+    pipeline = Pipeline(base, modulator, None, config) if validation else None
     log = _Log(workdir, first)
 
     def checkpoint() -> None:
@@ -254,7 +296,7 @@ def _train(
             raise _diverged(float(sums["loss"]), int(now.step))  # never over a good state
         pending = {"reported": reported, "sums": sums and {k: float(v) for k, v in sums.items()}}
         # The checkpoint comes last: a run that is killed between the two writes both again.
-        save_mcm(workdir, now.ema_params, base=base, step=int(now.step))
+        save_mcm(workdir, now.ema_params, base=card, step=int(now.step))
         checkpoints.save(now, meta | pending)
 
     began, timed = time.perf_counter(), first
@@ -263,10 +305,8 @@ def _train(
             _stop_requests() as stop,
             tqdm(total=train.steps, initial=first, unit="step", dynamic_ncols=True, mininterval=1.0) as bar,
         ):
-            for i in range(first, train.steps):
-                batch = batches[i]
-                record = noise_step(sharding.split_batch(batch, mesh))
-                now, metrics = train_step(now, predictions(base.params, batch, record))
+            for i, record in zip(steps, records, strict=True):
+                now, metrics = train_step(now, record)
                 sums = metrics if sums is None else jax.tree.map(lambda a, b: a + b, sums, metrics)
                 bar.update()
                 done = i + 1
@@ -282,9 +322,9 @@ def _train(
                 stopping = bool(stop) and done < train.steps  # asked once: a later signal stops the next step
                 if done % train.checkpoint_every == 0 or done == train.steps or stopping:
                     checkpoint()
-                if train.validate_every and done % train.validate_every == 0:
+                if pipeline and done % train.validate_every == 0:
                     pipeline.params = now.ema_params
-                    examples = to_float(validation, maps)
+                    examples = to_float(validation, [m.name for m in modulator.modalities if m.kind != "labels"])
                     sheet = _validation_pictures(pipeline, modulator, examples)
                     pictures.save_png(workdir / "validation" / f"step_{done:07d}.png", sheet)
                 if reported == done:  # neither checkpoint nor pictures count as training time

@@ -1,6 +1,6 @@
-"""One training step: noise is added, the base predicts, the MCM learns.
+"""One training step: noise is added, the base predicts (:mod:`.feed`), the MCM learns.
 
-These are three jitted functions. The last one, which holds the gradient, has no argument that contains the base's
+These are separate jitted functions. The last one, which holds the gradient, has no argument that contains the base's
 params: a gradient with respect to them cannot be asked for.
 """
 
@@ -9,101 +9,49 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from mcm_jax import losses, modalities
-from mcm_jax.base import Base
+from mcm_jax.data.pipeline import to_float
+from mcm_jax.draws import MODALITY_DROP, Draws, example_keys
 from mcm_jax.mcm import Modulator
 from mcm_jax.training.state import TrainState, update_ema
 
 Record = dict[str, Any]
 
 
-_NOISE, _DROP, _PROMPT = 0, 1, 2  # streams of keys; they never share one
-
-
-def example_keys(seed: int, stream: int, index: jax.Array, draw: jax.Array) -> jax.Array:
-    """Keys ``[B]`` of examples' draws: the same (seed, stream, example, draw) is the same key, in any batch."""
-    root = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), stream)
-    return jax.vmap(lambda i, d: jax.random.fold_in(jax.random.fold_in(root, i), d))(index, draw)
-
-
 def make_noise_step(
-    modulator: Modulator, *, seed: int, drop_rate: float, draws: int, prompt_drop_rate: float = 0.0
+    modulator: Modulator, draws: Draws, *, seed: int, drop_rate: float
 ) -> Callable[[Mapping[str, jax.Array]], Record]:
     """Returns jitted ``noise_step(batch) -> record``, a record that only lacks the base's prediction.
 
-    A batch has ``latent`` or ``image`` (float32 ``[B, H, W, C]``), ``index`` (which example), ``draw`` (how often it
-    was seen before; both int32 ``[B]``), every modality and, for a text-conditional base, ``prompt`` (int32 ``[B]``). A
-    record has ``x_t``, ``noise`` (the target), ``t``, ``conditions``, ``present`` and, if the batch has it, ``prompt``,
-    0 where the empty prompt takes its place. Noise, timestep and prompt are those of draw ``draw % draws`` (or
-    ``draw``, where ``draws`` is 0), as the base's prediction depends on them; which modalities are hidden is drawn
-    anew each time.
+    A batch has ``latent`` (float16) or ``image`` (uint8), ``[B, H, W, C]``, ``index`` (which example), ``draw`` (which
+    draw; both int32 ``[B]``), ``seen`` (how often the example was seen before, int32 ``[B]``) and every modality. A
+    record has ``x_t``, ``noise`` (the target), ``t``, ``importance`` (of t), ``conditions`` and ``present``. Which
+    modalities are hidden is drawn anew each time that an example is seen, by the run's own seed.
     """
     names, schedule = [m.name for m in modulator.modalities], modulator.schedule
-    total = schedule.num_train_timesteps
-
-    def draw_one(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        key_t, key_noise = jax.random.split(key)
-        return jax.random.randint(key_t, (), 0, total), jax.random.normal(key_noise, shape)
+    maps = [m.name for m in modulator.modalities if m.kind != "labels"]
 
     @jax.jit
     def noise_step(batch: Mapping[str, jax.Array]) -> Record:
-        x0 = batch["latent"] if "latent" in batch else batch["image"]
-        index, draw = batch["index"], batch["draw"]
-        kept = draw % draws if draws else draw
-        t, noise = jax.vmap(lambda k: draw_one(k, x0.shape[1:]))(example_keys(seed, _NOISE, index, kept))
-        drop_keys = example_keys(seed, _DROP, index, draw)
+        values = to_float({k: v for k, v in batch.items() if k in ("image", *names)}, maps)
+        x0 = values["image"] if "image" in batch else batch["latent"].astype(jnp.float32)
+        x_t, noise, t = draws.noised(schedule, x0, batch["index"], batch["draw"])
+        drop_keys = example_keys(seed, MODALITY_DROP, batch["index"], batch["seen"])
         present = jax.vmap(lambda k: modalities.drop(k, len(names), drop_rate))(drop_keys)
-        x_t = schedule.add_noise(x0, noise, t)
-        conditions = {name: batch[name] for name in names}
-        record = {"x_t": x_t, "noise": noise, "t": t, "conditions": conditions, "present": present}
-        if "prompt" in batch:
-            prompt_keys = example_keys(seed, _PROMPT, index, kept)
-            dropped = jax.vmap(lambda k: jax.random.bernoulli(k, prompt_drop_rate))(prompt_keys)
-            record["prompt"] = jnp.where(dropped, 0, batch["prompt"])
-        return record
+        conditions = {name: values[name] for name in names}
+        importance = draws.importance(t)
+        return {
+            "x_t": x_t,
+            "noise": noise,
+            "t": t,
+            "importance": importance,
+            "conditions": conditions,
+            "present": present,
+        }
 
     return noise_step
-
-
-class Predictions:
-    """The base's predictions for batches; those of the first ``draws`` epochs are kept in memory and serve all later.
-
-    Args:
-      base: the frozen model.
-      examples: how many the data set has.
-      draws: draws to keep of each example, ``examples * draws * H * W * C * 2`` bytes; 0 predicts every batch afresh.
-      contexts: of the prompts, ``[P, L, D]`` on the host, for a text-conditional base.
-    """
-
-    def __init__(self, base: Base, examples: int, draws: int, contexts: np.ndarray | None = None):
-        # Without a fourth argument where there is no context: any function of three can stand for a base's predict.
-        self._predict = jax.jit(lambda *args: base.predict(*args).astype(jnp.float32))
-        self._contexts = contexts
-        self._draws = draws
-        self._kept = np.zeros((examples, draws, *base.latent_shape), np.float16)
-        self._known = np.zeros((examples, draws), bool)
-
-    def _fresh(self, base_params: Any, record: Record) -> jax.Array:
-        args = [record["x_t"], record["t"]]
-        if self._contexts is not None:
-            args.append(jax.device_put(self._contexts[np.asarray(record["prompt"])], record["x_t"].sharding))
-        return self._predict(base_params, *args)
-
-    def __call__(self, base_params: Any, batch: Mapping[str, np.ndarray], record: Record) -> Record:
-        """Adds ``eps`` to the record of a batch, a float32 device array (rounded to 16 bits where it is kept)."""
-        if not self._draws:
-            return record | {"eps": self._fresh(base_params, record)}
-        at = batch["index"], batch["draw"] % self._draws
-        new = ~self._known[at]
-        if new.any():
-            at_new = tuple(a[new] for a in at)
-            self._kept[at_new] = np.asarray(self._fresh(base_params, record))[new]
-            self._known[at_new] = True
-        eps = self._kept[at].astype(np.float32)
-        return record | {"eps": jax.device_put(eps, record["x_t"].sharding)}
 
 
 def make_train_step(
@@ -124,12 +72,14 @@ def make_train_step(
         weight = losses.weight(weighting, modulator.schedule.alpha(t), modulator.schedule.sigma(t))
         error = losses.prediction_error(modulated, record["noise"])
         size = losses.modulation_size(gamma, nu)
+        # Every mean is over uniform timesteps, whatever density they were drawn with.
+        importance = record["importance"]
         metrics = {
-            "mse": error.mean(),
-            "mse_of_base": losses.prediction_error(record["eps"], record["noise"]).mean(),
-            "modulation": size.mean(),
+            "mse": (importance * error).mean(),
+            "mse_of_base": (importance * losses.prediction_error(record["eps"], record["noise"])).mean(),
+            "modulation": (importance * size).mean(),
         }
-        return (weight * error + l1 * size).mean(), metrics
+        return (importance * (weight * error + l1 * size)).mean(), metrics
 
     def train_step(state: TrainState, record: Record) -> tuple[TrainState, dict[str, jax.Array]]:
         (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params, record)

@@ -1,0 +1,109 @@
+"""Building a cache: pictures and predictions a second, and how much of the device's arithmetic the networks use.
+
+python -m benchmarks.cache_build --examples=8 --draws=2 --batch=4 --out=benchmarks/results/cache_build_cpu.json
+python -m benchmarks.cache_build --size=sd15 --dtype=bfloat16 --examples=1000 --draws=10 --batch=64 \
+    --out=benchmarks/results/cache_build_h200.json
+
+Stable Diffusion 1.5's networks with random weights (60m: shrunk), pictures of 512x512, latents of 64x64x4, through the
+code that precompute.py runs: autoencoder, text encoder, U-Net, float16 shards on disk. The first build of a few shards
+compiles; the second one is timed, whole. Model FLOP utilisation counts the networks' multiplications and additions, by
+XLA's count for batch 1, against --peak_tflops.
+"""
+
+import argparse
+import pathlib
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import common
+from mcm_jax.cache import Cache, build, store
+from mcm_jax.draws import Draws
+
+
+def build_cache(
+    folder: pathlib.Path, base, examples: int, draws: int, batch: int, shard_draws: int = 1_024
+) -> tuple[Cache, float]:
+    """A cache of random pictures, through the real builder, and the seconds that it took."""
+    recipe = build.Recipe(
+        base=base,
+        source=common.Noise(examples, base.image_shape),
+        modalities=common.MODALITIES,
+        draws=Draws(0, draws, (1.0,), base.schedule.num_train_timesteps, 0.1),
+        dtype="float16",
+        batch_size=batch,
+    )
+    plan = store.Manifest(
+        made_of=common.made_of(base, draws),
+        base=base.card.to_json(),
+        stamps={"base": "", "data": ""},
+        examples=examples,
+        views=1,
+        draws=draws,
+        shard_examples=max(1, shard_draws // draws),
+        versions={},
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    began = time.perf_counter()
+    build.build(folder, plan, recipe)
+    return Cache(folder), time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("sd15", "60m", "tiny"), default="60m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--examples", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--peak_tflops", type=float, help="of the device; H200, bfloat16, dense: 989")
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/cache_build"))
+    parser.add_argument("--out", type=pathlib.Path)
+    args = parser.parse_args()
+    common.use_compilation_cache(args.workdir)
+    base = common.make_base(args.size, args.dtype)
+    few = -(-args.batch // args.draws)
+    build_cache(args.workdir / "warm", base, min(few, args.examples), args.draws, args.batch)
+    cache, took = build_cache(args.workdir / "cache", base, args.examples, args.draws, args.batch)
+
+    one, shape = jnp.float32, jax.ShapeDtypeStruct
+    context = jax.eval_shape(base.encode_tokens, base.params, shape((1, base.tokenizer.length), jnp.int32))
+    latent = shape((1, *base.latent_shape), one)
+    ids = shape((1, base.tokenizer.length), jnp.int32)
+    gflop = {
+        "unet": common.flops(base.predict, base.params, latent, shape((1,), jnp.int32), context) / 1e9,
+        "autoencoder": common.flops(base.encode, base.params, shape((1, *base.image_shape), one)) / 1e9,
+        "text_encoder": common.flops(base.encode_tokens, base.params, ids) / 1e9,
+    }
+    # The U-Net's own pace, without the rest of the pipeline, in the same process.
+    x = jnp.zeros((args.batch, *base.latent_shape))
+    t, contexts = jnp.zeros(args.batch, jnp.int32), jnp.zeros((args.batch, *context.shape[1:]))
+    predict = jax.jit(base.predict)
+    alone = common.median(common.seconds(lambda: predict(base.params, x, t, contexts), 3), 5) / args.batch
+    per_example = args.draws * gflop["unet"] + gflop["autoencoder"] + gflop["text_encoder"]
+    achieved = args.examples * per_example / took / 1e3
+    size = sum(s["bytes"] for s in cache.manifest.shards.values())
+    report = {
+        "base": {"size": args.size, "dtype": args.dtype, "unet_parameters": base.card.unet_parameters},
+        "examples": args.examples,
+        "draws": args.draws,
+        "batch_size": args.batch,
+        "seconds": round(took, 2),
+        "images_per_second": round(args.examples / took, 3),
+        "predictions_per_second": round(args.examples * args.draws / took, 3),
+        "unet_alone_predictions_per_second": round(1 / alone, 3),
+        "gflop_per_image": {name: round(v, 2) for name, v in gflop.items()},
+        "achieved_tflops": round(achieved, 4),
+        "mfu": args.peak_tflops and round(achieved / args.peak_tflops, 4),
+        "cache_mib": round(size / 2**20, 1),
+        "cache_kib_per_example": round(size / 2**10 / args.examples, 1),
+        "peak_memory": common.peak_memory(),
+    }
+    common.write_report(args.out, __doc__, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What the benchmarks share: bases of any size with random weights, data that cost nothing, and the report's frame."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcm_jax.base import Base
+from mcm_jax.base.autoencoders import AutoencoderKL, AutoencoderKLConfig
+from mcm_jax.base.clip import CLIPText, CLIPTextConfig
+from mcm_jax.base.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
+from mcm_jax.modalities import Modality
+from mcm_jax.schedules import Schedule
+
+MODALITIES = (Modality("segmentation", "labels", 150), Modality("sketch", "lines", 1))
+_UNETS = {  # what each changes in diffusers' defaults, which are SD 1.5's but for two
+    "sd15": {},
+    "60m": {"block_out_channels": (96, 192, 320, 320), "attention_head_dim": 8, "cross_attention_dim": 256},
+    "tiny": {
+        "block_out_channels": (32, 32, 64, 64),
+        "attention_head_dim": 4,
+        "cross_attention_dim": 32,
+        "sample_size": 16,
+    },
+}
+_VAES = {"sd15": (128, 256, 512, 512), "60m": (32, 64, 64, 64), "tiny": (32, 32, 32, 32)}
+
+
+class Words:
+    """A stand-in for CLIP's tokenizer, whose vocabulary cannot be had here: any text is 77 tokens."""
+
+    length = 77
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """int32 ``[B, 77]``."""
+        return np.stack([np.random.default_rng(len(p)).integers(0, 1000, 77).astype(np.int32) for p in prompts])
+
+
+def make_base(size: str, dtype: str) -> Base:
+    """Stable Diffusion 1.5's networks with random weights, whole or shrunk: ``sd15``, ``60m``, ``tiny``."""
+    changes = {"sample_size": 64, "cross_attention_dim": 768} | _UNETS[size]
+    width = changes["cross_attention_dim"]
+    unet = UNet2DCondition(UNet2DConditionConfig.from_dict(changes), dtype=jnp.dtype(dtype))
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae_config = blocks | {"block_out_channels": _VAES[size], "layers_per_block": 2, "latent_channels": 4}
+    vae = AutoencoderKL(AutoencoderKLConfig.from_dict(vae_config), dtype=jnp.dtype(dtype))
+    layers = {"num_hidden_layers": 12, "num_attention_heads": width // 64 or 1} if size == "sd15" else {}
+    small = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    text_config = {"hidden_size": width, "intermediate_size": 4 * width, **(layers or small)}
+    text = CLIPText(CLIPTextConfig.from_dict(text_config), jnp.dtype(dtype))
+    latent = (changes["sample_size"], changes["sample_size"], 4)
+    key, shape = jax.random.key(0), jax.ShapeDtypeStruct
+    inputs = {
+        "unet": (unet, [shape((1, *latent), jnp.float32), shape((1,), jnp.int32), shape((1, 77, width), jnp.float32)]),
+        "vae": (vae, [shape((1, 64, 64, 3), jnp.float32)]),
+        "text_encoder": (text, [shape((1, 77), jnp.int32)]),
+    }
+    rng, params = np.random.default_rng(0), {}
+    for name, (net, arguments) in inputs.items():
+        shapes = jax.eval_shape(net.init, key, *arguments)["params"]
+        params[name] = jax.tree.map(
+            lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * 0.02, dtype), shapes
+        )
+    schedule = Schedule.from_config(
+        {
+            "_class_name": "PNDMScheduler",
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "steps_offset": 1,
+        }
+    )
+    image = (8 * latent[0], 8 * latent[1], 3)
+    return Base(f"random-{size}", params, unet, schedule, latent, image, "0" * 64, vae, text, Words())
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """A data set of random pictures and maps: what a folder gives, without reading it."""
+
+    size: int
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        height, width, _ = self.shape
+        row = np.arange(height * width, dtype=np.uint32).reshape(height, width) * np.uint32(2 * index + 1)
+        grey = (row >> 7).astype(np.uint8)
+        return {
+            "image": np.stack([grey, grey ^ 85, grey ^ 170], -1),
+            "segmentation": grey % 150,
+            "sketch": grey,
+            "caption": np.array(f"picture {index} " + "x" * (index % 40)),
+        }
+
+
+def flops(function: Callable, *arguments: Any) -> float:
+    """Floating point operations of a call, by XLA's count of the optimised program."""
+    analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    return float((analysis[0] if isinstance(analysis, list) else analysis)["flops"])
+
+
+def seconds(function: Callable[[], Any], runs: int) -> list[float]:
+    """Of each of some calls, after one that warms up."""
+    jax.block_until_ready(function())
+    found = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        jax.block_until_ready(function())
+        found.append(time.perf_counter() - began)
+    return found
+
+
+def median(values: Sequence[float], digits: int = 4) -> float:
+    """Rounded."""
+    return round(statistics.median(values), digits)
+
+
+def peak_memory() -> dict[str, float]:
+    """GiB: the process's highest resident memory so far, and the first device's, where it tells."""
+    # Not getrusage: its maximum is inherited from the process that started this one.
+    status = pathlib.Path("/proc/self/status").read_text().splitlines()
+    kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    stats = jax.local_devices()[0].memory_stats() or {}
+    device = {"device_gib": round(stats["peak_bytes_in_use"] / 2**30, 3)} if "peak_bytes_in_use" in stats else {}
+    return {"host_gib": round(kib / 2**20, 3), **device}
+
+
+def write_report(out: pathlib.Path | None, what: str, report: dict[str, Any], packages: Sequence[str] = ()) -> None:
+    """Prints a result and writes it with hardware, versions and commit."""
+    versions = {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax", *packages)}
+    device = jax.devices()[0]
+    frame = {
+        "what": what.splitlines()[0],
+        **report,
+        "hardware": f"{platform.machine()}, {os.cpu_count()} logical CPU(s), {jax.device_count()} {device.device_kind}",
+        "load_before": round(LOAD, 1),
+        "versions": versions,
+        "commit": COMMIT,
+    }
+    print(json.dumps(frame, indent=2))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(frame, indent=2) + "\n")
+
+
+LOAD = os.getloadavg()[0]  # other processes' share explains a slow run
+COMMIT = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def made_of(base: Base, draws: int) -> dict[str, str]:
+    """What a benchmark's cache says that it is made of."""
+    return {"format": "1", "base": base.fingerprint, "base.dtype": "", "data.noise": "1", "draws.count": str(draws)}
+
+
+def use_compilation_cache(workdir: pathlib.Path) -> None:
+    """Compiled programs are read back from here: a benchmark's second run of the same code does not compile."""
+    jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,267 @@
+"""Builds a cache: each shard's examples are encoded, embedded, noised and predicted, and written as one file.
+
+Shards are independent of each other. That makes a build resumable (whole shards are kept), repairable (a damaged one is
+built alone) and parallel over processes (each takes every P-th shard), with the same bytes in the end.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import errno
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from mcm_jax import sharding
+from mcm_jax.base import Base
+from mcm_jax.cache import store
+from mcm_jax.data import inputs
+from mcm_jax.data.pipeline import to_float
+from mcm_jax.draws import Draws
+from mcm_jax.errors import UserError
+from mcm_jax.modalities import Modality
+
+DTYPES = ("float16", "bfloat16", "float32", "int8")
+_IN_FLIGHT = 2  # batches that the device has before it is asked for the first one's result
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a cache is made.
+
+    Attributes:
+      base: the frozen model, its params on one device.
+      source: random access to examples and their views, ``V`` rows for each (see :mod:`mcm_jax.data`).
+      modalities: which conditions are kept.
+      draws: timesteps, noise, dropped prompts.
+      dtype: how predictions are stored, one of :data:`DTYPES`.
+      batch_size: predictions at a time, over all devices of a process.
+    """
+
+    base: Base
+    source: Sequence[dict]
+    modalities: Sequence[Modality]
+    draws: Draws
+    dtype: str
+    batch_size: int
+
+
+def quantise(eps: jax.Array, dtype: str) -> dict[str, jax.Array]:
+    """Predictions ``[B, H, W, C]`` as they are stored: ``eps``, and ``eps_scale`` (float32 ``[B, C]``) for int8."""
+    if dtype != "int8":
+        return {"eps": eps.astype(dtype)}
+    scale = jnp.max(jnp.abs(eps), axis=(1, 2)) / 127
+    scale = jnp.where(scale > 0, scale, 1)
+    return {"eps": jnp.round(eps / scale[:, None, None, :]).astype(jnp.int8), "eps_scale": scale}
+
+
+def dequantise(stored: Mapping[str, jax.Array]) -> jax.Array:
+    """What :func:`quantise` gave, as float32."""
+    eps = stored["eps"].astype(jnp.float32)
+    return eps * stored["eps_scale"][:, None, None, :] if "eps_scale" in stored else eps
+
+
+def build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[str]:
+    """Makes a cache complete: builds the shards that are missing or damaged.
+
+    Every process of a cluster calls this. They share the shards out, and the first one writes the manifest.
+
+    Args:
+      folder: of the cache, which the first process holds by :func:`mcm_jax.cache.store.lock`. There is nothing yet, or
+        a cache, complete or not, that was made of the same.
+      plan: the manifest without its shards.
+      recipe: what it describes.
+
+    Returns:
+      The names of the shards that all processes built.
+
+    Raises:
+      UserError: the folder holds something else, the disk is full, a file of the data cannot be read, or a prediction
+        is not finite. Shards that are complete stay, and the same call goes on.
+    """
+    process, processes = jax.process_index(), jax.process_count()
+    kept = _kept(folder)
+    synchronise("kept")
+    if process == 0:
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink()
+        if not (folder / store.MANIFEST).exists():
+            plan.write(folder / store.BUILDING)
+    names = [store.shard_name(i) for i in range(plan.shard_count)]
+    missing = [i for i, name in enumerate(names) if name not in kept]
+    own = missing[process::processes]
+    each = _bytes_of_an_example(plan, recipe)
+    needed = each * sum(len(plan.rows(i)) for i in missing)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: the cache needs {needed / 2**20:,.1f} MiB more there, but {free / 2**20:,.1f} MiB are free. "
+            f"Free space, take another config.cache.path, or store less (config.draws.count, config.cache.dtype)"
+        )
+    written = 0
+
+    def write(number: int, tensors: dict[str, np.ndarray]) -> int:
+        path = folder / store.shard_name(number)
+        entry = store.write_shard(path, tensors)
+        with (folder / store.JOURNAL.format(process)).open("a") as journal:
+            journal.write("\n" + json.dumps({"shard": path.name, **entry}) + "\n")  # a torn line stays alone
+        return len(plan.rows(number))
+
+    try:
+        # One shard is written while the device works on the next one.
+        with concurrent.futures.ThreadPoolExecutor(1) as writer:
+            pending = None
+            for number, tensors in _shards(plan, recipe, own):
+                written += pending.result() if pending else 0
+                pending = writer.submit(write, number, tensors)
+            written += pending.result() if pending else 0
+    except OSError as e:
+        if e.errno not in _FULL:
+            raise
+        left = needed - each * written
+        raise UserError(
+            f"{folder}: the disk is full ({e.strerror}); {left / 2**20:,.1f} MiB more are needed there. The shards "
+            f"that are complete are kept: free space and run the same command again"
+        ) from e
+    synchronise("built")
+    if process == 0:
+        shards = kept | store.written_shards(folder)
+        dataclasses.replace(plan, shards={name: shards[name] for name in names}).write(folder / store.MANIFEST)
+        for leftover in (folder / store.BUILDING, *folder.glob(store.JOURNAL.format("*"))):
+            leftover.unlink(missing_ok=True)
+    synchronise("manifest")
+    return [names[i] for i in missing]
+
+
+def _kept(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The shards that are there and whole."""
+    there = store.Manifest.find(folder)
+    known = (there.shards if there else {}) | store.written_shards(folder)
+    if strangers := store.clutter(folder):
+        raise UserError(
+            f"{folder}: holds files that are no part of a cache: {', '.join(list(strangers)[:3])}. Take a new folder "
+            f"(config.cache.path)"
+        )
+    known = {name: known[name] for name in sorted(known)}
+    wrong = store.verify(folder, known)
+    return {name: entry for name, entry in known.items() if name not in wrong}
+
+
+def _bytes_of_an_example(plan: store.Manifest, recipe: Recipe) -> int:
+    base, latent = recipe.base, int(np.prod(recipe.base.latent_shape))
+    channels = base.latent_shape[-1]
+    eps = latent * 1 + 4 * channels if recipe.dtype == "int8" else latent * jnp.dtype(recipe.dtype).itemsize
+    example = inputs.load_example(base, recipe.source, recipe.modalities, 0)
+    view = 2 * latent if base.is_latent else example["image"].nbytes
+    view += sum(example[m.name].nbytes for m in recipe.modalities)
+    return 4 + plan.draws * (eps + 4) + plan.views * view
+
+
+def _shards(
+    plan: store.Manifest, recipe: Recipe, numbers: Sequence[int]
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Yields the tensors of each shard."""
+    mesh = sharding.local_mesh()
+    base = dataclasses.replace(recipe.base, params=sharding.replicate(recipe.base.params, mesh))
+    predict = _Predictor(base, recipe, mesh)
+    per_shard = {
+        number: inputs.chunks([i * plan.views + v for i in plan.rows(number) for v in range(plan.views)], mesh)
+        for number in numbers
+    }
+    encoded = inputs.encode(base, recipe.source, recipe.modalities, sum(per_shard.values(), []), mesh)
+    total = sum(len(plan.rows(i)) for i in range(plan.shard_count)) * plan.draws
+    left = sum(len(plan.rows(i)) for i in numbers) * plan.draws
+    with tqdm(total=total, initial=total - left, desc="predicting", unit="draw", dynamic_ncols=True) as bar:
+        for number in numbers:
+            index = np.array(plan.rows(number), np.int32)
+            parts = [next(encoded) for _ in per_shard[number]]
+            views = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+            captions = views.pop("caption")[:: plan.views] if base.is_text_conditional else None
+            kept = {name: v.reshape(len(index), plan.views, *v.shape[1:]) for name, v in views.items()}
+            yield number, {"index": index, **kept, **predict(index, kept, captions, plan.draws, bar.update)}
+
+
+class _Predictor:
+    """Predictions for all draws of some examples, in batches of one shape."""
+
+    def __init__(self, base: Base, recipe: Recipe, mesh: jax.sharding.Mesh):
+        self._base, self._recipe, self._mesh = base, recipe, mesh
+        draws, dtype = recipe.draws, recipe.dtype
+        self._dropped = jax.jit(draws.prompt_is_dropped)
+
+        @jax.jit
+        def step(params, batch, context):
+            x0 = to_float(batch, ())["image"] if "image" in batch else batch["latent"].astype(jnp.float32)
+            x_t, _, t = draws.noised(base.schedule, x0, batch["index"], batch["draw"])
+            eps = base.predict(params, x_t, t, *(() if context is None else (context,)))
+            stored = quantise(eps, dtype)
+            return {**stored, "t": t}, jnp.isfinite(dequantise(stored)).all(axis=(1, 2, 3))
+
+        self._step = step
+
+    def __call__(
+        self,
+        index: np.ndarray,
+        kept: Mapping[str, np.ndarray],
+        captions: np.ndarray | None,
+        count: int,
+        progress: Callable[[int], object],
+    ) -> dict[str, np.ndarray]:
+        """``eps``, ``t`` and perhaps ``eps_scale``, ``[n, K, ...]`` of the examples ``index``."""
+        name = "latent" if "latent" in kept else "image"
+        examples, views = kept[name].shape[:2]
+        row, draw = (a.astype(np.int32) for a in np.divmod(np.arange(examples * count), count))
+        which, contexts = None, None
+        if captions is not None:
+            which, contexts = inputs.embed_distinct(self._base, captions)
+            dropped = np.asarray(self._dropped(index[row], draw))
+            which = np.where(dropped, 0, which[row])
+
+        def begin(start: int) -> tuple[int, Any]:
+            at = np.minimum(np.arange(start, start + self._recipe.batch_size), len(row) - 1)  # one shape
+            batch = {name: kept[name][row[at], draw[at] % views], "index": index[row[at]], "draw": draw[at]}
+            context = None if which is None else sharding.split_batch(contexts[which[at]], self._mesh)
+            return start, self._step(self._base.params, sharding.split_batch(batch, self._mesh), context)
+
+        out: dict[str, np.ndarray] = {}
+
+        def finish(start: int, result: tuple[dict[str, jax.Array], jax.Array]) -> None:
+            size = min(self._recipe.batch_size, len(row) - start)
+            values, finite = jax.device_get(result)
+            if not finite[:size].all():
+                bad = start + int(np.argmin(finite[:size]))
+                raise UserError(
+                    f"the prediction of {self._base.name!r} for example {index[row[bad]]}, draw {draw[bad]} (timestep "
+                    f"{values['t'][bad - start]}) is not finite in {self._recipe.dtype}. Set config.cache.dtype to "
+                    f"bfloat16 or float32, or config.base.dtype to float32"
+                )
+            for key, value in values.items():
+                if key not in out:
+                    out[key] = np.empty((len(row), *value.shape[1:]), value.dtype)
+                out[key][start : start + size] = value[:size]
+            progress(size)
+
+        pending: collections.deque = collections.deque()
+        for start in range(0, len(row), self._recipe.batch_size):
+            pending.append(begin(start))
+            if len(pending) > _IN_FLIGHT:
+                finish(*pending.popleft())
+        for item in pending:
+            finish(*item)
+        return {key: value.reshape(examples, count, *value.shape[1:]) for key, value in out.items()}
+
+
+def synchronise(name: str) -> None:
+    """Waits until every process of a cluster is here; does nothing in a process by itself."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"mcm_jax cache {name}")

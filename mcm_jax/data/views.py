@@ -1,0 +1,87 @@
+"""Augmentation: several views of each example, image and conditions changed alike.
+
+A base's predictions are made once and kept (:mod:`mcm_jax.cache`), so what they are made of must be fixed beforehand:
+each example has V views, and each draw of it sees one. View v of example i is a function of (seed, i, v) alone.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from mcm_jax.data.folder import to_grid
+from mcm_jax.errors import UserError
+from mcm_jax.modalities import Modality
+
+
+class Views:
+    """A random-access source of the views of another source's examples: ``[i * V + v]`` is view v of example i.
+
+    View 0 is the example as it is. Where `flip` asks for it, odd views are mirrored, left to right. Where `crop` is
+    below 1, each view but the first shows a part of the example, brought back to the grid: the part's sides are a share
+    of the example's, uniform in [crop, 1], its place is uniform.
+
+    Args:
+      source: gives ``image`` (uint8 ``[H, W, 3]``) and the modalities on the same grid.
+      modalities: which conditions.
+      views: V.
+      flip: whether odd views are mirrored.
+      crop: the least share of the sides that is shown.
+      seed: of shares and places.
+
+    Raises:
+      UserError: the views would not differ, or nothing would be augmented; names the config's keys.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[dict],
+        modalities: Sequence[Modality],
+        *,
+        views: int = 1,
+        flip: bool = False,
+        crop: float = 1.0,
+        seed: int = 0,
+    ):
+        if not 0 < crop <= 1:
+            raise UserError(f"config.data.crop must be above 0 and at most 1, got {crop}")
+        if views < 1:
+            raise UserError(f"config.data.views must be at least 1, got {views}")
+        if views == 1 and (flip or crop < 1):
+            raise UserError(
+                "config.data.views=1 is the picture as it is, so config.data.flip and crop change nothing: set "
+                "config.data.views to 2 with flip alone, or to as many as config.draws.count with crop"
+            )
+        if crop == 1 and views > (2 if flip else 1):
+            raise UserError(
+                f"config.data.views={views}, but there are only {2 if flip else 1} different ones with "
+                f"config.data.flip={flip} and no crop; set config.data.crop below 1, or fewer views"
+            )
+        self.source, self.modalities = source, tuple(modalities)
+        self.views, self.flip, self.crop, self.seed = views, flip, crop, seed
+
+    def __len__(self) -> int:
+        return len(self.source) * self.views
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        index, view = divmod(row, self.views)
+        example = dict(self.source[index])
+        if view and self.crop < 1:
+            self._cut(example, np.random.default_rng((self.seed, index, view)))
+        if view % 2 and self.flip:
+            for name in ("image", *(m.name for m in self.modalities)):
+                example[name] = np.ascontiguousarray(example[name][:, ::-1])
+        return example
+
+    def _cut(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+        height, width = example["image"].shape[:2]
+        share = rng.uniform(self.crop, 1)
+        top, left = rng.uniform(0, (1 - share) * height), rng.uniform(0, (1 - share) * width)
+        box = top, left, top + share * height, left + share * width
+        picture = Image.fromarray(example["image"])
+        whole = (left, top, box[3], box[2])
+        example["image"] = np.array(picture.resize((width, height), Image.Resampling.LANCZOS, whole))
+        for m in self.modalities:
+            condition = example[m.name]
+            values = condition if m.kind == "labels" else condition.astype(np.float32) / 255
+            example[m.name] = to_grid(m, values, box, height, width)

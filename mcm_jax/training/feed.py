@@ -1,0 +1,110 @@
+"""Where training's predictions come from: the base itself, or a cache. The loop sees one iterator of records."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcm_jax import sharding
+from mcm_jax.base import Base, BaseCard
+from mcm_jax.cache import Cache
+from mcm_jax.cache.build import dequantise
+from mcm_jax.data.inputs import Inputs
+from mcm_jax.data.pipeline import training_batches
+from mcm_jax.draws import Draws
+from mcm_jax.training.step import Record
+
+_STORED = ("eps", "eps_scale")  # of a cache's batch; all else is what the base's own has, too
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """A source of batches, and how each gets its prediction.
+
+    Attributes:
+      card: what is known of the base.
+      data: SHA-256 of the fingerprints of the data.
+      examples: how many.
+      read: stacked examples of (index, draw), int32 ``[B]``.
+      predict: ``eps`` (float32, on the devices) of a batch and the record that was made of it.
+      repeat: K, where the same draws come again after K epochs; 0 where they never do.
+    """
+
+    card: BaseCard
+    data: str
+    examples: int
+    read: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
+    predict: Callable[[Mapping[str, Any], Record], jax.Array]
+    repeat: int
+
+    def records(
+        self,
+        noise_step: Callable[[Mapping[str, jax.Array]], Record],
+        *,
+        batch_size: int,
+        seed: int,
+        steps: range,
+        mesh: jax.sharding.Mesh,
+    ) -> Iterator[Record]:
+        """Yields the record of each step: x_t, noise, t, conditions and ``eps``. Threads read ahead.
+
+        Args:
+          noise_step: from :func:`mcm_jax.training.step.make_noise_step`.
+          batch_size: examples a batch.
+          seed: of the order.
+          steps: which; a resumed run begins later.
+          mesh: what batches are split over.
+        """
+        batches = training_batches(self.read, self.examples, batch_size, seed, self.repeat)
+        ahead = batches[steps.start : steps.stop].map(lambda batch: (batch, sharding.split_batch(batch, mesh)))
+        for batch, on_device in ahead.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)):
+            record = noise_step({k: v for k, v in on_device.items() if k not in _STORED})
+            stored = {k: v for k, v in on_device.items() if k in _STORED}
+            yield record | {"eps": self.predict(stored or batch, record)}
+
+
+def online(
+    base: Base, inputs: Inputs, draws: Draws, views: int, data: Mapping[str, str], mesh: jax.sharding.Mesh
+) -> Feed:
+    """Predictions by the base, its params on all devices of the mesh, as they are needed: new draws without end.
+
+    Args:
+      base: the frozen model.
+      inputs: the prepared examples, `views` rows for each.
+      draws: timesteps, noise, dropped prompts.
+      views: of each example; each group of K draws takes the first, second, ... of them in turn.
+      data: fingerprints of the data.
+      mesh: what batches are split over.
+    """
+    # Without a fourth argument where there is no context: any function of three can stand for a base's predict.
+    predict = jax.jit(lambda *args: base.predict(*args).astype(jnp.float32))
+    dropped = jax.jit(draws.prompt_is_dropped)
+
+    def fresh(batch: Mapping[str, np.ndarray], record: Record) -> jax.Array:
+        args = [record["x_t"], record["t"]]
+        if inputs.contexts is not None:
+            rows = np.where(dropped(batch["index"], batch["draw"]), 0, batch["prompt"])
+            args.append(sharding.split_batch(inputs.contexts[rows], mesh))
+        return predict(base.params, *args)
+
+    def read(index: np.ndarray, draw: np.ndarray) -> dict[str, np.ndarray]:
+        return inputs.source[index * views + draw % draws.count % views]
+
+    return Feed(base.card, _digest(data), len(inputs.source) // views, read, fresh, repeat=0)
+
+
+def cached(cache: Cache) -> Feed:
+    """Predictions from a cache: the base is neither run nor in memory."""
+    undo = jax.jit(dequantise)
+    m = cache.manifest
+    return Feed(cache.card, _digest(m.data), m.examples, cache.read, lambda batch, record: undo(batch), repeat=m.draws)
+
+
+def _digest(fingerprints: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(fingerprints), sort_keys=True).encode()).hexdigest()
