@@ -3,10 +3,11 @@
 python -m benchmarks.mcm_sizes --out=benchmarks/results/mcm_sizes.json
 
 All variants train in one process on the same batches, timesteps and noise (the base predicts once for all of them),
-with the settings of configs/demo.py but for the number of steps, the draws, and the rate of the large one.
+with the settings of configs/demo.py but for the number of steps, the rate of the large one, and no cache.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -21,12 +22,13 @@ from configs import default, demo
 from mcm_jax import assets, sampling
 from mcm_jax import config as config_lib
 from mcm_jax.base import load_base
-from mcm_jax.data.pipeline import InMemory, to_float, training_batches
+from mcm_jax.data.inputs import prepare
+from mcm_jax.data.pipeline import InMemory, to_float
 from mcm_jax.data.scenes import CLASSES, Scenes
 from mcm_jax.evaluation import confusion_matrix, load_segmenter, mean_iou
 from mcm_jax.pipeline import Pipeline
-from mcm_jax.training import state, step
-from mcm_jax.training.inputs import prepare
+from mcm_jax.sharding import make_mesh, replicate
+from mcm_jax.training import feed, state, step
 
 
 def variants() -> dict:
@@ -38,7 +40,7 @@ def variants() -> dict:
         c.mcm.update(default.SIZES[size])
         if size != name:
             default.paper_form(c)
-        c.data.draws = 2
+        c.cache.mode = "off"
         # At the others' rate the large one ended at the base's level (400 steps of batch 16).
         c.train.learning_rate = 1e-3 if size == "large" else 2e-3
         found[name] = c
@@ -58,9 +60,11 @@ def main() -> None:
     base = load_base(assets.resolve(one.base.path))
     height, width, _ = base.image_shape
     rendered = InMemory.render(Scenes("train", one.data.size, height, width, one.data.seed))
-    source = prepare(base, rendered, config_lib.modalities(one)).source
-    batches = training_batches(source, one.train.batch_size, one.seed, ["sketch"])
-    runs, noise_step = {}, None
+    mesh, draws = make_mesh(), config_lib.draws(one, base)
+    base = dataclasses.replace(base, params=replicate(base.params, mesh))
+    inputs = prepare(base, rendered, config_lib.modalities(one), mesh)
+    source = feed.online(base, inputs, draws, 1, {}, mesh)
+    runs = {}
     for name, c in configs.items():
         t = c.train
         modulator = config_lib.modulator(c, base)
@@ -71,13 +75,10 @@ def main() -> None:
             modulator, optimizer, weighting=c.loss.weighting, l1=c.loss.l1, ema_decay=t.ema_decay
         )
         runs[name] = [state.init_state(params, optimizer), train_step]
-        noise_step = noise_step or step.make_noise_step(
-            modulator, seed=c.seed, drop_rate=c.modalities.drop_rate, draws=c.data.draws
-        )
-    predictions = step.Predictions(base, len(source), one.data.draws)
-    for i in tqdm(range(args.steps)):
-        batch = batches[i]
-        record = predictions(base.params, batch, noise_step(batch))
+    noise_step = step.make_noise_step(modulator, draws, seed=one.seed, drop_rate=one.modalities.drop_rate)
+    batch_size = one.train.batch_size
+    records = source.records(noise_step, batch_size=batch_size, seed=one.seed, steps=range(args.steps), mesh=mesh)
+    for record in tqdm(records, total=args.steps):
         for run in runs.values():
             run[0], _ = run[1](run[0], record)
     examples = to_float(InMemory.render(Scenes("test", args.maps, height, width, one.data.seed)).arrays, ["sketch"])

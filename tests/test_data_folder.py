@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from mcm_jax.data.folder import Folder
-from mcm_jax.data.pipeline import training_batches
 from mcm_jax.data.render import PALETTE, render
 from mcm_jax.data.scene import draw_scene
 from mcm_jax.errors import UserError
@@ -333,12 +332,6 @@ def test_examples_are_sorted_by_name_and_are_what_training_takes(tmp_path):
     assert source[-1]["caption"] == source[np.int64(4)]["caption"]
     with pytest.raises(IndexError):
         source[5]
-
-    batch = training_batches(source, 4, seed=0, maps=("sketch",))[3]
-    for row, index in enumerate(batch["index"]):
-        assert batch["caption"][row] == f"prompt of {source.names[index]}"
-        assert (batch["segmentation"][row] == names.index(source.names[index])).all()
-        np.testing.assert_allclose(batch["sketch"][row] * 255, 50 * names.index(source.names[index]), atol=1e-4)
 
 
 def test_splits_are_apart_and_only_what_is_asked_for_is_read(tmp_path):

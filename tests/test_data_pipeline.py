@@ -24,7 +24,8 @@ def _source(size=SIZE):
 
 
 def _batches(batch_size=3, seed=0, size=SIZE):
-    return training_batches(_source(size), batch_size, seed, maps=("sketch",))
+    source = _source(size)
+    return training_batches(lambda index, draw: source[index], size, batch_size, seed)
 
 
 def _same(a, b):
@@ -62,15 +63,19 @@ def test_each_epoch_is_a_permutation(batch_size):
     np.testing.assert_array_equal(epochs, _indices(_batches(3), 9))  # the order has nothing to do with batches
 
 
-def test_draw_counts_how_often_an_example_was_seen():
-    batches = _batches(4)
-    seen = np.zeros(SIZE, int)
+@pytest.mark.parametrize("repeat", [0, 3])
+def test_draws_count_how_often_an_example_was_seen(repeat):
+    asked = []
+    batches = training_batches(lambda index, draw: asked.append((index, draw)) or {}, SIZE, 4, 0, repeat)
+    before = np.zeros(SIZE, int)
     for k in range(20):
-        for index, draw in zip(batches[k]["index"], batches[k]["draw"], strict=True):
-            assert draw == seen[index]
-            seen[index] += 1
+        batch = batches[k]
+        for index, seen, draw in zip(batch["index"], batch["seen"], batch["draw"], strict=True):
+            assert seen == before[index] and draw == (seen % repeat if repeat else seen)
+            before[index] += 1
+        np.testing.assert_array_equal(asked[-1], (batch["index"], batch["draw"]))
     far = batches[100_000]
-    np.testing.assert_array_equal(far["draw"], np.arange(400_000, 400_004) // SIZE)
+    np.testing.assert_array_equal(far["seen"], np.arange(400_000, 400_004) // SIZE)
 
 
 def test_the_seed_decides_the_order():
@@ -94,18 +99,19 @@ def test_index_names_the_example():
     batches = _batches(5)
     for k in range(6):
         batch, index = batches[k], batches[k]["index"]
-        for name, values in (("image", index / 127.5 - 1), ("segmentation", index % 6), ("sketch", index * 10 / 255)):
+        for name, values in (("image", index), ("segmentation", index % 6), ("sketch", index * 10)):
             expected = np.broadcast_to(values.reshape(-1, *(1,) * (batch[name].ndim - 1)), batch[name].shape)
-            np.testing.assert_allclose(batch[name], expected, atol=1e-6)
+            np.testing.assert_array_equal(batch[name], expected)
 
 
 def test_shapes_and_dtypes():
     batch = _batches(5)[2]
     assert {name: (a.shape, a.dtype.name) for name, a in batch.items()} == {
-        "image": ((5, 4, 6, 3), "float32"),
+        "image": ((5, 4, 6, 3), "uint8"),
         "segmentation": ((5, 4, 6), "uint8"),
-        "sketch": ((5, 4, 6), "float32"),
+        "sketch": ((5, 4, 6), "uint8"),
         "index": ((5,), "int32"),
+        "seen": ((5,), "int32"),
         "draw": ((5,), "int32"),
     }
 

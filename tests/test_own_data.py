@@ -11,10 +11,12 @@ from PIL import Image
 
 from mcm_jax import config as config_lib
 from mcm_jax.base import load_base
+from mcm_jax.data import inputs
 from mcm_jax.data.folder import Folder
 from mcm_jax.errors import UserError
 from mcm_jax.generate import generate
-from mcm_jax.training import inputs, loop
+from mcm_jax.sharding import make_mesh, replicate
+from mcm_jax.training import loop
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
@@ -137,8 +139,7 @@ def test_names_that_an_example_holds_already(config, name):
 
 def test_pictures_are_not_read_far_ahead(config, sd_path):
     """Reading is faster than encoding: without a bound the whole set would wait in memory."""
-    base = load_base(sd_path)
-    modalities = config_lib.modalities(config)
+    base, modalities = load_base(sd_path), config_lib.modalities(config)
     picture = np.zeros((32, 32, 3), np.uint8)
     example = {"image": picture, "segmentation": picture[..., 0], "sketch": picture[..., 0], "caption": np.array("a")}
     lock, read, ahead, encoded = threading.Lock(), [0], [0], [0]
@@ -156,7 +157,7 @@ def test_pictures_are_not_read_far_ahead(config, sd_path):
     class Slow:
         """The base, with an encoder that takes its time."""
 
-        latent_shape, params, name = base.latent_shape, base.params, base.name
+        latent_shape, params, name = base.latent_shape, replicate(base.params, make_mesh()), base.name
         is_latent = is_text_conditional = True
         embed_text = staticmethod(lambda params, prompts: np.zeros((len(prompts), 3, 24), np.float32))
 
@@ -170,6 +171,6 @@ def test_pictures_are_not_read_far_ahead(config, sd_path):
             latent = image[:, ::2, ::2, :1].repeat(4, axis=-1)
             return inputs.jax.pure_callback(wait, inputs.jax.ShapeDtypeStruct(latent.shape, latent.dtype), latent)
 
-    prepared = inputs.prepare(Slow(), Source(), modalities)
+    prepared = inputs.prepare(Slow(), Source(), modalities, make_mesh())
     assert len(prepared.source) == 2_000 and prepared.contexts.shape == (2, 3, 24)
     assert ahead[0] < 400

@@ -20,15 +20,18 @@ from safetensors.numpy import load_file
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mcm_jax import config as config_lib
+from mcm_jax import sharding
 from mcm_jax.base import load_base
 from mcm_jax.data.pipeline import InMemory, training_batches
 from mcm_jax.data.scenes import Scenes
+from mcm_jax.draws import Draws
 from mcm_jax.errors import Interrupted, UserError
-from mcm_jax.training import loop, sharding, state, step
+from mcm_jax.training import loop, state, step
 from mcm_jax.training.checkpoints import Checkpoints
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
+DRAWS = Draws(seed=0, count=5, density=(1,), total=1000)
 METRICS = {"mse", "mse_of_base", "modulation", "loss", "gradient_norm", "images_per_second", "learning_rate"}
 
 
@@ -53,14 +56,19 @@ def source():
 
 @pytest.fixture(scope="module")
 def batch(source):
-    return training_batches(source, 4, 0, ["sketch"])[0]
+    return training_batches(lambda index, draw: source[index], len(source), 4, 0)[0]
 
 
 def make_predict_step(base, modulator):
-    """``predict_step(base_params, batch) -> record``: noise, then the base's prediction, as the loop has them."""
-    noise_step = step.make_noise_step(modulator, seed=0, drop_rate=0.3, draws=0)
-    predictions = step.Predictions(base, 12, 0)
-    return lambda base_params, batch: predictions(base_params, batch, noise_step(batch))
+    """``predict_step(base_params, batch) -> record``: noise, then the base's prediction, as the feed has them."""
+    noise_step = step.make_noise_step(modulator, DRAWS, seed=0, drop_rate=0.3)
+    predict = jax.jit(base.predict)
+
+    def predict_step(base_params, batch):
+        record = noise_step(batch)
+        return record | {"eps": predict(base_params, record["x_t"], record["t"])}
+
+    return predict_step
 
 
 @pytest.fixture(scope="module")
@@ -155,37 +163,27 @@ def test_optimizer_and_files_hold_the_mcm_alone(trained):
 def test_an_examples_noise_does_not_depend_on_its_batch(base, predict_step, batch, record):
     order = np.array([2, 0, 3, 1])
     other = predict_step(base.params, {key: value[order] for key, value in batch.items()})
-    for key in ("t", "noise", "present"):
+    for key in ("t", "noise", "present", "x_t"):
         np.testing.assert_array_equal(other[key], record[key][order], err_msg=key)
     np.testing.assert_allclose(other["eps"], record["eps"][order], atol=1e-5)
     again = predict_step(base.params, batch | {"draw": batch["draw"] + 1})
     assert not np.isclose(again["noise"], record["noise"]).any(axis=(1, 2, 3)).all()
+    np.testing.assert_array_equal(again["present"], record["present"])
+    later = predict_step(base.params, batch | {"seen": batch["seen"] + 5})
+    np.testing.assert_array_equal(later["noise"], record["noise"])  # which modalities are hidden is drawn anew
 
 
-def test_kept_predictions_are_those_of_the_base(base, modulator, source):
-    """Two draws an example: from the third epoch on the base does not run, and the records are those of the first."""
-    batches = training_batches(source, 4, 0, ["sketch"])  # three an epoch
-    noise_step = step.make_noise_step(modulator, seed=0, drop_rate=0.3, draws=2)
-    fresh_ones, kept = step.Predictions(base, len(source), 0), step.Predictions(base, len(source), 2)
-    first = {}
-    for i in range(12):
-        batch = batches[i]
-        noised = noise_step(batch)
-        nobody = jax.tree.map(lambda p: p * np.float32("nan"), base.params) if i >= 6 else base.params
-        record = jax.device_get(kept(nobody, batch, noised))
-        online = jax.device_get(fresh_ones(base.params, batch, noised))
-        np.testing.assert_allclose(record["eps"], online["eps"], rtol=1e-3, atol=1e-4)
-        assert record["eps"].dtype == np.float32
-        for row, (index, draw) in enumerate(zip(batch["index"], batch["draw"], strict=True)):
-            seen = {key: record[key][row] for key in ("t", "noise", "eps", "present")}
-            if draw < 2:
-                first[index, draw] = seen
-            else:
-                before = first[index, draw - 2]
-                assert all(np.array_equal(before[key], seen[key]) for key in ("t", "noise", "eps"))
-                first[index, draw] = seen
-    hidden = [np.array([first[i, d]["present"] for i in range(12)]) for d in range(4)]
-    assert all((hidden[d] != hidden[d - 2]).any() for d in (2, 3))  # which modalities are hidden is drawn anew
+def test_the_loss_of_any_density_is_that_of_uniform_timesteps(base, modulator, params, record):
+    """Twice as many late timesteps at half the weight: the mean over all timesteps is the same."""
+    optimizer = optax.sgd(0.0)
+    train_step = step.make_train_step(modulator, optimizer, weighting="v", l1=0.1, ema_decay=0.9)
+    single = [jax.tree.map(lambda a, i=i: a[i : i + 1].repeat(4, 0), jax.device_get(record)) for i in range(4)]
+    means = [jax.device_get(train_step(fresh(params, optimizer), one)[1]) for one in single]
+    weights = np.array([2.0, 1.0, 0.5, 0.5], np.float32)
+    _, found = train_step(fresh(params, optimizer), record | {"importance": weights})
+    for key in ("loss", "mse", "mse_of_base", "modulation"):
+        expected = np.mean([w * float(m[key]) for w, m in zip(weights, means, strict=True)])
+        np.testing.assert_allclose(float(found[key]), expected, rtol=1e-4)
 
 
 def test_two_devices_train_as_one(base, modulator, params, predict_step, batch):
@@ -393,9 +391,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch, 
     assert events[0] == events[1]
 
 
-def test_a_resumed_run_has_the_same_kept_predictions(base_path, tmp_path, monkeypatch):
-    """They are not saved, but made again, in other batches: their values must not tell."""
-    config = tiny.make_config(base_path, {"data.draws": 1, "train.validate_every": 0})
+def test_a_resumed_run_is_the_uninterrupted_one_from_a_cache(base_path, tmp_path, monkeypatch):
+    config = tiny.make_config(base_path, {"cache.mode": "build", "draws.count": 1, "train.validate_every": 0})
     whole = loop.train_and_evaluate(config, tmp_path / "whole")
     _hook(monkeypatch, 4, _signal(signal.SIGINT))  # in the second epoch of three batches
     with pytest.raises(Interrupted):
@@ -480,11 +477,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(trained, tmp_path, monkeypatch):
 def test_what_is_hidden_does_not_depend_on_the_noise(base, modulator):
     """Keys of different streams are different: `fold_in(k, 1)` is `split(k)[1]`, so one key must not serve both."""
     count = 1024
-    image = np.zeros((count, *base.image_shape), np.float32)
+    image = np.zeros((count, *base.image_shape), np.uint8)
     maps = {m.name: m.null(count, *base.image_shape[:2]) for m in modulator.modalities}
     index = np.arange(count, dtype=np.int32)
-    noise_step = step.make_noise_step(modulator, seed=0, drop_rate=0.5, draws=0)
-    out = jax.device_get(noise_step({"image": image, "index": index, "draw": np.zeros_like(index), **maps}))
+    noise_step = step.make_noise_step(modulator, DRAWS, seed=0, drop_rate=0.5)
+    never = np.zeros_like(index)
+    out = jax.device_get(noise_step({"image": image, "index": index, "draw": never, "seen": never, **maps}))
     shown = out["present"].astype(np.float32) - out["present"].mean(0)
     first_values = out["noise"].reshape(count, -1)[:, :8]
     correlation = np.abs(shown.T @ first_values) / count

@@ -26,6 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZE = 16
 OVERRIDES = {
     "data.size": 12,
+    "cache.batch_size": 8,
     "mcm.channels": 8,
     "mcm.multipliers": (1, 2),
     "mcm.blocks": 1,
