@@ -98,7 +98,7 @@ def build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[st
     names = [store.shard_name(i) for i in range(plan.shard_count)]
     missing = [i for i, name in enumerate(names) if name not in kept]
     own = missing[process::processes]
-    each = _bytes_of_an_example(plan, recipe)
+    each = bytes_of_an_example(plan, recipe)
     needed = each * sum(len(plan.rows(i)) for i in missing)
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -155,7 +155,8 @@ def _kept(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in known.items() if name not in wrong}
 
 
-def _bytes_of_an_example(plan: store.Manifest, recipe: Recipe) -> int:
+def bytes_of_an_example(plan: store.Manifest, recipe: Recipe) -> int:
+    """What an example takes in a shard, all its draws and views together."""
     base, latent = recipe.base, int(np.prod(recipe.base.latent_shape))
     channels = base.latent_shape[-1]
     eps = latent * 1 + 4 * channels if recipe.dtype == "int8" else latent * jnp.dtype(recipe.dtype).itemsize

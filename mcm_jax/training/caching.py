@@ -133,7 +133,7 @@ def _plan(config: ml_collections.ConfigDict, base: base_lib.Base, rows: int) -> 
     """The manifest of the config's cache, without its shards."""
     card, source = base.card, source_of(config, base.card)
     return store.Manifest(
-        made_of=_made_of(config, card, card.fingerprint, source.fingerprints()),
+        made_of=_made_of(config, card, source.fingerprints()),
         base=card.to_json(),
         stamps={"base": base_stamp(config), "data": source.stamp()},
         examples=rows // config.data.views,
@@ -144,9 +144,7 @@ def _plan(config: ml_collections.ConfigDict, base: base_lib.Base, rows: int) -> 
     )
 
 
-def _made_of(
-    config: ml_collections.ConfigDict, card: BaseCard, base_fingerprint: str, data: dict[str, str]
-) -> dict[str, str]:
+def _made_of(config: ml_collections.ConfigDict, card: BaseCard, data: dict[str, str]) -> dict[str, str]:
     """All that decides the values in a cache, as texts."""
     schedule = hashlib.sha256(card.schedule.alphas_cumprod.tobytes() + card.schedule.prediction_type.encode())
     d = config.data
@@ -154,7 +152,7 @@ def _made_of(
     text = {"prompt_drop_rate": f"{float(d.prompt_drop_rate)}"} if card.is_text_conditional else {}
     return {
         "format": str(store.FORMAT),
-        "base": base_fingerprint,
+        "base": card.fingerprint,
         "base.dtype": config.base.dtype,
         "schedule": schedule.hexdigest(),
         **{f"data.{name}": value for name, value in data.items()},
@@ -186,12 +184,11 @@ def check_made_of(config: ml_collections.ConfigDict, folder: pathlib.Path, there
       UserError: the cache is of something else; lists what differs.
     """
     card = there.card
-    base_fingerprint = there.made_of["base"]
     stamp = base_stamp(config)
     if stamp is None:
         print(f"base {config.base.path!r} is not at hand: the cache says that it is of {card.name!r}")
     elif stamp != there.stamps["base"] or config.base.dtype != there.made_of["base.dtype"]:
-        base_fingerprint = base_lib.outline(assets.resolve_base(config.base.path), config.base.dtype).fingerprint
+        card = base_lib.outline(assets.resolve_base(config.base.path), config.base.dtype).card
     known = there.data
     if config.data.name == "folder" and not pathlib.Path(config.data.path).exists():
         print(f"data {config.data.path!r} are not at hand: the cache is taken at its word")
@@ -199,7 +196,7 @@ def check_made_of(config: ml_collections.ConfigDict, folder: pathlib.Path, there
     else:
         source = source_of(config, card)
         data = known if source.stamp() == there.stamps["data"] else source.fingerprints()
-    wanted = _made_of(config, card, base_fingerprint, data)
+    wanted = _made_of(config, card, data)
     if lines := store.differences(there.made_of, wanted):
         differs = "\n".join(lines)
         raise UserError(
