@@ -14,17 +14,24 @@ import argparse
 import pathlib
 import shutil
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks import common
+from mcm_jax.base import Base
 from mcm_jax.cache import Cache, build, store
 from mcm_jax.draws import Draws
 
 
 def build_cache(
-    folder: pathlib.Path, base, examples: int, draws: int, batch: int, shard_draws: int = 1_024
+    folder: pathlib.Path,
+    base: Base,
+    examples: int,
+    draws: int,
+    batch: int,
+    made_of: Callable[[Base, int], dict[str, str]] = common.made_of,
 ) -> tuple[Cache, float]:
     """A cache of random pictures, through the real builder, and the seconds that it took."""
     recipe = build.Recipe(
@@ -36,13 +43,13 @@ def build_cache(
         batch_size=batch,
     )
     plan = store.Manifest(
-        made_of=common.made_of(base, draws),
+        made_of=made_of(base, draws),
         base=base.card.to_json(),
         stamps={"base": "", "data": ""},
         examples=examples,
         views=1,
         draws=draws,
-        shard_examples=max(1, shard_draws // draws),
+        shard_examples=max(1, 1_024 // draws),
         versions={},
     )
     shutil.rmtree(folder, ignore_errors=True)

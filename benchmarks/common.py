@@ -24,7 +24,7 @@ from mcm_jax.modalities import Modality
 from mcm_jax.schedules import Schedule
 
 MODALITIES = (Modality("segmentation", "labels", 150), Modality("sketch", "lines", 1))
-_UNETS = {  # what each changes in diffusers' defaults, which are SD 1.5's but for two
+UNETS = {  # what each changes in diffusers' defaults, which are SD 1.5's but for two
     "sd15": {},
     "60m": {"block_out_channels": (96, 192, 320, 320), "attention_head_dim": 8, "cross_attention_dim": 256},
     "tiny": {
@@ -49,7 +49,7 @@ class Words:
 
 def make_base(size: str, dtype: str) -> Base:
     """Stable Diffusion 1.5's networks with random weights, whole or shrunk: ``sd15``, ``60m``, ``tiny``."""
-    changes = {"sample_size": 64, "cross_attention_dim": 768} | _UNETS[size]
+    changes = {"sample_size": 64, "cross_attention_dim": 768} | UNETS[size]
     width = changes["cross_attention_dim"]
     unet = UNet2DCondition(UNet2DConditionConfig.from_dict(changes), dtype=jnp.dtype(dtype))
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}

@@ -1,5 +1,6 @@
 """Loading a base: what is read, and every way in which a folder can be wrong."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mcm_jax.base import BaseLoadError, load_base
+from mcm_jax.base import BaseCard, BaseLoadError, find_folder, load_base, outline
 from mcm_jax.base.weights import torch_name, torch_shape
 
 UNET = {
@@ -276,3 +277,30 @@ def test_loading_imports_no_torch(saved):
     )
     result = subprocess.run([sys.executable, "-c", code, saved], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_an_outline_is_the_base_without_its_numbers(base_path):
+    real, found = load_base(base_path), outline(base_path)
+    assert found.fingerprint == real.fingerprint
+    assert jax.tree.structure(found.params) == jax.tree.structure(real.params)
+    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(real.params), strict=True):
+        assert isinstance(a, jax.ShapeDtypeStruct) and (a.shape, a.dtype) == (b.shape, b.dtype)
+    half = outline(base_path, "bfloat16")
+    assert half.fingerprint == load_base(base_path, "bfloat16").fingerprint != real.fingerprint
+    assert half.card.parameter_bytes == real.card.parameter_bytes // 2
+
+
+def test_a_card_comes_back_from_json(base_path):
+    card = load_base(base_path).card
+    back = BaseCard.from_json(json.loads(json.dumps(card.to_json())))
+    for field in dataclasses.fields(BaseCard):
+        if field.name != "schedule":
+            assert getattr(back, field.name) == getattr(card, field.name), field.name
+    for field in dataclasses.fields(card.schedule):
+        np.testing.assert_array_equal(getattr(back.schedule, field.name), getattr(card.schedule, field.name))
+    assert back.schedule.alphas_cumprod.dtype == np.float32
+
+
+def test_a_folder_of_a_base_is_found_without_the_network(base_path, tmp_path):
+    assert find_folder(base_path) == base_path
+    assert find_folder(tmp_path / "nowhere") is None and find_folder("nobody/never-downloaded") is None

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from mcm_jax import pipeline as pipeline_lib
 from mcm_jax import sampling
-from mcm_jax.base import load_base
+from mcm_jax.base import load_base, outline
 from mcm_jax.data.pipeline import InMemory, to_float
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.errors import UserError
@@ -126,6 +126,14 @@ def test_keys_decide_the_sample(strong, conditions, samples):
     assert np.abs(found[0] - found[1]).max() > 1e-2
     other = strong(conditions, sampling.sample_keys(1, N), batch_size=N)
     assert np.abs(other - samples["segmentation", "sketch"]).max() > 1e-2
+
+
+def test_memory_is_counted_without_the_bases_numbers(trained, pipeline):
+    """Parameters and all, more for more images; and what is counted is the program that samples."""
+    shapes = Pipeline(outline(trained.config.base.path), pipeline.modulator, None, trained.config)
+    one, eight = (shapes.sampling_bytes(count) for count in (1, 8))
+    assert one > pipeline.base.card.parameter_bytes
+    assert 7 * np.prod(pipeline.base.image_shape) * 4 < eight - one < 10**8
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def _plan(config: ml_collections.ConfigDict, base: base_lib.Base, rows: int) -> 
     """The manifest of the config's cache, without its shards."""
     card, source = base.card, source_of(config, base.card)
     return store.Manifest(
-        made_of=_made_of(config, card, source.fingerprints()),
+        made_of=made_of(config, card, source.fingerprints()),
         base=card.to_json(),
         stamps={"base": base_stamp(config), "data": source.stamp()},
         examples=rows // config.data.views,
@@ -144,7 +144,7 @@ def _plan(config: ml_collections.ConfigDict, base: base_lib.Base, rows: int) -> 
     )
 
 
-def _made_of(config: ml_collections.ConfigDict, card: BaseCard, data: dict[str, str]) -> dict[str, str]:
+def made_of(config: ml_collections.ConfigDict, card: BaseCard, data: dict[str, str]) -> dict[str, str]:
     """All that decides the values in a cache, as texts."""
     schedule = hashlib.sha256(card.schedule.alphas_cumprod.tobytes() + card.schedule.prediction_type.encode())
     d = config.data
@@ -196,7 +196,7 @@ def check_made_of(config: ml_collections.ConfigDict, folder: pathlib.Path, there
     else:
         source = source_of(config, card)
         data = known if source.stamp() == there.stamps["data"] else source.fingerprints()
-    wanted = _made_of(config, card, data)
+    wanted = made_of(config, card, data)
     if lines := store.differences(there.made_of, wanted):
         differs = "\n".join(lines)
         raise UserError(
