@@ -179,7 +179,17 @@ def test_the_base_is_not_needed(base_path, tmp_path, capsys):
 
 def test_build_makes_what_on_reads(config, built, tmp_path, capsys, monkeypatch):
     building = changed(config, cache__mode="build")
+    seen, make = [], feed.cached
+
+    def look(cache):
+        seen.append([a.shape for a in jax.live_arrays() if a.ndim == 4 and 20 in a.shape])  # widths of the base alone
+        return make(cache)
+
+    others = [a.shape for a in jax.live_arrays() if a.ndim == 4 and 20 in a.shape]
+    monkeypatch.setattr(feed, "cached", look)
     loop.train_and_evaluate(building, tmp_path / "run")
+    monkeypatch.undo()
+    assert len(seen[0]) <= len(others)  # the base that built the cache is gone
     assert "3 shard(s) built now" in capsys.readouterr().out
     found, expected = tiny.contents(tmp_path / "run/cache"), tiny.contents(built / "cache")
     assert found == expected
@@ -469,10 +479,28 @@ def test_a_shard_cut_off_while_it_is_read_is_named(workdir):
     cache = Cache(workdir / "cache")
     path = workdir / "cache" / store.shard_name(0)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="shard-00000"):
-        cache.read(np.arange(4), np.ones(4, int))
+    for damage in (lambda: None, path.unlink):
+        damage()
+        with pytest.raises(UserError, match="shard-00000.*cannot be read any more.*precompute.py"):
+            cache.read(np.arange(4), np.ones(4, int))
     with pytest.raises(UserError, match="shard-00000"):
         Cache(workdir / "cache", verify=False)
+
+
+def test_a_shard_lost_in_the_middle_of_a_run_ends_it_by_name(config, workdir, monkeypatch):
+    """Not as a traceback, and not as a disk that is full; the steps so far are safe."""
+    path, update = workdir / "cache" / store.shard_name(1), loop.tqdm.update
+
+    class Bar(loop.tqdm):
+        def update(self, n=1):
+            path.unlink(missing_ok=True)
+            return update(self, n)
+
+    monkeypatch.setattr(loop, "tqdm", Bar)
+    long = changed(config, cache__mode="on", train__steps=100, train__checkpoint_every=1)
+    with pytest.raises(UserError, match="shard-00001.*cannot be read any more"):
+        loop.train_and_evaluate(long, workdir)
+    assert any((workdir / "checkpoints").iterdir())
 
 
 # --- interrupted builds ---------------------------------------------------------------------------------------------

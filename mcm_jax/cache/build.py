@@ -89,12 +89,12 @@ def build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[st
     """
     process, processes = jax.process_index(), jax.process_count()
     kept = _kept(folder)
-    synchronise("kept")
     if process == 0:
         for leftover in folder.glob("*.tmp"):
             leftover.unlink()
         if not (folder / store.MANIFEST).exists():
             plan.write(folder / store.BUILDING)
+    synchronise("kept")  # before the first process writes a file of its own
     names = [store.shard_name(i) for i in range(plan.shard_count)]
     missing = [i for i, name in enumerate(names) if name not in kept]
     own = missing[process::processes]

@@ -70,7 +70,7 @@ class Cache:
           :attr:`fields`: ``latent`` or ``image``, the modalities, ``eps`` as it is stored and ``eps_scale`` for int8.
 
         Raises:
-          UserError: a shard ends before the record, as none does that was whole when the cache was opened.
+          UserError: a shard is gone or was cut off since the cache was opened.
         """
         m, count = self.manifest, len(index)
         out = {name: np.empty((count, *shape), dtype) for name, (dtype, shape) in self.fields.items()}
@@ -78,15 +78,21 @@ class Cache:
         for i, (example, d) in enumerate(zip(index.tolist(), (draw % m.draws).tolist(), strict=True)):
             number, row = divmod(example, m.shard_examples)
             begins = self._begins[number]
-            # Opened for each example: a few microseconds, and no limit on the number of shards.
-            handle = os.open(self._paths[number], os.O_RDONLY)
             try:
-                for name, size in self._sizes.items():
-                    at = row * m.draws + d if name in _PER_DRAW else row * m.views + d % m.views
-                    if os.preadv(handle, [bytes_of[name][i]], begins[name] + at * size) != size:
-                        raise UserError(f"{self._paths[number]}: cut off while it was read; check the disk")
-            finally:
-                os.close(handle)
+                # Opened for each example: a few microseconds, and no limit on the number of shards.
+                handle = os.open(self._paths[number], os.O_RDONLY)
+                try:
+                    for name, size in self._sizes.items():
+                        at = row * m.draws + d if name in _PER_DRAW else row * m.views + d % m.views
+                        if os.preadv(handle, [bytes_of[name][i]], begins[name] + at * size) != size:
+                            raise OSError("the file ends before")
+                finally:
+                    os.close(handle)
+            except OSError as e:
+                raise UserError(
+                    f"{self._paths[number]}: example {example} cannot be read any more ({e.strerror or e}). "
+                    f"{store.REPAIR}"
+                ) from e
         return out
 
     def timesteps(self, number: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """From a config to its cache: built, completed, repaired, or refused if it is something else's."""
 
 import dataclasses
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -88,6 +89,8 @@ def precompute(
             raise Interrupted(
                 f"{folder}: stopped; the same command goes on from the shards that are complete"
             ) from None
+    del base, source, recipe
+    gc.collect()  # training has the memory to itself
     cache = Cache(folder)
     shards = cache.manifest.shards
     print(
@@ -187,7 +190,7 @@ def check_made_of(config: ml_collections.ConfigDict, folder: pathlib.Path, there
     stamp = base_stamp(config)
     if stamp is None:
         print(f"base {config.base.path!r} is not at hand: the cache says that it is of {card.name!r}")
-    elif stamp != there.stamps["base"] or config.base.dtype != there.made_of["base.dtype"]:
+    elif stamp != there.stamps.get("base") or config.base.dtype != there.made_of.get("base.dtype"):
         card = base_lib.outline(assets.resolve_base(config.base.path), config.base.dtype).card
     known = there.data
     if config.data.name == "folder" and not pathlib.Path(config.data.path).exists():
@@ -195,7 +198,7 @@ def check_made_of(config: ml_collections.ConfigDict, folder: pathlib.Path, there
         data = known
     else:
         source = source_of(config, card)
-        data = known if source.stamp() == there.stamps["data"] else source.fingerprints()
+        data = known if source.stamp() == there.stamps.get("data") else source.fingerprints()
     wanted = made_of(config, card, data)
     if lines := store.differences(there.made_of, wanted):
         differs = "\n".join(lines)
