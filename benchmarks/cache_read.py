@@ -70,7 +70,7 @@ def read_cache(cache: Cache, records: int, threads: int) -> dict:
     """Reads as mcm_jax.training.feed does, but for the devices."""
     batches = training_batches(cache.read, len(cache), _BATCH, 0, cache.manifest.draws)
     count, memory, began = 0, [], time.perf_counter()
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16)
     for batch in batches[: records // _BATCH].to_iter_dataset(options):
         count += len(batch["eps"])
         if count % (_BATCH * 150) == 0:
@@ -90,7 +90,7 @@ def read_array_record(paths: list[str], examples: int, records: int, threads: in
     source = grain.sources.ArrayRecordDataSource(paths)
     dataset = grain.MapDataset.source(source).seed(0).shuffle().repeat().map(parse).batch(_BATCH)
     count, began = 0, time.perf_counter()
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16)
     for batch in dataset[: records // _BATCH].to_iter_dataset(options):
         count += len(batch["eps"])
     return {"records_per_second": round(count / (time.perf_counter() - began))}
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--compared", type=int, default=20_000, help="records of the comparison")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=4, help="as training has")
+    parser.add_argument("--threads", type=int, default=8, help="as training has")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/cache_read"))
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()

@@ -63,7 +63,7 @@ class Feed:
         """
         batches = training_batches(self.read, self.examples, batch_size, seed, self.repeat)
         ahead = batches[steps.start : steps.stop].map(lambda batch: (batch, sharding.split_batch(batch, mesh)))
-        for batch, on_device in ahead.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)):
+        for batch, on_device in ahead.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)):
             record = noise_step({k: v for k, v in on_device.items() if k not in _STORED})
             stored = {k: v for k, v in on_device.items() if k in _STORED}
             yield record | {"eps": self.predict(stored or batch, record)}
