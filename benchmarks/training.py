@@ -1,6 +1,6 @@
 """One training step with the base (online) and without it (cached), in the same process: images a second and waiting.
 
-python -m benchmarks.training --size=60m --batch=4 --out=benchmarks/results/training_cpu.json
+python -m benchmarks.training --size=60m --batch=2 --out=benchmarks/results/training_cpu.json
 python -m benchmarks.training --size=sd15 --dtype=bfloat16 --mcm_dtype=bfloat16 --batch=64 --examples=1000 --draws=5 \
     --steps=200 --out=benchmarks/results/training_h200.json
 
@@ -102,7 +102,7 @@ def main() -> None:
         runners = {name: Runner(source, modulator, draws, args.batch) for name, source in feeds.items()}
         taken: dict[str, list[float]] = {name: [] for name in [*runners, "on_device"]}
         for runner in runners.values():
-            runner.block(2)
+            runner.block(1)
         for _ in range(args.rounds):
             for name, runner in runners.items():
                 # The base's step takes long enough: fewer of them.
@@ -135,7 +135,8 @@ def main() -> None:
     report.pop("peak_memory")  # of both together, and of the build
     report["peak_memory_alone"] = {}
     for kind in ("online", "cached"):
-        command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:], f"--only={kind}", "--rounds=1"]
+        command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:], f"--only={kind}"]
+        command += ["--rounds=1", "--steps=1", f"--mcm={args.mcm[-1]}"]
         out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         report["peak_memory_alone"][kind] = json.loads(out.splitlines()[-1])["peak_memory"]
     common.write_report(args.out, __doc__, report)
