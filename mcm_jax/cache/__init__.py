@@ -26,7 +26,7 @@ Noise, x_t and prompts are not there: they follow from the manifest's seed (:mod
 place that the file's header gives, so a record is read by itself, by its position, and nothing is ever unpickled.
 
 Why safetensors, and not ArrayRecord with Grain: records have one size, so an index is arithmetic, random reads are
-several times as fast (benchmarks/results/cache_read.json), and a file says to any tool what is in it.
+about twice as fast or more (benchmarks/results/cache_read.json), and a file says to any tool what is in it.
 """
 
 from mcm_jax.cache.reader import Cache
