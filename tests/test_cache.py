@@ -216,7 +216,27 @@ def test_without_being_asked_validation_is_left_to_sample(config, built, tmp_pat
     monkeypatch.setattr(loop, "load_base", None)
     on = changed(config, cache__mode="on", cache__path=str(built / "cache"), train__steps=2, train__validate_every=1)
     loop.train_and_evaluate(on, tmp_path / "run")
-    assert "left to sample.py" in capsys.readouterr().out and not (tmp_path / "run/validation").exists()
+    said = capsys.readouterr().out
+    assert "left to sample.py" in said and "by heart" not in said and not (tmp_path / "run/validation").exists()
+
+
+def test_few_draws_for_many_steps_are_told(config, built, tmp_path, capsys, monkeypatch):
+    """Its first step ends the run: what counts is what is said before."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args, **kwargs):
+        raise Killed
+
+    monkeypatch.setattr(feed.Feed, "records", killed)
+    on = changed(config, cache__mode="on", cache__path=str(built / "cache"), train__validate_every=0)
+    draws = on.data.size * on.draws.count
+    for times, told in ((24, False), (25, True)):
+        on.train.steps = times * draws // on.train.batch_size
+        with pytest.raises(Killed):
+            loop.train_and_evaluate(on, tmp_path / f"{times}")
+        assert (f"each cached draw {times} times" in capsys.readouterr().out) == told
 
 
 # --- the format -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Laws of augmentation: image and conditions change alike, and a view is a function of (seed, example, view)."""
 
+import concurrent.futures
 import os
 import types
 
@@ -47,6 +48,29 @@ def test_flip_alone_is_the_picture_and_its_mirror_image(source):
         assert views[2 * i + 1]["caption"] == source[i]["caption"]
 
 
+def test_mirrored_twice_is_as_it_was(source):
+    once = Views(source, MODALITIES, views=2, flip=True)
+    twice = Views([once[2 * i + 1] for i in range(COUNT)], MODALITIES, views=2, flip=True)
+    assert all(same(twice[2 * i + 1], source[i]) for i in range(COUNT))
+
+
+def test_a_part_is_cut_and_then_mirrored(source):
+    """Flip takes nothing from chance: the same parts are shown with it and without."""
+    cut, both = (Views(source, MODALITIES, views=4, flip=flip, crop=0.6) for flip in (False, True))
+    for row in range(len(cut)):
+        for name in ("image", "segmentation", "sketch"):
+            wanted = cut[row][name][:, ::-1] if row % 4 % 2 else cut[row][name]
+            np.testing.assert_array_equal(both[row][name], wanted)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
+def test_labels_keep_their_type(dtype):
+    labels = np.arange(64).reshape(1, 8, 8).astype(dtype)
+    source = InMemory({"image": np.zeros((1, 8, 8, 3), np.uint8), "segmentation": labels})
+    views = Views(source, (Modality("segmentation", "labels", 64),), views=3, flip=True, crop=0.5)
+    assert all(views[v]["segmentation"].dtype == dtype for v in range(3))
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_image_and_labels_are_cut_alike(source, flip):
     """Away from borders, where the picture is a mixture, each pixel has the colour of its class."""
@@ -85,12 +109,17 @@ def test_a_cut_shows_what_it_says():
 
 
 def test_a_view_is_a_function_of_its_number(source):
-    make = lambda seed: Views(source, MODALITIES, views=3, crop=0.7, seed=seed)  # noqa: E731
+    before = {name: a.copy() for name, a in source.arrays.items()}
+    make = lambda seed: Views(source, MODALITIES, views=3, flip=True, crop=0.7, seed=seed)  # noqa: E731
     one, two, other = make(0), make(0), make(1)
     forward = [one[i] for i in range(len(one))]
     assert all(same(two[i], forward[i]) for i in reversed(range(len(two))))
     assert not same(other[1], forward[1]) and same(other[0], forward[0])
-    before = {name: a.copy() for name, a in source.arrays.items()}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(map(same, pool.map(two.__getitem__, range(len(two))), forward))
+    assert same(one[-1], forward[-1]) and same(one[np.int64(4)], forward[4])
+    with pytest.raises(IndexError):
+        one[len(one)]
     assert all(np.array_equal(before[name], a) for name, a in source.arrays.items())  # the source's own are left alone
 
 
@@ -152,10 +181,12 @@ def test_fingerprints_tell_contents(folder):
     assert find().fingerprints() == before and find().stamp() == stamp
     file = folder / "train/segmentation/1.png"
     os.utime(file, ns=(1, 1))
-    assert find().fingerprints() == before and find().stamp() != stamp
+    dated = find().stamp()
+    assert find().fingerprints() == before and dated != stamp
     good = file.read_bytes()
     Image.fromarray(np.full((10, 12), 5, np.uint8)).save(file, compress_level=0)
-    assert len(file.read_bytes()) == len(good)
+    os.utime(file, ns=(1, 1))
+    assert len(file.read_bytes()) == len(good) and find().stamp() == dated  # what only reading the file tells
     changed = find().fingerprints()
     assert changed["segmentation"] != before["segmentation"]
     assert changed["image"] == before["image"] and changed["sketch"] == before["sketch"]
@@ -163,6 +194,30 @@ def test_fingerprints_tell_contents(folder):
     for name in before:
         (folder / "train" / name / "2.png").rename(folder / "train" / name / "3.png")
     assert all(find().fingerprints()[name] != before[name] for name in before)
+
+
+def test_fingerprints_do_not_tell_the_order_of_a_folder(folder, tmp_path_factory):
+    """A copy is the same data, in whichever order its files were written."""
+    copy = tmp_path_factory.mktemp("copy")
+    for file in sorted(folder.rglob("*.png"), reverse=True):
+        target = copy / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    one, two = (Folder(path, "train", order, 8, 8) for path, order in ((folder, MODALITIES), (copy, MODALITIES[::-1])))
+    assert one.fingerprints() == two.fingerprints()
+
+
+def test_fingerprints_tell_prompts_where_they_are_read(folder):
+    (folder / "train/caption").mkdir()
+    for i in range(3):
+        (folder / f"train/caption/{i}.txt").write_text("a lake")
+    find = lambda captions: Folder(folder, "train", MODALITIES, 8, 8, captions)  # noqa: E731
+    with_prompts, without, stamps = find(True).fingerprints(), find(False).fingerprints(), find(False).stamp()
+    assert set(with_prompts) - set(without) == {"caption"}
+    (folder / "train/caption/1.txt").write_text("a tree")
+    changed = find(True).fingerprints()
+    assert [name for name in changed if changed[name] != with_prompts[name]] == ["caption"]
+    assert find(False).fingerprints() == without and find(False).stamp() == stamps
 
 
 def test_fingerprints_of_scenes_tell_what_they_are():

@@ -64,7 +64,7 @@ class Views:
         return len(self.source) * self.views
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        index, view = divmod(row, self.views)
+        index, view = divmod(range(len(self))[row], self.views)  # row -1 is the last one, by the same numbers
         example = dict(self.source[index])
         if view and self.crop < 1:
             self._cut(example, np.random.default_rng((self.seed, index, view)))
@@ -84,4 +84,4 @@ class Views:
         for m in self.modalities:
             condition = example[m.name]
             values = condition if m.kind == "labels" else condition.astype(np.float32) / 255
-            example[m.name] = to_grid(m, values, box, height, width)
+            example[m.name] = to_grid(m, values, box, height, width).astype(condition.dtype, copy=False)

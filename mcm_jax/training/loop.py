@@ -33,6 +33,7 @@ from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.feed import Feed
 
 _VALIDATION_IMAGES = 8
+_OFTEN = 25  # times that training may see one draw before control suffers: docs/cache.md, "How many draws"
 
 
 @contextmanager
@@ -280,6 +281,11 @@ def _train(
         return now
     if first:
         print(f"going on from step {first}")
+    if feed.repeat and (times := train.steps * train.batch_size / (feed.examples * feed.repeat)) >= _OFTEN:
+        print(
+            f"training will see each cached draw {times:.0f} times, and learn it by heart: more draws an example "
+            f"(config.draws.count, now {feed.repeat}) give better control (docs/cache.md)"
+        )
 
     draws = config_lib.draws(config, card)
     noise_step = step.make_noise_step(modulator, draws, seed=config.seed, drop_rate=config.modalities.drop_rate)
