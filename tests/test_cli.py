@@ -212,7 +212,7 @@ def test_a_full_disk_is_explained_and_the_last_checkpoint_stands(trained, base_p
     outcome = tiny.run_process(limited, env=tiny.environment())
     print(outcome.err)
     assert outcome.status == 1
-    # One line is ours. Threads of TensorStore print before and after it, and at times half a line just before its start.
+    # One line is ours. Threads of TensorStore print before and after it, and at times half a line before its start.
     (message,) = re.findall(r"error: workdir .*", outcome.err)
     for word in (str(workdir), "could not be written", "complete one is of step 3", "same command again"):
         assert word in message
