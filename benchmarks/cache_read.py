@@ -113,7 +113,9 @@ def main() -> None:
     beside = args.workdir / "array_record"
     beside.mkdir()
     for first in range(0, args.compared, 1_000):
-        writer = array_record_module.ArrayRecordWriter(str(beside / f"{first:06d}.array_record"), "group_size:1")
+        writer = array_record_module.ArrayRecordWriter(
+            str(beside / f"{first:06d}.array_record"), "group_size:1,uncompressed"
+        )
         for i in range(first, min(first + 1_000, args.compared)):
             record = cache.read(np.array([i % args.examples]), np.array([0]))
             writer.write(b"".join(record[k].tobytes() for k in ("eps", "latent", "segmentation", "sketch")))

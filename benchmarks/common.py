@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import time
+import unittest.mock
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,8 +109,13 @@ class Noise:
 
 
 def flops(function: Callable, *arguments: Any) -> float:
-    """Floating point operations of a call, by XLA's count of the optimised program."""
-    analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    """Floating point operations of a call, by XLA's count of the program as it is written, for a CPU.
+
+    Not of the optimised program: on a GPU that calls libraries, whose operations XLA does not count.
+    """
+    with unittest.mock.patch.object(jax, "default_backend", lambda: "cpu"):  # attention in XLA's operations, too
+        lowered = jax.jit(lambda *args: function(*args)).trace(*arguments).lower(lowering_platforms=("cpu",))
+    analysis = lowered.cost_analysis()
     return float((analysis[0] if isinstance(analysis, list) else analysis)["flops"])
 
 

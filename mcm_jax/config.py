@@ -14,6 +14,7 @@ from mcm_jax import losses, sampling
 from mcm_jax.base import Base, BaseCard
 from mcm_jax.cache import build
 from mcm_jax.data.scenes import CLASSES
+from mcm_jax.data.views import check_views
 from mcm_jax.errors import UserError
 from mcm_jax.files import write_atomically
 from mcm_jax.mcm import INPUTS, MCM, SHIFT_SPACES, Modulator, Size
@@ -75,7 +76,8 @@ _WHOLE = (
     "mcm.head_dim",
     "evaluation.diversity_seeds",
 )
-_TAKEN = ("image", "latent", "caption", "prompt", "index", "draw")  # what else an example holds
+# What else an example or a record holds.
+_TAKEN = ("image", "latent", "caption", "prompt", "index", "draw", "seen", "t", "eps", "eps_scale", "noise", "x_t")
 _LISTS = {"mcm.multipliers": 1, "mcm.attention": 0}  # with the least value of an element
 _OTHERS = (
     "base.path",
@@ -126,6 +128,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         draws_lib.check_density(flat["draws.density"], 2**31)  # how many timesteps there are is the base's to say
     except (TypeError, ValueError):
         expect(False, "draws.density", "relative densities, each at least 0 and not all 0, e.g. (1,) or (1, 3)")
+    check_views(flat["data.views"], flat["data.flip"], flat["data.crop"])
     expect(flat["data.views"] <= flat["draws.count"], "data.views", "at most draws.count: each draw sees one view")
     expect(isinstance(flat["cache.path"], str), "cache.path", "a folder, '' for the workdir's own")
     expect(isinstance(flat["sampling.negative_prompt"], str), "sampling.negative_prompt", "a text, '' for none")
@@ -240,6 +243,17 @@ def load(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
     return config
 
 
+# Where and how a cache is kept: the same training, wherever its predictions lie.
+_HOUSEKEEPING = ("cache.path", "cache.verify", "cache.batch_size", "cache.shard_draws", "cache.load_base")
+
+
+def _of_a_run(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The values that a run cannot change on its way."""
+    flat = flatten(config)
+    flat["cache.mode"] = "on" if flat["cache.mode"] == "build" else flat["cache.mode"]
+    return {key: value for key, value in flat.items() if key not in _HOUSEKEEPING}
+
+
 def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Compares the config with the one in a workdir, if there is one.
 
@@ -248,7 +262,7 @@ def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
     """
     path = workdir / "config.json"
     if path.exists():
-        found, wanted = flatten(load(workdir)), flatten(config)
+        found, wanted = _of_a_run(load(workdir)), _of_a_run(config)
         lines = [
             f"  {key}: there {found.get(key, 'absent')!r}, now {wanted.get(key, 'absent')!r}"
             for key in sorted(found.keys() | wanted.keys())

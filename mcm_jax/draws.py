@@ -10,11 +10,12 @@ t is the u-quantile of the density. So every example sees early, middle and late
 
 **Density and importance.** For timesteps drawn with probability p(t), the loss is weighted by ``1 / (T p(t))``: its
 mean stays that over uniform timesteps, and only its variance changes. What the loss shall stress is for its weighting
-to say.
+to say. Timesteps of density 0 are never drawn, so no weight can speak for them.
 """
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -106,6 +107,22 @@ class Draws:
         with np.errstate(divide="ignore"):
             weights = np.where(self.probabilities > 0, 1 / (self.total * self.probabilities), 0)
         return jnp.asarray(weights, jnp.float32)[t]
+
+    def fingerprint(self) -> str:
+        """SHA-256, as hex, of some of the numbers that draws are made of: do they come again from this seed, here?
+
+        Bits are compared, and a few normals, rounded: devices differ in their last digits.
+        """
+
+        @jax.jit
+        def some() -> tuple[jax.Array, ...]:
+            keys = example_keys(self.seed, _NOISE, jnp.arange(4), jnp.arange(4))
+            strata = jax.vmap(lambda key: jax.random.permutation(key, self.count))(keys)
+            normals = jax.vmap(lambda key: jax.random.normal(key, (3, 2, 1))[-1, -1])(keys)
+            return jax.vmap(lambda key: jax.random.bits(key, (3, 2)))(keys), strata, jnp.round(10 * normals)
+
+        parts = [np.asarray(part).astype("<i8").tobytes() for part in some()]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def check_density(density: Sequence[float], total: int) -> None:

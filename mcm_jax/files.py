@@ -11,7 +11,10 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     path = pathlib.Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a renamed file that a power cut leaves empty would count as complete
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

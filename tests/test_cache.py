@@ -1,6 +1,7 @@
 """Laws of the cache: it trains as the base does; whatever happens to its files, no wrong value is read."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +28,12 @@ from mcm_jax import sharding
 from mcm_jax.base import load_base
 from mcm_jax.cache import Cache, build, store
 from mcm_jax.cache.__main__ import main as cache_main
-from mcm_jax.data import open_source
+from mcm_jax.data import Folder, inputs, open_source
 from mcm_jax.data.inputs import prepare
+from mcm_jax.data.views import Views
+from mcm_jax.draws import Draws
 from mcm_jax.errors import Interrupted, UserError
+from mcm_jax.modalities import Modality
 from mcm_jax.training import caching, feed, loop, precompute, step
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
@@ -217,7 +222,7 @@ def test_without_being_asked_validation_is_left_to_sample(config, built, tmp_pat
     on = changed(config, cache__mode="on", cache__path=str(built / "cache"), train__steps=2, train__validate_every=1)
     loop.train_and_evaluate(on, tmp_path / "run")
     said = capsys.readouterr().out
-    assert "left to sample.py" in said and "by heart" not in said and not (tmp_path / "run/validation").exists()
+    assert "left to sample.py" in said and "overfit" not in said and not (tmp_path / "run/validation").exists()
 
 
 def test_few_draws_for_many_steps_are_told(config, built, tmp_path, capsys, monkeypatch):
@@ -351,7 +356,7 @@ def test_inspect_tells_what_is_in_it(built, capsys):
         ({"data.seed": 7}, ["data.scenes", "seed 2", "seed 7"]),
         ({"draws.seed": 1}, ["draws.seed: there 0, wanted 1"]),
         ({"draws.count": 3}, ["draws.count: there 2, wanted 3"]),
-        ({"draws.density": (1, 2)}, ["draws.density: there [1.0], wanted [1.0, 2.0]"]),
+        ({"draws.density": (1, 2)}, ["draws.density: there [1.0], wanted [0.333", "0.666"]),
         ({"cache.dtype": "int8"}, ["cache.dtype: there float16, wanted int8"]),
         ({"data.views": 2, "data.flip": True}, ["views: there 1, wanted 2, flip True"]),
         ({"modalities.sketch.kind": "map"}, ["modalities.sketch: there lines, channels=1, wanted map, channels=1"]),
@@ -574,9 +579,14 @@ def test_ctrl_c_keeps_what_is_complete(config, built, tmp_path, monkeypatch):
         return entry
 
     monkeypatch.setattr(store, "write_shard", write_and_stop)
-    with pytest.raises(Interrupted, match="same command goes on"):
-        precompute(config, tmp_path)
-        time.sleep(1)
+    # A shell's background job ignores SIGINT, and so would Python.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(Interrupted, match="same command goes on"):
+            precompute(config, tmp_path)
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     kept = {p.name for p in (tmp_path / "cache").glob("shard-*")}
     assert {store.shard_name(0), store.shard_name(1)} <= kept and not (tmp_path / "cache" / store.MANIFEST).exists()
@@ -596,6 +606,90 @@ def test_a_torn_journal_costs_one_shard(config, built, tmp_path):
     precompute(config, tmp_path)
     assert [name for name in m.shards if (folder / name).stat().st_mtime_ns != times[name]] == [store.shard_name(2)]
     assert tiny.contents(folder) == tiny.contents(built / "cache")
+
+
+def test_a_journal_of_an_earlier_build_is_not_believed(config, built, tmp_path):
+    """Two processes had begun; what one of them says of a shard that is built again now must not count."""
+    folder = tmp_path / "cache"
+    shutil.copytree(built / "cache", folder)
+    m = store.Manifest.read(folder)
+    (folder / store.MANIFEST).unlink()
+    dataclasses.replace(m, shards={}).write(folder / store.BUILDING)
+    stale = {"shard": store.shard_name(1), "bytes": 77, "sha256": "0" * 64}
+    (folder / store.JOURNAL.format(1)).write_text(json.dumps(stale) + "\n")
+    precompute(config, tmp_path)
+    assert tiny.contents(folder) == tiny.contents(built / "cache")
+
+
+def test_a_complete_cache_is_shared_even_while_its_folder_is_held_and_cannot_be_written(
+    config, built, monkeypatch, capsys
+):
+    monkeypatch.setattr(caching, "check_writable", None)
+    with store.lock(built / "cache"):
+        precompute(config, built)
+        assert "the cache is complete" in capsys.readouterr().out
+        monkeypatch.setattr(store, "verify", lambda folder, shards: {"x": "read"} if shards else {})
+        precompute(config, built, verify=False)
+
+
+def test_a_run_goes_on_with_its_cache_elsewhere(config, built, tmp_path, capsys):
+    shutil.copytree(built / "cache", tmp_path / "moved")
+    run = changed(config, cache__mode="build", cache__path=str(built / "cache"), train__steps=4)
+    run.train.checkpoint_every = 2
+    loop.train_and_evaluate(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/4")
+    other = changed(run, cache__mode="on", cache__path=str(tmp_path / "moved"), cache__verify=False)
+    other.cache.batch_size = 2
+    capsys.readouterr()
+    loop.train_and_evaluate(other, tmp_path / "run")
+    assert "going on from step 2" in capsys.readouterr().out
+    with pytest.raises(UserError, match="cache.mode: there 'on', now 'off'"):
+        loop.train_and_evaluate(changed(run, cache__mode="off"), tmp_path / "run")
+
+
+def test_examples_that_are_not_there(built):
+    cache = Cache(built / "cache")
+    for index in (-1, 10):
+        with pytest.raises(IndexError, match="0 to 9"):
+            cache.read(np.array([0, index]), np.array([0, 0]))
+
+
+def test_other_random_numbers_are_refused(config, workdir):
+    """Noise is not stored: where the same seed gives other noise, predictions are of something else."""
+    make = changed(config, cache__mode="build", train__steps=1)
+    flag = jax.config.jax_threefry_partitionable
+    jax.config.update("jax_threefry_partitionable", not flag)
+    try:
+        for attempt in (precompute, caching.open_cache):
+            with pytest.raises(UserError, match="other random numbers"):
+                attempt(make, workdir)
+    finally:
+        jax.config.update("jax_threefry_partitionable", flag)
+
+
+def test_views_that_change_nothing_are_refused_with_a_cache_too(config, workdir):
+    with pytest.raises(UserError, match="data.flip and crop change nothing"):
+        caching.precompute(changed(config, data__flip=True), workdir)
+
+
+def test_preprocessing_is_what_its_version_says(tmp_path):
+    """If this fails, caches of before hold other values: raise PREPROCESSING, then write the new digest here."""
+    rng = np.random.default_rng(0)
+    for name in ("image", "segmentation", "sketch"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    for i in range(2):
+        _write(tmp_path / "train", f"{i}", rng)
+    modalities = (Modality("segmentation", "labels", 6), Modality("sketch", "lines", 1))
+    folder = Folder(tmp_path, "train", modalities, 16, 24, False)
+    views = Views(folder, modalities, views=3, flip=True, crop=0.6, seed=3)
+    base = types.SimpleNamespace(latent_shape=(8, 12, 4), is_text_conditional=False)
+    digest = hashlib.sha256()
+    for i in range(6):
+        for _, value in sorted(inputs.load_example(base, views, modalities, i).items()):
+            digest.update(value.tobytes())
+    draws = Draws(5, 4, (1.0, 2.0), 1000)
+    digest.update(np.asarray(draws.timesteps(jnp.arange(8), jnp.arange(8)), np.int32).tobytes())
+    assert (inputs.PREPROCESSING, digest.hexdigest()[:16]) == (1, "97bc23ebba8c8f7f")
 
 
 def test_a_full_disk_is_known_beforehand(config, tmp_path, monkeypatch):
@@ -632,19 +726,23 @@ def test_a_disk_that_fills_up_stops_the_build_cleanly(config, built, tmp_path, m
     assert tiny.contents(tmp_path / "cache") == tiny.contents(built / "cache")
 
 
-def test_a_prediction_that_is_not_finite_ends_the_build(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype, factor", [("float16", 1e9), ("int8", np.nan), ("float32", np.inf)])
+def test_a_prediction_that_is_not_finite_ends_the_build(config, tmp_path, monkeypatch, dtype, factor):
     """Of a base that overflows: nothing of that shard is written, and the message says where it happened."""
     real = caching.load_base
+    config = changed(config, cache__dtype=dtype)
 
     def broken(*args):
         base = real(*args)
         conv_out = base.params["unet"]["conv_out"]
-        params = base.params | {"unet": base.params["unet"] | {"conv_out": jax.tree.map(lambda p: p * 1e9, conv_out)}}
+        params = base.params | {
+            "unet": base.params["unet"] | {"conv_out": jax.tree.map(lambda p: p * factor, conv_out)}
+        }
         return dataclasses.replace(base, params=params)
 
     monkeypatch.setattr(caching, "load_base", broken)
     with pytest.raises(
-        UserError, match=r"for example 0, draw 0 \(timestep \d+\) is not finite in float16.*cache.dtype"
+        UserError, match=rf"for example 0, draw 0 \(timestep \d+\) is not finite in {dtype}.*cache.dtype"
     ):
         precompute(config, tmp_path)
     assert not list((tmp_path / "cache").glob("shard-*"))
@@ -661,7 +759,7 @@ def test_a_second_build_in_the_same_folder_is_refused(base_path, config, built, 
     try:
         assert holder.stdout.readline() == b"1\n"
         assert script("precompute.py", *flags).explains("another process is building this cache", "cache.path")
-        assert not any((tmp_path / "cache").iterdir())
+        assert [p.name for p in (tmp_path / "cache").iterdir()] == [".lock"]
     finally:
         holder.kill()
         holder.wait()

@@ -26,6 +26,7 @@ from mcm_jax.data import inputs
 from mcm_jax.data.pipeline import to_float
 from mcm_jax.draws import Draws
 from mcm_jax.errors import UserError
+from mcm_jax.files import write_atomically
 from mcm_jax.modalities import Modality
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
@@ -88,13 +89,16 @@ def build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[st
         is not finite. Shards that are complete stay, and the same call goes on.
     """
     process, processes = jax.process_index(), jax.process_count()
-    kept = _kept(folder)
     if process == 0:
         for leftover in folder.glob("*.tmp"):
             leftover.unlink()
+        kept = _kept(folder)
         if not (folder / store.MANIFEST).exists():
             plan.write(folder / store.BUILDING)
-    synchronise("kept")  # before the first process writes a file of its own
+        _restart_journal(folder, kept)
+    synchronise("tidied")
+    if process:
+        kept = _kept(folder)
     names = [store.shard_name(i) for i in range(plan.shard_count)]
     missing = [i for i, name in enumerate(names) if name not in kept]
     own = missing[process::processes]
@@ -106,6 +110,7 @@ def build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[st
             f"{folder}: the cache needs {needed / 2**20:,.1f} MiB more there, but {free / 2**20:,.1f} MiB are free. "
             f"Free space, take another config.cache.path, or store less (config.draws.count, config.cache.dtype)"
         )
+    synchronise("kept")  # before the first process writes a file of its own
     written = 0
 
     def write(number: int, tensors: dict[str, np.ndarray]) -> int:
@@ -134,6 +139,11 @@ def build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[st
     synchronise("built")
     if process == 0:
         shards = kept | store.written_shards(folder)
+        if absent := [name for name in names if name not in shards]:
+            raise UserError(
+                f"{folder}: {len(absent)} shards of other processes are not there, {absent[0]} the first. All "
+                f"processes need one folder, on a file system that they share (config.cache.path)"
+            )
         dataclasses.replace(plan, shards={name: shards[name] for name in names}).write(folder / store.MANIFEST)
         for leftover in (folder / store.BUILDING, *folder.glob(store.JOURNAL.format("*"))):
             leftover.unlink(missing_ok=True)
@@ -153,6 +163,16 @@ def _kept(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     known = {name: known[name] for name in sorted(known)}
     wrong = store.verify(folder, known)
     return {name: entry for name, entry in known.items() if name not in wrong}
+
+
+def _restart_journal(folder: pathlib.Path, kept: Mapping[str, Mapping[str, Any]]) -> None:
+    """Leaves one journal, of what is kept: lines of earlier builds must not speak of shards that this one builds."""
+    first = folder / store.JOURNAL.format(0)
+    lines = [json.dumps({"shard": name, **entry}) + "\n" for name, entry in kept.items()]
+    write_atomically(first, "".join(lines).encode())
+    for journal in folder.glob(store.JOURNAL.format("*")):
+        if journal != first:
+            journal.unlink()
 
 
 def bytes_of_an_example(plan: store.Manifest, recipe: Recipe) -> int:
@@ -204,7 +224,8 @@ class _Predictor:
             x_t, _, t = draws.noised(base.schedule, x0, batch["index"], batch["draw"])
             eps = base.predict(params, x_t, t, *(() if context is None else (context,)))
             stored = quantise(eps, dtype)
-            return {**stored, "t": t}, jnp.isfinite(dequantise(stored)).all(axis=(1, 2, 3))
+            finite = jnp.isfinite(eps) & jnp.isfinite(dequantise(stored))  # int8 holds a NaN as 0
+            return {**stored, "t": t}, finite.all(axis=(1, 2, 3))
 
         self._step = step
 

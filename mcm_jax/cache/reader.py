@@ -70,9 +70,12 @@ class Cache:
           :attr:`fields`: ``latent`` or ``image``, the modalities, ``eps`` as it is stored and ``eps_scale`` for int8.
 
         Raises:
+          IndexError: an example that is not there.
           UserError: a shard is gone or was cut off since the cache was opened.
         """
         m, count = self.manifest, len(index)
+        if count and not 0 <= index.min() <= index.max() < m.examples:
+            raise IndexError(f"examples {index.min()} to {index.max()}, but the cache has 0 to {m.examples - 1}")
         out = {name: np.empty((count, *shape), dtype) for name, (dtype, shape) in self.fields.items()}
         bytes_of = {name: values.reshape(count, -1).view(np.uint8) for name, values in out.items()}
         for i, (example, d) in enumerate(zip(index.tolist(), (draw % m.draws).tolist(), strict=True)):
@@ -94,10 +97,3 @@ class Cache:
                     f"{store.REPAIR}"
                 ) from e
         return out
-
-    def timesteps(self, number: int) -> np.ndarray:
-        """The stored timesteps of a shard's examples, int32 ``[n, K]``."""
-        dtype, shape, begin = store.read_header(self._paths[number])["t"]
-        with self._paths[number].open("rb") as file:
-            file.seek(begin)
-            return np.frombuffer(file.read(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)

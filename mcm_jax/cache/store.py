@@ -287,16 +287,28 @@ def lock(folder: pathlib.Path) -> Iterator[None]:
     Raises:
       UserError: another process holds it.
     """
-    import fcntl  # here, so that caches are read where there is none (Windows)
+    import fcntl  # here, so that the package can be imported where there is none (Windows)
 
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    path = folder / ".lock"  # a file that is open for writing: NFS locks nothing else
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                break  # or whoever held it has just removed it: once more
+            os.close(handle)
         except BlockingIOError as e:
+            os.close(handle)
             raise UserError(
                 f"{folder}: another process is building this cache. Wait for it, or take another config.cache.path"
             ) from e
+        except OSError as e:
+            os.close(handle)
+            raise UserError(
+                f"{folder}: the file system there cannot lock files ({e.strerror or e}). Take another config.cache.path"
+            ) from e
+    try:
         yield
     finally:
+        path.unlink(missing_ok=True)
         os.close(handle)

@@ -19,6 +19,10 @@ from mcm_jax.data.pipeline import InMemory
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality
 
+PREPROCESSING = 1
+"""Part of a cache's fingerprint. Raised when an example's picture, conditions, views or draws come out otherwise than
+before: fitting to the base's size, a modality's resizing, cropping, timesteps, noise."""
+
 # Pictures or prompts a call of a net, on each device: the autoencoder's encoder needs half a GiB for one of 512x512.
 _BATCH = 8
 

@@ -14,6 +14,24 @@ from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality
 
 
+def check_views(views: int, flip: bool, crop: float) -> None:
+    """Raises UserError, with the config's keys, where views would not differ or nothing would be augmented."""
+    if not 0 < crop <= 1:
+        raise UserError(f"config.data.crop must be above 0 and at most 1, got {crop}")
+    if views < 1:
+        raise UserError(f"config.data.views must be at least 1, got {views}")
+    if views == 1 and (flip or crop < 1):
+        raise UserError(
+            "config.data.views=1 is the picture as it is, so config.data.flip and crop change nothing: set "
+            "config.data.views to 2 with flip alone, or to as many as config.draws.count with crop"
+        )
+    if crop == 1 and views > (2 if flip else 1):
+        raise UserError(
+            f"config.data.views={views}, but there are only {2 if flip else 1} different ones with "
+            f"config.data.flip={flip} and no crop; set config.data.crop below 1, or fewer views"
+        )
+
+
 class Views:
     """A random-access source of the views of another source's examples: ``[i * V + v]`` is view v of example i.
 
@@ -43,20 +61,7 @@ class Views:
         crop: float = 1.0,
         seed: int = 0,
     ):
-        if not 0 < crop <= 1:
-            raise UserError(f"config.data.crop must be above 0 and at most 1, got {crop}")
-        if views < 1:
-            raise UserError(f"config.data.views must be at least 1, got {views}")
-        if views == 1 and (flip or crop < 1):
-            raise UserError(
-                "config.data.views=1 is the picture as it is, so config.data.flip and crop change nothing: set "
-                "config.data.views to 2 with flip alone, or to as many as config.draws.count with crop"
-            )
-        if crop == 1 and views > (2 if flip else 1):
-            raise UserError(
-                f"config.data.views={views}, but there are only {2 if flip else 1} different ones with "
-                f"config.data.flip={flip} and no crop; set config.data.crop below 1, or fewer views"
-            )
+        check_views(views, flip, crop)
         self.source, self.modalities = source, tuple(modalities)
         self.views, self.flip, self.crop, self.seed = views, flip, crop, seed
 

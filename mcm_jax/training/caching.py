@@ -19,6 +19,7 @@ from mcm_jax import config as config_lib
 from mcm_jax.base import BaseCard, load_base
 from mcm_jax.cache import Cache, build, store
 from mcm_jax.data import Folder, Scenes, find_source, open_source
+from mcm_jax.data.inputs import PREPROCESSING
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import check_writable
 from mcm_jax.version import __version__
@@ -28,6 +29,8 @@ def precompute(
     config: ml_collections.ConfigDict,
     workdir: str | os.PathLike,
     check: Callable[[BaseCard], object] = lambda card: None,
+    *,
+    verify: bool = True,
 ) -> Cache:
     """Makes the config's cache of predictions, or completes or repairs the one that is there.
 
@@ -37,9 +40,10 @@ def precompute(
       config: as configs/default.py has it; ``cache.mode`` does not matter.
       workdir: holds the cache, in ``cache/``, unless ``cache.path`` says otherwise. Nothing else is written there.
       check: is told of the base before anything is built, and may refuse it.
+      verify: whether the checksums of a cache that is already there are compared, and damaged shards built again.
 
     Returns:
-      The complete cache, verified.
+      The complete cache. One that is there already is only read: any number of runs may share it.
 
     Raises:
       UserError: bad input, another cache in the folder, a full disk: see its message. Complete shards stay.
@@ -49,19 +53,20 @@ def precompute(
     sharding.check_batch_size(config.cache.batch_size, sharding.local_mesh(), "config.cache.batch_size")
     folder = config_lib.cache_folder(config, workdir)
     process = jax.process_index()
+    there = store.Manifest.find(folder)
+    if there and there.shards:
+        check_made_of(config, folder, there)
+        check(there.card)
+        wrong = store.verify(folder, there.shards) if verify else {}
+        if not wrong:
+            print(f"{folder}: the cache is complete")
+            return Cache(folder, verify=False)
+        print(f"{store.describe_damage(folder, wrong, len(there.shards))}\nbuilding these again")
     if process == 0:
         check_writable(folder, "config.cache.path" if config.cache.path else "--workdir")
     build.synchronise("folder")
     with store.lock(folder) if process == 0 else nullcontext():
-        there = store.Manifest.find(folder)
-        if there and there.shards:
-            check_made_of(config, folder, there)
-            check(there.card)
-            wrong = store.verify(folder, there.shards)
-            if not wrong:
-                print(f"{folder}: the cache is complete")
-                return Cache(folder, verify=False)
-            print(f"{store.describe_damage(folder, wrong, len(there.shards))}\nbuilding these again")
+        there = store.Manifest.find(folder)  # again: another may have come first
         base = load_base(assets.resolve_base(config.base.path), config.base.dtype)
         check(base.card)
         source = open_source(
@@ -91,7 +96,7 @@ def precompute(
             ) from None
     del base, source, recipe
     gc.collect()  # training has the memory to itself
-    cache = Cache(folder)
+    cache = Cache(folder, verify=verify)
     shards = cache.manifest.shards
     print(
         f"{folder}: {len(cache):,} examples x {cache.manifest.draws} draws in {len(shards)} shards, "
@@ -120,16 +125,7 @@ def open_cache(
     manifest = store.Manifest.read(folder)
     check(manifest.card)
     check_made_of(config, folder, manifest)
-    cache = Cache(folder, verify=config.cache.verify)
-    draws = config_lib.draws(config, cache.card)
-    index = manifest.rows(0)
-    again = jax.jit(jax.vmap(lambda i: draws.timesteps(i[None].repeat(draws.count), jax.numpy.arange(draws.count))))
-    if (jax.device_get(again(jax.numpy.array(index))) != cache.timesteps(0)).any():
-        raise UserError(
-            f"{folder}: its timesteps do not follow from its seed: this JAX ({jax.__version__}) draws other random "
-            f"numbers than the one that built the cache ({manifest.versions.get('jax')}). Build it again"
-        )
-    return cache
+    return Cache(folder, verify=config.cache.verify)
 
 
 def _plan(config: ml_collections.ConfigDict, base: base_lib.Base, rows: int) -> store.Manifest:
@@ -151,10 +147,13 @@ def made_of(config: ml_collections.ConfigDict, card: BaseCard, data: dict[str, s
     """All that decides the values in a cache, as texts."""
     schedule = hashlib.sha256(card.schedule.alphas_cumprod.tobytes() + card.schedule.prediction_type.encode())
     d = config.data
-    views = f"{d.views}" if d.views == 1 else f"{d.views}, flip {d.flip}, crop {float(d.crop)}, seed {d.seed}"
+    views = f"{d.views}" if d.views == 1 else f"{d.views}, flip {d.flip}, crop {float(d.crop)}"
+    views += f", seed {d.seed}" if d.crop < 1 else ""
+    density = [float(part) / sum(config.draws.density) for part in config.draws.density]
     text = {"prompt_drop_rate": f"{float(d.prompt_drop_rate)}"} if card.is_text_conditional else {}
     return {
         "format": str(store.FORMAT),
+        "preprocessing": str(PREPROCESSING),
         "base": card.fingerprint,
         "base.dtype": config.base.dtype,
         "schedule": schedule.hexdigest(),
@@ -164,7 +163,8 @@ def made_of(config: ml_collections.ConfigDict, card: BaseCard, data: dict[str, s
         **{f"modalities.{m.name}": f"{m.kind}, channels={m.channels}" for m in config_lib.modalities(config)},
         "draws.count": str(config.draws.count),
         "draws.seed": str(config.draws.seed),
-        "draws.density": str([float(part) for part in config.draws.density]),
+        "draws.density": str(density),
+        "draws.numbers": config_lib.draws(config, card).fingerprint(),
         "cache.dtype": config.cache.dtype,
     }
 
@@ -193,7 +193,7 @@ def check_made_of(config: ml_collections.ConfigDict, folder: pathlib.Path, there
     elif stamp != there.stamps.get("base") or config.base.dtype != there.made_of.get("base.dtype"):
         card = base_lib.outline(assets.resolve_base(config.base.path), config.base.dtype).card
     known = there.data
-    if config.data.name == "folder" and not pathlib.Path(config.data.path).exists():
+    if config.data.name == "folder" and not (pathlib.Path(config.data.path) / "train").exists():
         print(f"data {config.data.path!r} are not at hand: the cache is taken at its word")
         data = known
     else:
@@ -201,6 +201,12 @@ def check_made_of(config: ml_collections.ConfigDict, folder: pathlib.Path, there
         data = known if source.stamp() == there.stamps.get("data") else source.fingerprints()
     wanted = made_of(config, card, data)
     if lines := store.differences(there.made_of, wanted):
+        if [line.split(":")[0].strip() for line in lines] == ["draws.numbers"]:
+            raise UserError(
+                f"{folder}: this JAX ({jax.__version__}) draws other random numbers from the cache's seed than the one "
+                f"that built it ({there.versions.get('jax')}), so its noise cannot be made again. Build it again in "
+                f"another folder (config.cache.path), or go back to that JAX and its settings"
+            )
         differs = "\n".join(lines)
         raise UserError(
             f"{folder}: the cache there has fingerprint {there.fingerprint[:16]}, this config wants "

@@ -66,7 +66,7 @@ class Checkpoints:
             )
         if meta.get("examples") and found.get("examples", meta["examples"]) != meta["examples"]:
             raise UserError(
-                f"{name}: the training examples are others than this run began with (files came or went, by name). Put "
+                f"{name}: the training examples are others than this run began with (files came, went or changed). Put "
                 f"them back, or train in another workdir"
             )
         with self._reading(step):

@@ -1,6 +1,7 @@
 """The training run: config and workdir in, checkpoints, metrics and pictures out."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -183,8 +184,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     elif finished:
         card = known_card(config, workdir)
     else:
-        make = precompute if config.cache.mode == "build" else open_cache
-        cache = make(config, workdir, lambda card: _modulator(config, card))
+        check = functools.partial(_modulator, config)
+        if config.cache.mode == "build":
+            cache = precompute(config, workdir, check, verify=config.cache.verify)
+        else:
+            cache = open_cache(config, workdir, check)
         card = cache.card
     modulator = _modulator(config, card)
     check_writable(workdir, "--workdir")
@@ -283,7 +287,7 @@ def _train(
         print(f"going on from step {first}")
     if feed.repeat and (times := train.steps * train.batch_size / (feed.examples * feed.repeat)) >= _OFTEN:
         print(
-            f"training will see each cached draw {times:.0f} times, and learn it by heart: more draws an example "
+            f"training will see each cached draw {times:.0f} times and overfit to it: more draws an example "
             f"(config.draws.count, now {feed.repeat}) give better control (docs/cache.md)"
         )
 
