@@ -14,9 +14,10 @@ else
   build="--examples=6 --draws=2 --batch=4" train="--batch=4 --examples=8 --draws=2 --steps=3"
   control="--batch=1 --steps=2" whole="--batch=4 --examples=8 --draws=2 --steps=12"
 fi
-# Two at a time would share the device's memory: JAX takes most of it, PyTorch the rest.
+# One at a time has the device's memory. The training benchmark starts processes of its own, so it takes what it needs.
 "$python" -m benchmarks.cache_build --size="$size" $build --workdir=runs/h200/build --out="$out/cache_build_$size.json"
-"$python" -m benchmarks.training --size="$size" $train --workdir=runs/h200/train --out="$out/training_$size.json"
+XLA_PYTHON_CLIENT_PREALLOCATE=false \
+  "$python" -m benchmarks.training --size="$size" $train --workdir=runs/h200/train --out="$out/training_$size.json"
 "$python" -m benchmarks.whole_run --size="$size" $whole --workdir=runs/h200/whole --out="$out/whole_run_$size.json"
 if "$python" -c "import diffusers, torch" 2>/dev/null; then
   "$python" -m benchmarks.controlnet_step --size="$size" $control --out="$out/controlnet_$size.json"

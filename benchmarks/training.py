@@ -71,8 +71,7 @@ def peak_memory_alone(kind: str, mcm: str) -> dict | str:
     """Of one kind of training, in a process that does nothing else; its last words where it failed."""
     command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:], f"--only={kind}"]
     command += ["--rounds=1", "--steps=1", f"--mcm={mcm}"]
-    # What this process has is the child's to use, but for what the base that built the cache still holds.
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the caller holds a part of the device
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode:
         return f"failed with status {done.returncode}"
