@@ -330,7 +330,7 @@ def environment():
     cache = {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     }
     return os.environ | cache
 

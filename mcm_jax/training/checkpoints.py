@@ -36,7 +36,8 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest_step():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        # From the host: every device holds it all, and Orbax would have each one write a slice of each array.
+        args = ocp.args.Composite(state=ocp.args.StandardSave(jax.device_get(state)), meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=args, force=True)
         self._manager.wait_until_finished()
 

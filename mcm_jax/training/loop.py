@@ -268,15 +268,16 @@ def _train(
         train.steps, train.learning_rate, train.warmup_steps, train.weight_decay, train.clip_norm
     )
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    params = jax.jit(lambda key: modulator.init(key, card.latent_shape))(key)
-    now = sharding.replicate(state.init_state(params, optimizer), mesh)
+    # One program: made by many small ones, the state takes seconds to begin with.
+    begin = jax.jit(lambda key: state.init_state(modulator.init(key, card.latent_shape), optimizer))
+    now = sharding.replicate(begin(key), mesh)
     checkpoints = Checkpoints(workdir, train.keep)
     reported, sums = 0, None  # the last reported step, and the metrics' sums since then
     if checkpoints.latest_step() is not None:
         now, found = checkpoints.restore(now, meta)
         reported, sums = found["reported"], found["sums"] and {k: np.float32(v) for k, v in found["sums"].items()}
     first = int(now.step)
-    size = parameter_count(params)
+    size = parameter_count(now.params)
     share = size / card.unet_parameters
     print(f"MCM of {size:,} parameters ({share:.1%} of the U-Net of {card.name!r}), on {mesh.size} device(s)")
     if feed is None or first >= train.steps:

@@ -34,7 +34,7 @@ def make_optimizer(
         0.0 if warmup else learning_rate, learning_rate, warmup, max(steps, warmup + 1)
     )
     adamw = optax.adamw(schedule, weight_decay=weight_decay)
-    return (optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw), schedule
+    return (optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw), jax.jit(schedule)
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
