@@ -10,6 +10,7 @@ from absl import flags
 from mcm_jax import cli
 from mcm_jax.errors import UserError
 from mcm_jax.generate import generate
+from mcm_jax.sampling import SamplingSettings
 
 _WORKDIR = flags.DEFINE_string("workdir", "scenes-mcm", "Workdir of train.py, or the name of a shipped MCM")
 _OUT = flags.DEFINE_string("out", None, "Folder for the samples, a grid of them and a JSON that repeats the run")
@@ -21,13 +22,7 @@ _OTHERS = flags.DEFINE_multi_string("condition", [], "NAME=PICTURE, for any othe
 _NUM = flags.DEFINE_integer("num_samples", 8, "How many")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise; sample i of a seed is the same for any num_samples")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text, for a text-conditional base; default: the empty one")
-_NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What the prompt's guidance leads away from")
-_TEXT = flags.DEFINE_float("text_guidance", None, "Classifier-free guidance scale; default: the config's")
-_GUIDANCE = flags.DEFINE_float("guidance", None, "Modality guidance scale; default: the config's")
-_SAMPLER = flags.DEFINE_enum("sampler", None, ["ddim", "ddpm"], "Default: the config's")
-_STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the config's")
-_ETA = flags.DEFINE_float("eta", None, "DDIM's share of fresh noise; default: the config's")
-_BATCH = flags.DEFINE_integer("batch_size", None, "Images at a time; default: the config's")
+_SETTINGS = cli.define_flags(SamplingSettings)
 
 
 def main(argv: list[str]) -> None:
@@ -42,13 +37,7 @@ def main(argv: list[str]) -> None:
         num_samples=_NUM.value,
         seed=_SEED.value,
         prompt=_PROMPT.value,
-        negative_prompt=_NEGATIVE.value,
-        guidance=_GUIDANCE.value,
-        text_guidance=_TEXT.value,
-        sampler=_SAMPLER.value,
-        steps=_STEPS.value,
-        eta=_ETA.value,
-        batch_size=_BATCH.value,
+        **_SETTINGS(),
     )
 
 

@@ -8,6 +8,7 @@ runs/cache_draws: a script that was stopped goes on.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -20,14 +21,13 @@ import numpy as np
 from configs import default, demo
 from mcm_jax import config as config_lib
 from mcm_jax import losses, sampling
-from mcm_jax.data import open_source
 from mcm_jax.data.inputs import prepare
 from mcm_jax.data.pipeline import InMemory, to_float
 from mcm_jax.data.scenes import CLASSES, Scenes
 from mcm_jax.evaluation import confusion_matrix, load_segmenter, mean_iou
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.sharding import make_mesh
-from mcm_jax.training import feed, step, train_and_evaluate
+from mcm_jax.training import RunSettings, feed, step, train_and_evaluate
 
 
 def variants(images: list[int], draws: list[int], steps: int) -> dict:
@@ -48,13 +48,10 @@ def variants(images: list[int], draws: list[int], steps: int) -> dict:
 
 def held_out(config, base, examples: int, seed: int = 1):
     """Records of test scenes with draws that no run has seen, and a jitted ``loss(modulator)(params, record)``."""
-    modulator = config_lib.modulator(config, base)
-    source = open_source(
-        config.data, "test", modulator.modalities, *base.image_shape[:2], captions=False, size=examples
-    )
-    c = config.copy_and_resolve_references()
-    c.draws.seed = seed
-    draws = config_lib.draws(c, base)
+    settings = config_lib.read(RunSettings, config)
+    modulator = settings.mcm.modulator(settings.modalities.shown, base.schedule)
+    source = settings.data.open("test", modulator.modalities, base.card, size=examples)
+    draws = dataclasses.replace(settings.draws_for(base.card), seed=seed)
     inputs = prepare(base, source, modulator.modalities, make_mesh())
     noise_step = step.make_noise_step(modulator, draws, seed=seed, drop_rate=0.0)
     fresh = feed.online(base, inputs, draws, 1, {}, make_mesh())

@@ -19,16 +19,15 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import default, demo
-from mcm_jax import assets, sampling
 from mcm_jax import config as config_lib
-from mcm_jax.base import load_base
+from mcm_jax import sampling
 from mcm_jax.data.inputs import prepare
 from mcm_jax.data.pipeline import InMemory, to_float
 from mcm_jax.data.scenes import CLASSES, Scenes
 from mcm_jax.evaluation import confusion_matrix, load_segmenter, mean_iou
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.sharding import make_mesh, replicate
-from mcm_jax.training import feed, state, step
+from mcm_jax.training import RunSettings, feed, state, step
 
 
 def variants() -> dict:
@@ -55,19 +54,19 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    configs = variants()
+    configs = {name: config_lib.read(RunSettings, c) for name, c in variants().items()}
     one = next(iter(configs.values()))
-    base = load_base(assets.resolve(one.base.path))
+    base = one.base.load()
     height, width, _ = base.image_shape
     rendered = InMemory.render(Scenes("train", one.data.size, height, width, one.data.seed))
-    mesh, draws = make_mesh(), config_lib.draws(one, base)
+    mesh, draws = make_mesh(), one.draws_for(base.card)
     base = dataclasses.replace(base, params=replicate(base.params, mesh))
-    inputs = prepare(base, rendered, config_lib.modalities(one), mesh)
+    inputs = prepare(base, rendered, one.modalities.shown, mesh)
     source = feed.online(base, inputs, draws, 1, {}, mesh)
     runs = {}
     for name, c in configs.items():
         t = c.train
-        modulator = config_lib.modulator(c, base)
+        modulator = c.mcm.modulator(c.modalities.shown, base.schedule)
         optimizer, _ = state.make_optimizer(args.steps, t.learning_rate, t.warmup_steps, t.weight_decay, t.clip_norm)
         init = jax.jit(lambda key, modulator=modulator: modulator.init(key, base.latent_shape))
         params = init(jax.random.key(c.seed))
@@ -84,7 +83,8 @@ def main() -> None:
     examples = to_float(InMemory.render(Scenes("test", args.maps, height, width, one.data.seed)).arrays, ["sketch"])
     segmenter, keys, rows = load_segmenter(), sampling.sample_keys(0, args.maps), {}
     for name, c in configs.items():
-        pipeline = Pipeline(base, config_lib.modulator(c, base), runs[name][0].ema_params, c, args.steps)
+        modulator = c.mcm.modulator(c.modalities.shown, base.schedule)
+        pipeline = Pipeline(base, modulator, runs[name][0].ema_params, c.sampling, args.steps)
 
         def miou(given, guidance=1.0, pipeline=pipeline):
             images = pipeline({n: examples[n] for n in given}, keys, guidance=guidance, steps=args.sampling_steps)

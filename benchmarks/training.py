@@ -29,7 +29,7 @@ from mcm_jax import sharding
 from mcm_jax.cache import Cache
 from mcm_jax.data.inputs import prepare
 from mcm_jax.draws import Draws
-from mcm_jax.training import feed, state, step
+from mcm_jax.training import RunSettings, feed, state, step
 
 
 def make_modulator(card, size: str, dtype: str):
@@ -39,7 +39,8 @@ def make_modulator(card, size: str, dtype: str):
     c.modalities.segmentation.channels = 150
     if size == "paper":
         default.paper_form(c)
-    return config_lib.modulator(c, card)
+    settings = config_lib.read(RunSettings, c)
+    return settings.mcm.modulator(settings.modalities.shown, card.schedule)
 
 
 class Runner:

@@ -16,8 +16,9 @@ import time
 from benchmarks import common
 from benchmarks.cache_build import build_cache
 from configs import default
+from mcm_jax import config as config_lib
 from mcm_jax.mcm import parameter_count
-from mcm_jax.training import caching, train_and_evaluate
+from mcm_jax.training import RunSettings, caching, train_and_evaluate
 
 
 def main() -> None:
@@ -45,10 +46,11 @@ def main() -> None:
     config.train.update(steps=args.steps, batch_size=args.batch, validate_every=0)
     config.train.update(log_every=max(1, args.steps // 20), checkpoint_every=args.steps)
 
+    settings = config_lib.read(RunSettings, config)
     began = time.perf_counter()
     base = common.make_base(args.size, args.dtype)
     made = time.perf_counter() - began
-    made_of = lambda base, draws: caching.made_of(config, base.card, {"noise": "1"})  # noqa: E731
+    made_of = lambda base, draws: caching.made_of(settings, base.card, {"noise": "1"})  # noqa: E731
     folder = args.workdir / "run/cache"
     building = build_cache(folder, base, args.examples, args.draws, args.batch, made_of=made_of)[1]
     del base

@@ -1,11 +1,15 @@
 """What the scripts at the top level share: errors that a user can mend end in one message, not a traceback."""
 
+import dataclasses
 import gc
 import sys
+import typing
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
+from mcm_jax import config
 from mcm_jax.errors import Interrupted, UserError
 
 
@@ -27,6 +31,23 @@ def _parse(argv: Sequence[str]) -> list[str]:
         sys.exit(f"error: config key {key}\nconfigs/default.py lists every key, its type and meaning")
     except (OSError, ImportError, SyntaxError) as e:
         sys.exit(f"error: the config file cannot be read: {e}")
+
+
+def define_flags(cls: type, names: Sequence[str] = ()) -> Callable[[], dict[str, Any]]:
+    """Defines a flag for each field of a dataclass of settings, explained by its docstring.
+
+    Args:
+      cls: the dataclass.
+      names: of the fields; none for all.
+
+    Returns:
+      A function that gives, by name, the values that were typed; None where nothing was.
+    """
+    define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+    meanings, types = config.describe(cls), typing.get_type_hints(cls)
+    chosen = names or [f.name for f in dataclasses.fields(cls)]
+    holders = {name: define[types[name]](name, None, f"{meanings[name]} Default: the config's") for name in chosen}
+    return lambda: {name: holder.value for name, holder in holders.items()}
 
 
 def run(main: Callable[[list[str]], None]) -> None:

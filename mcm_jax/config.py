@@ -1,299 +1,227 @@
-"""Where a config enters: checked once, turned into plain objects, written into the workdir and compared with it."""
+"""Where a config enters and becomes settings: frozen dataclasses, each beside the code that uses it.
 
+A section of a config is such a dataclass: its fields are the section's keys, its defaults their defaults, its checks
+stand in ``__post_init__``. This module turns a ConfigDict or a workdir's ``config.json`` into any of them and back, and
+knows no section by name. Nothing else of the package sees a ConfigDict.
+
+* A field whose type is a dataclass is a section within.
+* A field of type ``tuple[D, ...]``, D a dataclass with a ``name``, takes every key that is no field: one D each.
+* A key that ``config.json`` lacks is younger than the run. It takes the default, or what :func:`setting` says that the
+  run did before there was the key.
+"""
+
+import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
-from typing import Any
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-import jax.numpy as jnp
 import ml_collections
 
-from mcm_jax import draws as draws_lib
-from mcm_jax import losses, sampling
-from mcm_jax.base import Base, BaseCard
-from mcm_jax.cache import build
-from mcm_jax.data.scenes import CLASSES
-from mcm_jax.data.views import check_views
 from mcm_jax.errors import UserError
 from mcm_jax.files import write_atomically
-from mcm_jax.mcm import INPUTS, MCM, SHIFT_SPACES, Modulator, Size
-from mcm_jax.modalities import Modality
 
-_CHOICES = {
-    "base.dtype": ("float32", "bfloat16", "float16"),
-    "mcm.dtype": ("float32", "bfloat16", "float16"),
-    "mcm.shift_space": SHIFT_SPACES,
-    "loss.weighting": losses.WEIGHTINGS,
-    "sampling.sampler": sampling.SAMPLERS,
-    "sampling.modulate": sampling.MODULATE,
-    "data.name": ("scenes", "folder"),
-    "cache.mode": ("off", "on", "build"),
-    "cache.dtype": build.DTYPES,
-}
-_AT_LEAST_ONE = (
-    "data.size",
-    "data.views",
-    "draws.count",
-    "cache.shard_draws",
-    "cache.batch_size",
-    "train.steps",
-    "train.batch_size",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "sampling.steps",
-    "sampling.batch_size",
-    "mcm.channels",
-    "mcm.blocks",
-    "mcm.groups",
-    "evaluation.maps",
-    "evaluation.diversity_conditions",
-)
-_AT_LEAST_ZERO = (
-    "seed",
-    "data.seed",
-    "draws.seed",
-    "loss.l1",
-    "train.warmup_steps",
-    "train.weight_decay",
-    "train.clip_norm",
-    "train.validate_every",
-    "mcm.head_dim",
-    "sampling.guidance",
-    "sampling.text_guidance",
-    "evaluation.diversity_seeds",
-)
-_SEEDS = 2**32  # a JAX key takes 32 bits; more would be cut off silently
-_MAPS = {"scenes": {"segmentation": ("labels", len(CLASSES)), "sketch": ("map", 1)}}  # what each data set holds
-_ABOVE_ZERO = ("train.learning_rate", "mcm.x0_clip", "data.crop")
-_WHOLE = (
-    "seed",
-    "data.seed",
-    "draws.seed",
-    "train.warmup_steps",
-    "train.validate_every",
-    "mcm.head_dim",
-    "evaluation.diversity_seeds",
-)
-# What else an example or a record holds.
-_TAKEN = ("image", "latent", "caption", "prompt", "index", "draw", "seen", "t", "eps", "eps_scale", "noise", "x_t")
-_LISTS = {"mcm.multipliers": 1, "mcm.attention": 0}  # with the least value of an element
-_OTHERS = (
-    "base.path",
-    "data.path",
-    "mcm.inputs",
-    "modalities.drop_rate",
-    "draws.density",
-    "cache.path",
-    "sampling.negative_prompt",
-)
-_FLAGS = ("mcm.residual_scale", "data.flip", "cache.verify", "cache.load_base")
-_SHARES = ("train.ema_decay", "modalities.drop_rate", "data.prompt_drop_rate", "data.crop", "sampling.eta")
+FILE = "config.json"
+_ALL_KEYS = "docs/config.md lists every key with its meaning"
+_BEFORE = "before"
+
+T = TypeVar("T")
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"train.steps": 100, ...}`` of a (nested) config."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict | ml_collections.ConfigDict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
+def setting(default: Any, *, before: Any) -> Any:
+    """A dataclass's field whose default is not what runs did when they had no such key.
+
+    Args:
+      default: of new runs.
+      before: for a ``config.json`` that lacks the key.
+    """
+    return dataclasses.field(default=default, metadata={_BEFORE: before})
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError where a value is out of its range; types are held by ml_collections."""
-    flat = flatten(config)
+def read(
+    cls: type[T], config: Mapping[str, Any], *, where: str = "config", old: bool = False, others: bool = False
+) -> T:
+    """The settings that a config describes.
 
-    def expect(holds: bool, key: str, expected: str) -> None:
-        if not holds:
-            raise UserError(f"config.{key} must be {expected}, got {flat[key]!r}")
-
-    known = (*_CHOICES, *_AT_LEAST_ONE, *_AT_LEAST_ZERO, *_ABOVE_ZERO, *_SHARES, *_FLAGS, *_LISTS, *_OTHERS)
-    if missing := [k for k in known if k not in flat]:
-        raise UserError(f"the config lacks {', '.join(missing)}; start from configs/default.py, which has every key")
-    for key in (*_AT_LEAST_ONE, *_AT_LEAST_ZERO, *_ABOVE_ZERO, *_SHARES):
-        number = isinstance(flat[key], int | float) and not isinstance(flat[key], bool) and math.isfinite(flat[key])
-        expect(number, key, "a finite number")
-    for key in (*_AT_LEAST_ONE, *_WHOLE):
-        expect(isinstance(flat[key], int), key, "a whole number")
-    for key, least in _LISTS.items():
-        whole = isinstance(flat[key], list) and all(isinstance(v, int) and v >= least for v in flat[key])
-        expect(whole and len(flat[key]) > 0, key, f"a list of whole numbers, each at least {least}")
-    for key in _FLAGS:
-        expect(isinstance(flat[key], bool), key, "True or False")
-    try:
-        draws_lib.check_density(flat["draws.density"], 2**31)  # how many timesteps there are is the base's to say
-    except (TypeError, ValueError):
-        expect(False, "draws.density", "relative densities, each at least 0 and not all 0, e.g. (1,) or (1, 3)")
-    check_views(flat["data.views"], flat["data.flip"], flat["data.crop"])
-    expect(flat["data.views"] <= flat["draws.count"], "data.views", "at most draws.count: each draw sees one view")
-    expect(isinstance(flat["cache.path"], str), "cache.path", "a folder, '' for the workdir's own")
-    expect(isinstance(flat["sampling.negative_prompt"], str), "sampling.negative_prompt", "a text, '' for none")
-    expect(isinstance(flat["base.path"], str) and flat["base.path"] != "", "base.path", "a folder or a shipped name")
-    for key, choices in _CHOICES.items():
-        expect(flat[key] in choices, key, f"one of {', '.join(choices)}")
-    for key in _AT_LEAST_ONE:
-        expect(flat[key] >= 1, key, "at least 1")
-    for key in _AT_LEAST_ZERO:
-        expect(flat[key] >= 0, key, "at least 0")
-    for key in _ABOVE_ZERO:
-        expect(flat[key] > 0, key, "above 0")
-    for key in _SHARES:
-        expect(0 <= flat[key] <= 1, key, "in [0, 1]")
-    expect(flat["modalities.drop_rate"] < 1, "modalities.drop_rate", "below 1: at 1 no condition is ever seen")
-    expect(flat["train.ema_decay"] < 1, "train.ema_decay", "below 1: at 1 the average never moves")
-    for key in ("seed", "draws.seed"):
-        expect(flat[key] < _SEEDS, key, f"at most {_SEEDS - 1}")
-    for key, value in flat.items():
-        expect(not isinstance(value, float) or math.isfinite(value), key, "finite")
-    inputs = flat["mcm.inputs"]
-    expect(len(set(inputs)) == len(inputs) > 0 and set(inputs) <= set(INPUTS), "mcm.inputs", f"out of {INPUTS}")
-    if not modalities(config):
-        raise UserError("config.modalities names no modality; see configs/default.py")
-    is_text = isinstance(flat["data.path"], str)
-    expect(
-        is_text and bool(flat["data.path"]) == (flat["data.name"] == "folder"),
-        "data.path",
-        "a folder of pairs where data.name is 'folder', and '' where it is not",
-    )
-    maps = _MAPS.get(flat["data.name"])
-    for m in modalities(config):
-        found = ("labels" if m.kind == "labels" else "map", m.channels)
-        if maps and found != maps.get(m.name):
-            held = ", ".join(f"{name} ({kind}, channels={channels})" for name, (kind, channels) in maps.items())
-            raise UserError(
-                f"config.modalities.{m.name} is kind={m.kind!r}, channels={m.channels}, but the data set "
-                f"{flat['data.name']!r} holds {held}"
-            )
-
-
-def modalities(config: ml_collections.ConfigDict) -> tuple[Modality, ...]:
-    """The config's modalities, in the order of their names."""
-    section = config.modalities
-    entries = [(k, v) for k, v in sorted(section.items()) if isinstance(v, dict | ml_collections.ConfigDict)]
-    if taken := [name for name, _ in entries if name in _TAKEN]:
-        raise UserError(f"config.modalities.{taken[0]}: this name is taken, as are {', '.join(_TAKEN)}; choose another")
-    for name, v in entries:
-        if set(v) != {"kind", "channels"} or not isinstance(v["channels"], int):
-            raise UserError(
-                f"config.modalities.{name} must have kind and channels (a whole number), got {dict(v)}; see "
-                f"configs/default.py"
-            )
-    return tuple(Modality(name, v["kind"], v["channels"]) for name, v in entries)
-
-
-def draws(config: ml_collections.ConfigDict, base: Base | BaseCard) -> draws_lib.Draws:
-    """What the config draws of each example, for a base. Raises UserError where the density has too many parts."""
-    d, total = config.draws, base.schedule.num_train_timesteps
-    prompt_drop_rate = config.data.prompt_drop_rate if base.is_text_conditional else 0.0
-    try:
-        return draws_lib.Draws(d.seed, d.count, tuple(d.density), total, prompt_drop_rate)
-    except ValueError as e:
-        raise UserError(f"config.draws.density: {e}") from e
-
-
-def cache_folder(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
-    """Where the config's cache is."""
-    return pathlib.Path(config.cache.path).expanduser() if config.cache.path else pathlib.Path(workdir) / "cache"
-
-
-def modulator(config: ml_collections.ConfigDict, base: Base | BaseCard) -> Modulator:
-    """The MCM that the config describes, for a base."""
-    m = config.mcm
-    size = Size(
-        channels=m.channels,
-        multipliers=tuple(m.multipliers),
-        blocks=m.blocks,
-        attention=tuple(bool(a) for a in m.attention),
-        head_dim=m.head_dim or None,
-        groups=m.groups,
-    )
-    return Modulator(
-        module=MCM(size, tuple(m.inputs), jnp.dtype(m.dtype)),
-        modalities=modalities(config),
-        schedule=base.schedule,
-        shift_space=m.shift_space,
-        residual_scale=m.residual_scale,
-        x0_clip=m.x0_clip,
-    )
-
-
-def load(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
-    """Reads the config of a workdir.
+    Args:
+      cls: a dataclass of settings.
+      config: ConfigDict or dict, with a dict for each section.
+      where: how messages call it.
+      old: whether it is a ``config.json``, which may be older than some keys.
+      others: whether it may hold what `cls` does not have.
 
     Raises:
-      UserError: there is none, or it cannot be read.
+      UserError: a key that is missing, unknown, of the wrong type or out of range: names it, what was found and what is
+        expected.
     """
-    path = pathlib.Path(workdir) / "config.json"
+    fields, types_of = _fields(cls)
+    rest = next((name for name, kind in types_of.items() if _named(kind)), None)
+    values = {}
+    unknown = sorted(str(key) for key in config if key not in fields or key == rest)
+    if rest:
+        kind = typing.get_args(types_of[rest])[0]
+        values[rest] = tuple(_read_named(kind, name, config[name], f"{where}.{name}") for name in unknown)
+    elif unknown and not others:
+        raise UserError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(fields)} ({_ALL_KEYS})")
+    missing = [name for name in fields if name not in config and name != rest]
+    before = {name: fields[name].metadata[_BEFORE] for name in missing if _BEFORE in fields[name].metadata}
+    # Of an old config, a key that is missing is younger than the run; a section that always was is not.
+    always = [n for n in missing if not old or (dataclasses.is_dataclass(types_of[n]) and n not in before)]
+    if always:
+        names = [f"{name}.{key}".rstrip(".") for name in always for key in _keys(types_of[name])]
+        raise UserError(f"the {where} lacks {', '.join(names)}; start from configs/default.py, which has every key")
+    values |= before
+    for name in fields.keys() - {rest} - set(missing):
+        values[name] = _value(types_of[name], config[name], f"{where}.{name}", old)
+    try:
+        return cls(**values)
+    except UserError as e:
+        raise UserError(f"{where}.{e}") from e
+
+
+def default(cls: type) -> ml_collections.ConfigDict:
+    """The config of a dataclass's defaults, which a config file then changes."""
+    return ml_collections.ConfigDict(_plain(cls(), tuples=True))
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Settings as ``config.json`` has them: :func:`read` gives them back."""
+    return _plain(settings, tuples=False)
+
+
+def flatten(settings: Any) -> dict[str, Any]:
+    """``{"train.steps": 100, ...}`` of settings or of a config; tuples become lists."""
+    return _flat(settings if isinstance(settings, Mapping | ml_collections.ConfigDict) else to_dict(settings))
+
+
+def load(cls: type[T], folder: str | os.PathLike, *, others: bool = False) -> T:
+    """Reads the settings of a workdir, of whatever version.
+
+    Args:
+      cls: which.
+      folder: the workdir.
+      others: whether `cls` is a part of them.
+
+    Raises:
+      UserError: there are none, or they cannot be read.
+    """
+    path = pathlib.Path(folder) / FILE
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file, so {str(workdir)!r} is no workdir of a training run. "
-            f"Make one with train.py --config=... --workdir={workdir}"
+            f"{path}: no such file, so {str(folder)!r} is no workdir of a training run. "
+            f"Make one with train.py --config=... --workdir={folder}"
         )
     try:
-        config = ml_collections.ConfigDict(json.loads(path.read_text()))
-        check(config)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, KeyError) as e:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise TypeError(f"found a {type(content).__name__}, expected sections")
+        return read(cls, content, old=True, others=others)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as e:
         raise UserError(f"{path}: not a config that train.py wrote ({e})") from e
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
-    return config
 
 
-# Where and how a cache is kept: the same training, wherever its predictions lie.
-_HOUSEKEEPING = ("cache.path", "cache.verify", "cache.batch_size", "cache.shard_draws", "cache.load_base")
+def save(settings: Any, folder: pathlib.Path) -> None:
+    """Writes settings into a workdir; the file is replaced whole."""
+    write_atomically(folder / FILE, (json.dumps(to_dict(settings), indent=2, sort_keys=True) + "\n").encode())
 
 
-def _of_a_run(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The values that a run cannot change on its way."""
-    flat = flatten(config)
-    flat["cache.mode"] = "on" if flat["cache.mode"] == "build" else flat["cache.mode"]
-    return {key: value for key, value in flat.items() if key not in _HOUSEKEEPING}
+def describe(cls: type) -> dict[str, str]:
+    """What each field of a dataclass means, as the ``Attributes`` of its docstring say."""
+    text = re.split(r"\n *Attributes:\n", cls.__doc__ or "", maxsplit=1)[-1]
+    entries = re.findall(r"^ +(\w+): (.+(?:\n {8,}.+)*)", text, re.MULTILINE)
+    return {name: " ".join(meaning.split()) for name, meaning in entries}
 
 
-def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Compares the config with the one in a workdir, if there is one.
-
-    Raises:
-      UserError: the workdir holds another run; lists each key that differs.
-    """
-    path = workdir / "config.json"
-    if path.exists():
-        found, wanted = _of_a_run(load(workdir)), _of_a_run(config)
-        lines = [
-            f"  {key}: there {found.get(key, 'absent')!r}, now {wanted.get(key, 'absent')!r}"
-            for key in sorted(found.keys() | wanted.keys())
-            if found.get(key, None) != wanted.get(key, None)
-        ]
-        if lines:
-            differs = "\n".join(lines)
-            raise UserError(
-                f"{path} is another run's config. It differs in\n{differs}\n"
-                f"Take another --workdir, or the same values to go on with that run (a run cannot be made longer: the "
-                f"learning rate decays over train.steps)"
-            )
+@functools.cache
+def _fields(cls: type) -> tuple[dict[str, dataclasses.Field], dict[str, Any]]:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    return fields, {name: hints[name] for name in fields}
 
 
-def save(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes the config into a workdir, unless one is there."""
-    path = workdir / "config.json"
-    if not path.exists():
-        write_atomically(path, (json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n").encode())
+def _keys(kind: Any) -> list[str]:
+    """The keys of a section; of a value, one empty name."""
+    return list(_fields(kind)[0]) if dataclasses.is_dataclass(kind) else [""]
 
 
-def check_same_shapes(found: dict[str, Any], expected: dict[str, Any], source: str) -> None:
-    """Raises UserError, listing both sides, unless two MCMs have the same params; the values are shapes."""
-    lines = [f"  missing there: {k} {tuple(v)}" for k, v in expected.items() if k not in found]
-    lines += [f"  only there: {k} {tuple(v)}" for k, v in found.items() if k not in expected]
-    lines += [
-        f"  {k}: there {tuple(found[k])}, expected {tuple(v)}"
-        for k, v in expected.items()
-        if k in found and tuple(found[k]) != tuple(v)
-    ]
-    if lines:
-        more = [f"  ... and {len(lines) - 12} more"] if len(lines) > 12 else []
-        differs = "\n".join(lines[:12] + more)
-        raise UserError(f"{source} holds another MCM than the config describes:\n{differs}")
+def _named(kind: Any) -> bool:
+    """Whether a type is a tuple of dataclasses, whose names are keys."""
+    return typing.get_origin(kind) is tuple and dataclasses.is_dataclass(typing.get_args(kind)[0])
+
+
+def _read_named(kind: Any, name: str, entry: Any, where: str) -> Any:
+    wanted = [key for key in _fields(kind)[0] if key != "name"]
+    if not isinstance(entry, Mapping | ml_collections.ConfigDict):
+        raise UserError(f"{where}: unknown key, or not a section of {' and '.join(wanted)}, got {entry!r}")
+    if set(entry) != set(wanted):
+        raise UserError(f"{where} must have {' and '.join(wanted)}, got {dict(entry)} ({_ALL_KEYS})")
+    types_of = _fields(kind)[1]
+    values = {key: _value(types_of[key], entry[key], f"{where}.{key}", False) for key in wanted}
+    try:
+        return kind(name=name, **values)
+    except UserError as e:
+        raise UserError(f"{where.rpartition('.')[0]}.{e}") from e
+
+
+def _value(kind: Any, found: Any, where: str, old: bool) -> Any:
+    """A config's value as a field's type has it. Raises UserError where it is of another."""
+
+    def refuse(expected: str) -> typing.NoReturn:
+        raise UserError(f"{where} must be {expected}, got {found!r}")
+
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(found, Mapping | ml_collections.ConfigDict):
+            refuse(f"a section with {', '.join(_fields(kind)[0])}")
+        return read(kind, found, where=where, old=old)
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        if isinstance(found, str) or not isinstance(found, list | tuple):
+            refuse("a list")
+        return tuple(_value(typing.get_args(kind)[0], v, f"{where}[{i}]", old) for i, v in enumerate(found))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(found, Mapping | ml_collections.ConfigDict):
+            refuse("a section")
+        return {str(k): _value(typing.get_args(kind)[1], v, f"{where}.{k}", old) for k, v in found.items()}
+    if kind is bool:
+        return found if isinstance(found, bool) else refuse("True or False")
+    if kind is str:
+        return found if isinstance(found, str) else refuse("a text")
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        refuse("a whole number" if kind is int else "a number")
+    if kind is int:
+        return found if isinstance(found, int) else refuse("a whole number")
+    return float(found) if math.isfinite(found) else refuse("finite")
+
+
+def _plain(value: Any, *, tuples: bool) -> Any:
+    if dataclasses.is_dataclass(value):
+        out = {}
+        for f in dataclasses.fields(value):
+            if _named(_fields(type(value))[1][f.name]):
+                for entry in getattr(value, f.name):
+                    section = _plain(entry, tuples=tuples)
+                    out[section.pop("name")] = section
+            else:
+                out[f.name] = _plain(getattr(value, f.name), tuples=tuples)
+        return out
+    if isinstance(value, Mapping | types.MappingProxyType):
+        return {k: _plain(v, tuples=tuples) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) and not tuples else value
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mcm_jax.errors import UserError, expect
 from mcm_jax.schedules import Schedule
 
 _NOISE, MODALITY_DROP, _PROMPT_DROP, _TIME, _STRATUM = range(5)  # streams of keys; they never share one
@@ -40,6 +41,45 @@ def example_keys(seed: int, stream: int, index: jax.Array, draw: jax.Array) -> j
     # Threefry, whatever JAX's default: noise that a cache was made with must come again.
     root = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 2), stream)
     return jax.vmap(lambda i, d: jax.random.fold_in(jax.random.fold_in(root, i), d))(index, draw)
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawsSettings:
+    """What is drawn of each example: timestep, noise, view and prompt drop. The config's section ``draws``.
+
+    Attributes:
+      count: what a cache holds of each example; online, new ones come without end, and each group of so many covers all
+        timesteps.
+      seed: apart from the run's: a cache serves any ``config.seed``.
+      density: of timesteps over equal parts of 0..T-1, relative to each other; importance weights keep the loss
+        unbiased.
+    """
+
+    count: int = 5
+    seed: int = 0
+    density: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self):
+        expect(self.count >= 1, "count", "at least 1", self.count)
+        expect_seed(self.seed)
+        try:
+            check_density(self.density, 2**31)  # how many timesteps there are is the base's to say
+        except ValueError:
+            wanted = "relative densities, each at least 0 and not all 0, e.g. (1,) or (1, 3)"
+            expect(False, "density", wanted, self.density)
+
+    def of(self, schedule: Schedule, prompt_drop_rate: float) -> "Draws":
+        """The draws for a base. Raises UserError where the density has more parts than the base has timesteps."""
+        try:
+            return Draws(self.seed, self.count, self.density, schedule.num_train_timesteps, prompt_drop_rate)
+        except ValueError as e:
+            raise UserError(f"config.draws.density: {e}") from e
+
+
+def expect_seed(seed: int, key: str = "seed") -> None:
+    """Raises UserError unless a JAX key takes the seed: of 32 bits, more would be cut off silently."""
+    expect(seed >= 0, key, "at least 0", seed)
+    expect(seed < 2**32, key, f"at most {2**32 - 1}", seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,3 +10,9 @@ class UserError(ValueError):
 
 class Interrupted(Exception):
     """A run was stopped by a signal, after its state was saved."""
+
+
+def expect(holds: bool, key: str, expected: str, found: object) -> None:
+    """Raises UserError unless ``holds``; the message begins with the key, so that whoever knows its section adds it."""
+    if not holds:
+        raise UserError(f"{key} must be {expected}, got {found!r}")

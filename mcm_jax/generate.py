@@ -1,17 +1,19 @@
 """Condition files in, samples out: what sample.py does."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
-from mcm_jax import assets, pictures, sampling
-from mcm_jax.errors import UserError
+from mcm_jax import assets, config, pictures, sampling
+from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.modalities import read_png
 from mcm_jax.pipeline import WEIGHTS, Pipeline
@@ -30,13 +32,7 @@ def generate(
     num_samples: int = 8,
     seed: int = 0,
     prompt: str | None = None,
-    negative_prompt: str | None = None,
-    guidance: float | None = None,
-    text_guidance: float | None = None,
-    sampler: str | None = None,
-    steps: int | None = None,
-    eta: float | None = None,
-    batch_size: int | None = None,
+    **changes: Any,
 ) -> np.ndarray:
     """Samples images for one set of conditions and writes them.
 
@@ -48,13 +44,8 @@ def generate(
       num_samples: how many, at least 1.
       seed: of the noise, at least 0.
       prompt: for a text-conditional base; None is the empty one.
-      negative_prompt: what classifier-free guidance leads away from. None takes the config's, as for all that follow.
-      guidance: modality guidance scale.
-      text_guidance: classifier-free guidance scale.
-      sampler: ``ddim`` or ``ddpm``.
-      steps: sampling steps.
-      eta: DDIM's share of fresh noise, in [0, 1].
-      batch_size: images at a time.
+      changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that shall differ from the config's; None is as
+        there.
 
     Returns:
       The samples, float32 ``[num_samples, H, W, 3]``.
@@ -67,27 +58,18 @@ def generate(
             "no condition given; pass --segmentation=PNG, --sketch=PNG, --condition=NAME=PICTURE, or several"
         )
     pipeline = Pipeline.from_folder(workdir)
-    defaults = pipeline.config.sampling
-    settings = {
-        "num_samples": num_samples,
-        "seed": seed,
-        "prompt": prompt,
-        "negative_prompt": defaults.negative_prompt if negative_prompt is None else negative_prompt,
-        "guidance": defaults.guidance if guidance is None else guidance,
-        "text_guidance": defaults.text_guidance if text_guidance is None else text_guidance,
-        "sampler": sampler or defaults.sampler,
-        "steps": defaults.steps if steps is None else steps,
-        "eta": defaults.eta if eta is None else eta,
-        "batch_size": min(num_samples, defaults.batch_size) if batch_size is None else batch_size,
-    }
-    texts = {"prompt": prompt, "negative_prompt": negative_prompt, "text_guidance": text_guidance}
+    settings = pipeline.settings.but(**changes)
+    if changes.get("batch_size") is None and num_samples > 0:
+        settings = settings.but(batch_size=min(num_samples, settings.batch_size))
+    texts = {"prompt": prompt} | {k: changes.get(k) for k in ("negative_prompt", "text_guidance")}
     if (given := [f"--{k}" for k, v in texts.items() if v is not None]) and not pipeline.base.is_text_conditional:
         raise UserError(
             f"{', '.join(given)}: the base {pipeline.base.name!r} is unconditional, it has no text encoder; "
             f"take an MCM of a text-conditional one, e.g. --workdir=scenes-sd-mcm"
         )
-    checked = {k: v for k, v in settings.items() if k not in ("sampler", "prompt", "negative_prompt")}
-    sampling.check_settings(pipeline.base.schedule, **checked)
+    expect(num_samples >= 1, "num_samples", "at least 1", num_samples)
+    expect(0 <= seed < 2**32, "seed", "in 0..4294967295", seed)
+    settings.check_for(pipeline.base.schedule)
     known = {m.name: m for m in pipeline.modulator.modalities}
     if unknown := sorted(conditions.keys() - known.keys()):
         raise UserError(f"the MCM {workdir!r} knows {', '.join(known)}, not {', '.join(unknown)}")
@@ -105,9 +87,9 @@ def generate(
 
     out = pathlib.Path(out)
     check_writable(out, "--out")
-    sampled = {k: v for k, v in settings.items() if k not in ("num_samples", "seed", "prompt")}
-    sampled["prompts"] = None if prompt is None else [prompt] * num_samples
-    images = pipeline(maps, sampling.sample_keys(seed, num_samples), **sampled)
+    prompts = None if prompt is None else [prompt] * num_samples
+    how = dataclasses.asdict(settings)
+    images = pipeline(maps, sampling.sample_keys(seed, num_samples), prompts=prompts, **how)
 
     values = pictures.to_uint8(images)
     strip = np.concatenate([*shown, values])
@@ -118,12 +100,15 @@ def generate(
         "conditions": {
             name: {"file": os.path.abspath(path), "sha256": _sha256(path)} for name, path in conditions.items()
         },
-        **settings,
+        "num_samples": num_samples,
+        "seed": seed,
+        "prompt": prompt,
+        **how,
         "base": pipeline.base.name,
         "fingerprint": pipeline.base.fingerprint,
         "mcm_step": pipeline.step,
         "mcm_sha256": _sha256(assets.resolve(workdir) / WEIGHTS),
-        "config": json.loads(pipeline.config.to_json()),
+        "config": json.loads((assets.resolve(workdir) / config.FILE).read_text()),
         "versions": {"mcm_jax": __version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
     }

@@ -16,10 +16,31 @@ weighting   w(t)                                  source
 The bounds are ours: without them the steps next to pure noise outweigh all others.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from mcm_jax.errors import expect
+
 WEIGHTINGS = ("eps", "x0", "v", "min_snr")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """The config's section ``loss``.
+
+    Attributes:
+      weighting: ``v`` (ours), ``eps`` (the paper's descendant), ``x0``, ``min_snr``: see mcm_jax/losses.py.
+      l1: pull of gamma and nu to zero; VCM: 0.15.
+    """
+
+    weighting: str = "v"
+    l1: float = 0.0
+
+    def __post_init__(self):
+        expect(self.weighting in WEIGHTINGS, "weighting", f"one of {', '.join(WEIGHTINGS)}", self.weighting)
+        expect(self.l1 >= 0, "l1", "at least 0", self.l1)
 
 
 def weight(weighting: str, alpha: jax.Array, sigma: jax.Array) -> jax.Array:

@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from mcm_jax.base.unet2d import UNet2D, UNet2DConfig
-from mcm_jax.errors import UserError
+from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality, stack, total_channels
 from mcm_jax.schedules import Schedule
 
 INPUTS = ("x_t", "eps", "x0")
 SHIFT_SPACES = ("eps", "x0")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +53,24 @@ class Size:
     def __post_init__(self):
         if len(self.attention) != len(self.multipliers):
             raise UserError(
-                f"mcm.attention needs one entry for each of the {len(self.multipliers)} levels of mcm.multipliers, "
+                f"attention needs one entry for each of the {len(self.multipliers)} levels of multipliers, "
                 f"got {len(self.attention)}"
             )
-        if min(self.channels, self.blocks, self.groups, *self.multipliers) < 1:
-            raise UserError("mcm.channels, mcm.multipliers, mcm.blocks and mcm.groups must be at least 1")
+        for key in ("channels", "blocks", "groups"):
+            expect(getattr(self, key) >= 1, key, "at least 1", getattr(self, key))
+        least = min(self.multipliers, default=0)
+        expect(least >= 1, "multipliers", "a list of numbers, each at least 1", self.multipliers)
         for i, m in enumerate(self.multipliers):
             if self.channels * m % self.groups:
                 raise UserError(
-                    f"mcm: a level of {self.channels * m} channels cannot be split into {self.groups} groups; "
-                    f"choose mcm.channels or mcm.groups so that it can"
+                    f"groups: a level of {self.channels * m} channels cannot be split into {self.groups} groups; "
+                    f"choose channels or groups so that it can"
                 )
             attends = self.attention[i] or i == len(self.multipliers) - 1  # the last level's width is the middle's
             if attends and self.head_dim and self.channels * m % self.head_dim:
-                raise UserError(f"mcm: a level of {self.channels * m} channels has no whole heads of {self.head_dim}")
+                raise UserError(
+                    f"head_dim: a level of {self.channels * m} channels has no whole heads of {self.head_dim}"
+                )
 
 
 class MCM(nn.Module):
@@ -229,3 +234,59 @@ class Modulator:
             sigma=sigma,
         )
         return modulated, gamma, nu
+
+
+@dataclasses.dataclass(frozen=True)
+class MCMSettings:
+    """The MCM and how it modulates. The config's section ``mcm``; the defaults are the paper's network in our form.
+
+    Attributes:
+      channels: see :class:`Size`, as the next ones.
+      multipliers: one a level.
+      blocks: residual blocks a level.
+      attention: 0 or 1 a level.
+      head_dim: of attention; 0 is one head over all channels.
+      groups: of each normalisation.
+      inputs: what the MCM sees beside the conditions: ``x_t``, ``eps`` (the paper), ``x0``, the base's estimate (ours).
+      shift_space: the shift as a bounded change of ``x0`` (ours), or of ``eps`` (the paper).
+      residual_scale: ``eps * (1 + gamma)``, or False: ``eps * gamma``.
+      x0_clip: bound of the estimate of x0: 1 for pixels, 4 for latents.
+      dtype: of the computation; parameters, loss and state are float32.
+    """
+
+    channels: int = 32
+    multipliers: tuple[int, ...] = (1, 1, 2, 4)
+    blocks: int = 2
+    attention: tuple[int, ...] = (0, 0, 1, 0)
+    head_dim: int = 0
+    groups: int = 32
+    inputs: tuple[str, ...] = ("x_t", "eps", "x0")
+    shift_space: str = "x0"
+    residual_scale: bool = True
+    x0_clip: float = 1.0
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        expect(self.head_dim >= 0, "head_dim", "at least 0", self.head_dim)
+        self.size()  # refuses what makes no network
+        known = len(set(self.inputs)) == len(self.inputs) > 0 and set(self.inputs) <= set(INPUTS)
+        expect(known, "inputs", f"out of {', '.join(INPUTS)}", self.inputs)
+        expect(self.shift_space in SHIFT_SPACES, "shift_space", f"one of {', '.join(SHIFT_SPACES)}", self.shift_space)
+        expect(self.x0_clip > 0, "x0_clip", "above 0", self.x0_clip)
+        expect(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+
+    def size(self) -> Size:
+        """Shape of the network."""
+        attention = tuple(bool(a) for a in self.attention)
+        return Size(self.channels, self.multipliers, self.blocks, attention, self.head_dim or None, self.groups)
+
+    def modulator(self, modalities: tuple[Modality, ...], schedule: Schedule) -> "Modulator":
+        """The MCM for a base's schedule."""
+        return Modulator(
+            module=MCM(self.size(), self.inputs, jnp.dtype(self.dtype)),
+            modalities=modalities,
+            schedule=schedule,
+            shift_space=self.shift_space,
+            residual_scale=self.residual_scale,
+            x0_clip=self.x0_clip,
+        )

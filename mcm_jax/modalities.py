@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mcm_jax.errors import UserError
+from mcm_jax.errors import UserError, expect
 
 KINDS = ("labels", "map", "lines")
 
@@ -38,9 +38,8 @@ class Modality:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise UserError(f"modalities.{self.name}.kind must be one of {KINDS}, got {self.kind!r}")
-        if self.channels < 1:
-            raise UserError(f"modalities.{self.name}.channels must be at least 1, got {self.channels}")
+            raise UserError(f"{self.name}.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        expect(self.channels >= 1, f"{self.name}.channels", "at least 1", self.channels)
 
     def check(self, array: np.ndarray, source: str) -> None:
         """Raises UserError, naming ``source``, where ``array`` is no condition of this modality."""
@@ -113,6 +112,31 @@ class Modality:
         if self.kind == "labels":
             return np.zeros((batch, height, width), np.uint8)
         return np.zeros((batch, height, width) + ((self.channels,) if self.channels > 1 else ()), np.float32)
+
+
+# What else an example or a record holds.
+_TAKEN = ("image", "latent", "caption", "prompt", "index", "draw", "seen", "t", "eps", "eps_scale", "noise", "x_t")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModalitiesSettings:
+    """The conditions, each by its name with ``kind`` and ``channels``. The config's section ``modalities``.
+
+    Attributes:
+      shown: each :class:`Modality`, in the order of their names.
+      drop_rate: how often training hides each modality, independently.
+    """
+
+    shown: tuple[Modality, ...] = (Modality("segmentation", "labels", 6), Modality("sketch", "lines", 1))
+    drop_rate: float = 0.3
+
+    def __post_init__(self):
+        expect(0 <= self.drop_rate <= 1, "drop_rate", "in [0, 1]", self.drop_rate)
+        expect(self.drop_rate < 1, "drop_rate", "below 1: at 1 no condition is ever seen", self.drop_rate)
+        if not self.shown:
+            raise UserError("shown must have a modality at least: a section by its name, with kind and channels")
+        if taken := [m.name for m in self.shown if m.name in _TAKEN]:
+            raise UserError(f"{taken[0]}: this name is taken, as are {', '.join(_TAKEN)}; choose another")
 
 
 def cover(height: int, width: int, grid_height: int, grid_width: int) -> tuple[float, float, float, float]:

@@ -4,6 +4,7 @@ The folder has ``config.json`` and ``mcm.safetensors`` (averaged params, float32
 its fingerprint). A workdir is such a folder while it trains and after; the shipped MCMs are folders with nothing else.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -12,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -20,15 +20,27 @@ from flax import traverse_util
 
 from mcm_jax import assets, sampling
 from mcm_jax import config as config_lib
-from mcm_jax.base import Base, load_base
+from mcm_jax.base import Base, BaseCard, BaseSettings
 from mcm_jax.errors import UserError
 from mcm_jax.files import write_atomically
-from mcm_jax.mcm import Modulator
+from mcm_jax.mcm import MCMSettings, Modulator
+from mcm_jax.modalities import ModalitiesSettings
+from mcm_jax.sampling import SamplingSettings
 
 WEIGHTS = "mcm.safetensors"
 
 
-def save_mcm(folder: pathlib.Path, params: Any, *, base: Base, step: int) -> None:
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """What a folder's ``config.json`` says of its MCM; how it was trained does not matter to it."""
+
+    base: BaseSettings
+    modalities: ModalitiesSettings
+    mcm: MCMSettings
+    sampling: SamplingSettings
+
+
+def save_mcm(folder: pathlib.Path, params: Any, *, base: Base | BaseCard, step: int) -> None:
     """Writes ``mcm.safetensors`` into a folder; a file that was there is replaced when the new one is complete.
 
     Args:
@@ -40,6 +52,21 @@ def save_mcm(folder: pathlib.Path, params: Any, *, base: Base, step: int) -> Non
     flat = {k: np.asarray(v, np.float32) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
     metadata = {"base": base.name, "fingerprint": base.fingerprint, "step": str(step)}
     write_atomically(folder / WEIGHTS, safetensors.numpy.save(flat, metadata))
+
+
+def check_same_shapes(found: dict[str, Any], expected: dict[str, Any], source: str) -> None:
+    """Raises UserError, listing both sides, unless two MCMs have the same params; the values are shapes."""
+    lines = [f"  missing there: {k} {tuple(v)}" for k, v in expected.items() if k not in found]
+    lines += [f"  only there: {k} {tuple(v)}" for k, v in found.items() if k not in expected]
+    lines += [
+        f"  {k}: there {tuple(found[k])}, expected {tuple(v)}"
+        for k, v in expected.items()
+        if k in found and tuple(found[k]) != tuple(v)
+    ]
+    if lines:
+        more = [f"  ... and {len(lines) - 12} more"] if len(lines) > 12 else []
+        differs = "\n".join(lines[:12] + more)
+        raise UserError(f"{source} holds another MCM than the config describes:\n{differs}")
 
 
 def _read_mcm(path: pathlib.Path, like: Any, base: Base) -> tuple[Any, int]:
@@ -59,9 +86,7 @@ def _read_mcm(path: pathlib.Path, like: Any, base: Base) -> tuple[Any, int]:
             f"Set base.path to the base that it was trained on"
         )
     expected = traverse_util.flatten_dict(like, sep="/")
-    config_lib.check_same_shapes(
-        {k: v.shape for k, v in found.items()}, {k: v.shape for k, v in expected.items()}, str(path)
-    )
+    check_same_shapes({k: v.shape for k, v in found.items()}, {k: v.shape for k, v in expected.items()}, str(path))
     return traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in found.items()}, sep="/"), int(metadata["step"])
 
 
@@ -72,12 +97,15 @@ class Pipeline:
       base: the frozen model.
       modulator: the MCM's network and settings.
       params: of the MCM.
-      config: the run's; ``config.sampling`` are the defaults of :meth:`__call__`.
+      settings: how samples are drawn, unless :meth:`__call__` is told otherwise.
       step: how long the MCM was trained.
     """
 
-    def __init__(self, base: Base, modulator: Modulator, params: Any, config: ml_collections.ConfigDict, step: int = 0):
-        self.base, self.modulator, self.params, self.config, self.step = base, modulator, params, config, step
+    def __init__(
+        self, base: Base, modulator: Modulator, params: Any, settings: SamplingSettings | None = None, step: int = 0
+    ):
+        self.base, self.modulator, self.params, self.step = base, modulator, params, step
+        self.settings = settings or SamplingSettings()
         self._compiled = functools.cache(self._compile)
 
     @classmethod
@@ -88,12 +116,18 @@ class Pipeline:
           UserError: something is missing, corrupt, or does not belong together.
         """
         path = assets.resolve(os.fspath(folder))
-        config = config_lib.load(path)
-        base = load_base(assets.resolve_base(config.base.path), config.base.dtype)
-        modulator = config_lib.modulator(config, base)
+        found = config_lib.load(ModelSettings, path, others=True)
+        base = found.base.load()
+        modulator = found.mcm.modulator(found.modalities.shown, base.schedule)
         like = jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape))
         params, step = _read_mcm(path / WEIGHTS, like, base)
-        return cls(base, modulator, params, config, step)
+        return cls(base, modulator, params, found.sampling, step)
+
+    def _program(self, settings: SamplingSettings) -> Any:
+        """The jitted sampler; what is an argument of it, or changes nothing here, needs no program of its own."""
+        guided = self.base.is_text_conditional and settings.text_guidance != 1
+        key = settings.sampler, settings.steps, float(settings.eta), settings.guidance == 0, guided, settings.modulate
+        return self._compiled(*key), guided
 
     def _compile(self, sampler: str, steps: int, eta: float, alone: bool, guided: bool, where: str) -> Any:
         base, modulator = self.base, self.modulator
@@ -128,8 +162,8 @@ class Pipeline:
         Args:
           batch_size: images.
         """
-        s, base, shape = self.config.sampling, self.base, jax.ShapeDtypeStruct
-        guided = base.is_text_conditional and s.text_guidance != 1
+        base, shape = self.base, jax.ShapeDtypeStruct
+        run, guided = self._program(self.settings)
         context = None
         if base.is_text_conditional:
             ids = shape((batch_size, base.tokenizer.length), jnp.int32)
@@ -138,7 +172,6 @@ class Pipeline:
         names = self.modulator.modalities
         conditions = {m.name: m.null(batch_size, *base.latent_shape[:2]) for m in names}
         present, keys = shape((batch_size, len(names)), bool), sampling.sample_keys(0, batch_size)
-        run = self._compiled(s.sampler, int(s.steps), float(s.eta), s.guidance == 0, guided, s.modulate)
         scales = shape((), jnp.float32), shape((), jnp.float32)
         arguments = base.params, params, conditions, present, keys, *scales, context, context if guided else None
         plan = run.lower(*arguments).compile().memory_analysis()
@@ -166,14 +199,7 @@ class Pipeline:
         keys: jax.Array,
         *,
         prompts: Sequence[str] | None = None,
-        negative_prompt: str | None = None,
-        guidance: float | None = None,
-        text_guidance: float | None = None,
-        modulate: str | None = None,
-        sampler: str | None = None,
-        steps: int | None = None,
-        eta: float | None = None,
-        batch_size: int | None = None,
+        **changes: Any,
     ) -> np.ndarray:
         """Samples one image a key.
 
@@ -182,35 +208,15 @@ class Pipeline:
             [0, 1]); any subset. None at all samples from the base under an MCM that sees no condition.
           keys: ``[N]``, see :func:`mcm_jax.sampling.sample_keys`.
           prompts: N texts, for a text-conditional base; None is the empty prompt for each.
-          negative_prompt: what classifier-free guidance leads away from.
-          guidance: modality guidance scale; 0 is the base alone (then the MCM does not run).
-          text_guidance: classifier-free guidance scale; 1 is none (then the base sees the prompt only).
-          modulate: where the MCM stands if the prompt is guided: ``after_cfg`` or ``before_cfg``, see
-            :func:`mcm_jax.sampling.modulate_guided`.
-          sampler: ``ddim`` or ``ddpm``.
-          steps: sampling steps.
-          eta: DDIM's share of fresh noise.
-          batch_size: images at a time; the last batch is filled up, so one compiled function serves any N.
+          changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that differ from :attr:`settings`, e.g.
+            ``guidance=2.0``. The last batch is filled up, so one compiled function serves any N.
 
         Returns:
           float32 ``[N, H, W, 3]`` in about [-1, 1].
         """
-        defaults = self.config.sampling
-        guidance = defaults.guidance if guidance is None else guidance
-        text_guidance = defaults.text_guidance if text_guidance is None else text_guidance
-        negative_prompt = defaults.negative_prompt if negative_prompt is None else negative_prompt
-        sampler = sampler or defaults.sampler
-        steps = defaults.steps if steps is None else steps
-        eta = defaults.eta if eta is None else eta
-        batch_size = defaults.batch_size if batch_size is None else batch_size
-        sampling.check_settings(
-            self.base.schedule,
-            guidance=guidance,
-            text_guidance=text_guidance,
-            steps=steps,
-            eta=eta,
-            batch_size=batch_size,
-        )
+        settings = self.settings.but(**changes)
+        settings.check_for(self.base.schedule)
+        batch_size = settings.batch_size
         if not len(keys):
             raise UserError("no keys given: at least one sample is drawn")
         count, (height, width, _) = len(keys), self.base.latent_shape
@@ -228,10 +234,9 @@ class Pipeline:
                     )
                 present[:, i] = True
             full[modality.name] = modality.null(count, height, width) if given is None else np.asarray(given)
-        guided = self.base.is_text_conditional and text_guidance != 1
-        contexts, which, negative = self._contexts(prompts, negative_prompt, count, guided)
-        run = self._compiled(sampler, int(steps), float(eta), guidance == 0, guided, modulate or defaults.modulate)
-        scales = jnp.float32(guidance), jnp.float32(text_guidance)
+        run, guided = self._program(settings)
+        contexts, which, negative = self._contexts(prompts, settings.negative_prompt, count, guided)
+        scales = jnp.float32(settings.guidance), jnp.float32(settings.text_guidance)
         images = []
         for start in range(0, count, batch_size):
             rows = np.arange(start, start + batch_size) % count  # the last batch starts over to fill up

@@ -11,20 +11,74 @@ timestep of the grid:
 Noise is drawn for every sample from its own key, so a sample does not depend on which others are in its batch.
 """
 
-import math
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcm_jax.errors import UserError
+from mcm_jax.errors import UserError, expect
 from mcm_jax.schedules import Schedule
 
 SAMPLERS = ("ddim", "ddpm")
 MODULATE = ("after_cfg", "before_cfg")
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How samples are drawn. The config's section ``sampling``, the flags of sample.py.
+
+    Attributes:
+      sampler: ``ddim``, or ``ddpm`` (ancestral).
+      steps: sampling steps.
+      eta: DDIM's share of fresh noise.
+      guidance: modality guidance scale: ``eps + guidance * (eps' - eps)``; 0 is the base alone (the MCM does not run).
+      text_guidance: classifier-free guidance scale of the prompt, for text-conditional bases, as the next two; 1 is
+        none (then the base sees the prompt only).
+      negative_prompt: what the prompt's guidance leads away from.
+      modulate: whether the MCM modulates each branch of the prompt's guidance (``before_cfg``), or its result
+        (``after_cfg``), see :func:`modulate_guided`.
+      batch_size: images at a time.
+    """
+
+    sampler: str = "ddim"
+    steps: int = 25
+    eta: float = 0.0
+    guidance: float = 1.0
+    text_guidance: float = 7.5
+    negative_prompt: str = ""
+    modulate: str = "before_cfg"
+    batch_size: int = 32
+
+    def __post_init__(self):
+        expect(self.sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}", self.sampler)
+        expect(self.steps >= 1, "steps", "at least 1", self.steps)
+        expect(0 <= self.eta <= 1, "eta", "in [0, 1]", self.eta)
+        expect(0 <= self.guidance < float("inf"), "guidance", "at least 0", self.guidance)  # nan is neither
+        expect(0 <= self.text_guidance < float("inf"), "text_guidance", "at least 0", self.text_guidance)
+        expect(isinstance(self.negative_prompt, str), "negative_prompt", "a text, '' for none", self.negative_prompt)
+        expect(self.modulate in MODULATE, "modulate", f"one of {', '.join(MODULATE)}", self.modulate)
+        expect(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+
+    def but(self, **changes: Any) -> "SamplingSettings":
+        """The same with some fields changed; None leaves one as it is. Raises UserError for a field that is none."""
+        if unknown := changes.keys() - {f.name for f in dataclasses.fields(self)}:
+            known = ", ".join(f.name for f in dataclasses.fields(self))
+            raise UserError(f"{', '.join(sorted(unknown))}: no setting of sampling; known are {known}")
+        return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+    def check_for(self, schedule: Schedule) -> None:
+        """Raises UserError where a base's schedule does not have so many steps."""
+        total = schedule.num_train_timesteps
+        expect(self.steps <= total, "steps", f"in 1..{total} (the base's timesteps)", self.steps)
+        try:
+            schedule.timesteps(self.steps)
+        except ValueError as e:
+            raise UserError(f"steps={self.steps}: {e}") from e
 
 
 def sample_keys(seed: int, count: int) -> jax.Array:
@@ -39,36 +93,6 @@ def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _noise(keys: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, step), shape))(keys)
-
-
-def check_settings(
-    schedule: Schedule,
-    *,
-    seed: int = 0,
-    guidance: float = 1.0,
-    text_guidance: float = 1.0,
-    steps: int = 25,
-    eta: float = 0.0,
-    num_samples: int = 1,
-    batch_size: int = 1,
-) -> None:
-    """Raises UserError, naming the setting, where one is out of its range for a base's schedule."""
-    total = schedule.num_train_timesteps
-    for name, value, holds, expected in (
-        ("num_samples", num_samples, num_samples >= 1, "at least 1"),
-        ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-        ("seed", seed, 0 <= seed < 2**32, "in 0..4294967295"),
-        ("guidance", guidance, math.isfinite(guidance) and guidance >= 0, "at least 0"),
-        ("text_guidance", text_guidance, math.isfinite(text_guidance) and text_guidance >= 0, "at least 0"),
-        ("eta", eta, 0 <= eta <= 1, "in [0, 1]"),
-        ("steps", steps, 1 <= steps <= total, f"in 1..{total} (the base's timesteps)"),
-    ):
-        if not holds:
-            raise UserError(f"{name} must be {expected}, got {value}")
-    try:
-        schedule.timesteps(steps)
-    except ValueError as e:
-        raise UserError(f"steps={steps}: {e}") from e
 
 
 def guide(eps: jax.Array, modulated: jax.Array, scale: float) -> jax.Array:

@@ -15,6 +15,7 @@ LAYERS = (
     "version",
     "errors",
     "files",
+    "config",
     "assets",
     "schedules",
     "predictions",
@@ -27,12 +28,11 @@ LAYERS = (
     "data",
     "cache",
     "sampling",
-    "config",
     "pipeline",
     "pictures",
+    "evaluation",
     "training",
     "generate",
-    "evaluation",
     "cli",
 )
 SCRIPTS = ("precompute.py", "train.py", "sample.py", "evaluate.py")
@@ -116,7 +116,7 @@ def test_import_checker_sees_what_it_should():
         "mcm_jax.losses",
         "mcm_jax.training",
     ]
-    assert upward_imports("mcm_jax.evaluation.metrics", imported) == []
+    assert upward_imports("mcm_jax.generate", imported) == []
     assert upward_imports("mcm_jax.training.loop", {"mcm_jax", "mcm_jax.MCM"}) == ["mcm_jax", "mcm_jax.MCM"]
     relative = imported_modules("mcm_jax.base", ast.parse("from .unet import UNet"), is_package=True)
     assert relative == {"mcm_jax.base.unet.UNet"}
@@ -139,6 +139,16 @@ def test_package_knows_nothing_of_scripts_configs_and_tests(name):
     imported = imported_modules(name, TREES[name], is_package=MODULES[name].name == "__init__.py")
     outside = {"configs", "tests", "tools", "benchmarks", *(s.removesuffix(".py") for s in SCRIPTS)}
     assert not {m.split(".")[0] for m in imported} & outside
+
+
+def test_a_config_enters_by_one_module():
+    """Below it there are settings: nobody else sees a ConfigDict."""
+    knowing = {
+        name
+        for name, tree in TREES.items()
+        if any(m.split(".")[0] == "ml_collections" for m in imported_modules(name, tree, is_package=False))
+    }
+    assert knowing == {"mcm_jax.config"}
 
 
 def test_every_folder_of_modules_is_a_package():

@@ -23,18 +23,17 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from test_own_data import _write
 
-from mcm_jax import config as config_lib
 from mcm_jax import sharding
-from mcm_jax.base import load_base
+from mcm_jax.base import load_base, loading
 from mcm_jax.cache import Cache, build, store
 from mcm_jax.cache.__main__ import main as cache_main
-from mcm_jax.data import Folder, inputs, open_source
+from mcm_jax.data import Folder, inputs
 from mcm_jax.data.inputs import prepare
 from mcm_jax.data.views import Views
 from mcm_jax.draws import Draws
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.modalities import Modality
-from mcm_jax.training import caching, feed, loop, precompute, step
+from mcm_jax.training import caching, feed, loop, precompute, step, train_and_evaluate
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
@@ -67,6 +66,10 @@ def changed(config, **changes):
     return out
 
 
+def open_cache(config, workdir):
+    return caching.open_cache(tiny.settings_of(config), workdir)
+
+
 # --- the same training ----------------------------------------------------------------------------------------------
 
 TOLERANCES = {"float32": 1e-6, "float16": 2**-10, "bfloat16": 2**-7, "int8": None}
@@ -77,11 +80,11 @@ def feeds_of(config, workdir):
     mesh = sharding.make_mesh()
     base = load_base(config.base.path)
     base = dataclasses.replace(base, params=sharding.replicate(base.params, mesh))
-    modalities, draws = config_lib.modalities(config), config_lib.draws(config, base)
-    captions = base.is_text_conditional
-    source = open_source(config.data, "train", modalities, *base.image_shape[:2], captions=captions)
+    settings = tiny.settings_of(config)
+    modalities, draws = settings.modalities.shown, settings.draws_for(base.card)
+    source = settings.data.open("train", modalities, base.card)
     inputs = prepare(base, source, modalities, mesh)
-    modulator = config_lib.modulator(config, base)
+    modulator = tiny.modulator_of(config, base)
     noise_step = step.make_noise_step(modulator, draws, seed=config.seed, drop_rate=0.3)
     size = config.train.batch_size
     steps = range(draws.count * len(source) // config.data.views // size)
@@ -130,7 +133,7 @@ def test_with_float32_the_losses_are_those_of_online_training(base_path, tmp_pat
     config = tiny.make_config(base_path, changes | {"cache.dtype": "float32", "train.checkpoint_every": 50})
     lines = []
     for mode in ("off", "build"):
-        loop.train_and_evaluate(changed(config, cache__mode=mode), tmp_path / mode)
+        train_and_evaluate(changed(config, cache__mode=mode), tmp_path / mode)
         lines.append(tiny.metrics_of(tmp_path / mode))
     assert len(lines[0]) == len(lines[1]) == 50
     for key in ("loss", "mse", "mse_of_base"):
@@ -151,7 +154,7 @@ def test_the_base_is_not_needed(base_path, tmp_path, capsys):
     mine = {"data.name": "folder", "data.path": str(data), "cache.path": str(tmp_path / "cache")}
     config = tiny.make_config(bases / "tiny", SMALL | mine | {"cache.mode": "on"})
     precompute(config, tmp_path / "unused")
-    whole = loop.train_and_evaluate(config, tmp_path / "whole")
+    whole = train_and_evaluate(config, tmp_path / "whole")
     fingerprint = load_base(base_path).fingerprint
     shutil.rmtree(bases)
     shutil.rmtree(data)
@@ -169,15 +172,15 @@ def test_the_base_is_not_needed(base_path, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "tqdm", Bar)
         with pytest.raises(Killed):
-            loop.train_and_evaluate(config, tmp_path / "run")
-    end = loop.train_and_evaluate(config, tmp_path / "run")
+            train_and_evaluate(config, tmp_path / "run")
+    end = train_and_evaluate(config, tmp_path / "run")
     said = capsys.readouterr().out
     assert "going on from step 3" in said and "is not at hand" in said and "are not at hand" in said
     tiny.assert_same_bits(jax.device_get(end), jax.device_get(whole))
     assert tiny.metrics_of(tmp_path / "run") == tiny.metrics_of(tmp_path / "whole")
     with safe_open(tmp_path / "run/mcm.safetensors", "numpy") as file:
         assert file.metadata()["fingerprint"] == fingerprint and file.metadata()["base"] == "tiny"
-    loop.train_and_evaluate(config, tmp_path / "run")
+    train_and_evaluate(config, tmp_path / "run")
     assert "is finished" in capsys.readouterr().out
     assert not (tmp_path / "unused/config.json").exists()
 
@@ -192,15 +195,15 @@ def test_build_makes_what_on_reads(config, built, tmp_path, capsys, monkeypatch)
 
     others = [a.shape for a in jax.live_arrays() if a.ndim == 4 and 20 in a.shape]
     monkeypatch.setattr(feed, "cached", look)
-    loop.train_and_evaluate(building, tmp_path / "run")
+    train_and_evaluate(building, tmp_path / "run")
     monkeypatch.undo()
     assert len(seen[0]) <= len(others)  # the base that built the cache is gone
     assert "3 shard(s) built now" in capsys.readouterr().out
     found, expected = tiny.contents(tmp_path / "run/cache"), tiny.contents(built / "cache")
     assert found == expected
     other = changed(building, seed=5, cache__path=str(built / "cache"), train__learning_rate=1e-4)
-    monkeypatch.setattr(caching, "load_base", None)  # nobody may call it
-    loop.train_and_evaluate(other, tmp_path / "other")  # a sweep has one cache
+    monkeypatch.setattr(loading, "load_base", None)  # nobody may call it
+    train_and_evaluate(other, tmp_path / "other")  # a sweep has one cache
     assert "the cache is complete" in capsys.readouterr().out
     assert tiny.contents(built / "cache") == expected
 
@@ -212,15 +215,15 @@ def test_validation_pictures_load_the_base_if_asked_and_if_it_fits(
     asking = changed(config, cache__mode="on", cache__path=str(built / "cache"), cache__load_base=True, train__steps=2)
     asking.train.validate_every = 2
     monkeypatch.setattr(sharding, "free_memory", lambda: free)
-    loop.train_and_evaluate(asking, tmp_path / "run")
+    train_and_evaluate(asking, tmp_path / "run")
     assert (tmp_path / "run/validation").exists() == pictures
     assert ("GiB are free" in capsys.readouterr().out) != pictures
 
 
 def test_without_being_asked_validation_is_left_to_sample(config, built, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "load_base", None)
+    monkeypatch.setattr(loading, "load_base", None)
     on = changed(config, cache__mode="on", cache__path=str(built / "cache"), train__steps=2, train__validate_every=1)
-    loop.train_and_evaluate(on, tmp_path / "run")
+    train_and_evaluate(on, tmp_path / "run")
     said = capsys.readouterr().out
     assert "left to sample.py" in said and "overfit" not in said and not (tmp_path / "run/validation").exists()
 
@@ -240,7 +243,7 @@ def test_few_draws_for_many_steps_are_told(config, built, tmp_path, capsys, monk
     for times, told in ((24, False), (25, True)):
         on.train.steps = times * draws // on.train.batch_size
         with pytest.raises(Killed):
-            loop.train_and_evaluate(on, tmp_path / f"{times}")
+            train_and_evaluate(on, tmp_path / f"{times}")
         assert (f"each cached draw {times} times" in capsys.readouterr().out) == told
 
 
@@ -258,7 +261,7 @@ def test_a_record_is_what_any_reader_of_safetensors_finds(config, built):
         np.testing.assert_array_equal(found["eps"][i], shard["eps"][row, d % 2])
         for name in ("image", "segmentation", "sketch"):
             np.testing.assert_array_equal(found[name][i], shard[name][row, 0])
-        draws = config_lib.draws(config, cache.card)
+        draws = tiny.settings_of(config).draws_for(cache.card)
         t = draws.timesteps(jnp.array([example]), jnp.array([d % 2], jnp.int32))
         assert shard["t"][row, d % 2] == t[0] and shard["t"].dtype == np.int32
 
@@ -320,8 +323,9 @@ def test_a_cache_of_stable_diffusion_is_as_small_as_promised():
 
 
 def test_the_size_is_known_beforehand(config, built, base):
-    source = open_source(config.data, "train", config_lib.modalities(config), 16, 16, captions=False)
-    recipe = build.Recipe(base, source, config_lib.modalities(config), config_lib.draws(config, base), "float16", 4)
+    settings = tiny.settings_of(config)
+    source = settings.data.open("train", settings.modalities.shown, base.card)
+    recipe = build.Recipe(base, source, settings.modalities.shown, settings.draws_for(base.card), "float16", 4)
     manifest = store.Manifest.read(built / "cache")
     each = build.bytes_of_an_example(manifest, recipe)
     for number in range(SHARDS):
@@ -369,7 +373,7 @@ def test_a_cache_of_something_else_is_refused(config, workdir, changes, words):
         other.data.name, other.data.path = "folder", str(workdir / "nowhere")  # scenes' sketches are lines
     other.update_from_flattened_dict(changes)
     before, m = tiny.contents(workdir), store.Manifest.read(workdir / "cache")
-    for attempt in (lambda: precompute(other, workdir), lambda: caching.open_cache(other, workdir)):
+    for attempt in (lambda: precompute(other, workdir), lambda: open_cache(other, workdir)):
         with pytest.raises(UserError) as error:
             attempt()
         message = str(error.value)
@@ -382,14 +386,14 @@ def test_another_base_or_schedule_is_refused_and_a_copy_is_not(config, workdir, 
     other = changed(config, base__path=str(other_base_path))
     fingerprints = [load_base(path).fingerprint[:16] for path in (base_path, other_base_path)]
     with pytest.raises(UserError, match=f"base: there {fingerprints[0]}, wanted {fingerprints[1]}"):
-        caching.open_cache(other, workdir)
+        open_cache(other, workdir)
     copy = shutil.copytree(base_path, tmp_path / "copy", copy_function=shutil.copy)  # of other times
     moved = changed(config, base__path=str(copy))
-    assert len(caching.open_cache(moved, workdir)) == 10
+    assert len(open_cache(moved, workdir)) == 10
     file = copy / "scheduler/scheduler_config.json"
     file.write_text(file.read_text().replace('"beta_end": 0.02', '"beta_end": 0.021'))
     with pytest.raises(UserError, match="schedule: there"):
-        caching.open_cache(moved, workdir)
+        open_cache(moved, workdir)
 
 
 def test_other_pictures_are_refused(base_path, tmp_path):
@@ -402,10 +406,10 @@ def test_other_pictures_are_refused(base_path, tmp_path):
     config = tiny.make_config(base_path, SMALL | mine)
     precompute(config, tmp_path)
     os.utime(tmp_path / "data/train/sketch/0.png")
-    assert len(caching.open_cache(config, tmp_path)) == 4  # looked at again, and the same
+    assert len(open_cache(config, tmp_path)) == 4  # looked at again, and the same
     _write(tmp_path / "data/train", "2", rng)
     with pytest.raises(UserError) as error:
-        caching.open_cache(config, tmp_path)
+        open_cache(config, tmp_path)
     assert all(f"data.{name}: there" in str(error.value) for name in ("image", "segmentation", "sketch"))
 
 
@@ -417,7 +421,7 @@ def test_no_cache_and_an_unfinished_one(config, workdir, script, base_path, tmp_
     dataclasses.replace(m, shards={}).write(workdir / "cache" / store.BUILDING)
     (workdir / "cache" / store.MANIFEST).unlink()
     with pytest.raises(UserError, match=r"not complete \(0 of 3 shards\)"):
-        caching.open_cache(config, workdir)
+        open_cache(config, workdir)
 
 
 def test_a_folder_of_something_else_is_left_alone(config, tmp_path):
@@ -455,7 +459,7 @@ def _edit_manifest(folder, change):
 def test_a_manifest_that_cannot_be_trusted_is_refused(config, workdir, damage, words):
     damage(workdir / "cache")
     with pytest.raises(UserError) as error:
-        caching.open_cache(config, workdir)
+        open_cache(config, workdir)
     assert not [word for word in words if word not in str(error.value)], error.value
 
 
@@ -490,7 +494,7 @@ def test_a_damaged_shard_is_named_and_rebuilt_alone(config, workdir, damage, cap
     }
     on = changed(config, cache__mode="on")
     with pytest.raises(UserError, match=r"1 of 3 shards are damaged:\n  shard-00002") as error:
-        loop.train_and_evaluate(on, workdir)
+        train_and_evaluate(on, workdir)
     assert "precompute.py" in str(error.value) and not (workdir / "config.json").exists()
     with pytest.raises(SystemExit, match="shard-00002"):
         cache_main(["verify", str(workdir / "cache")])
@@ -524,7 +528,7 @@ def test_a_shard_lost_in_the_middle_of_a_run_ends_it_by_name(config, workdir, mo
     monkeypatch.setattr(loop, "tqdm", Bar)
     long = changed(config, cache__mode="on", train__steps=100, train__checkpoint_every=1)
     with pytest.raises(UserError, match="shard-00001.*cannot be read any more"):
-        loop.train_and_evaluate(long, workdir)
+        train_and_evaluate(long, workdir)
     assert any((workdir / "checkpoints").iterdir())
 
 
@@ -636,15 +640,15 @@ def test_a_run_goes_on_with_its_cache_elsewhere(config, built, tmp_path, capsys)
     shutil.copytree(built / "cache", tmp_path / "moved")
     run = changed(config, cache__mode="build", cache__path=str(built / "cache"), train__steps=4)
     run.train.checkpoint_every = 2
-    loop.train_and_evaluate(run, tmp_path / "run")
+    train_and_evaluate(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/4")
     other = changed(run, cache__mode="on", cache__path=str(tmp_path / "moved"), cache__verify=False)
     other.cache.batch_size = 2
     capsys.readouterr()
-    loop.train_and_evaluate(other, tmp_path / "run")
+    train_and_evaluate(other, tmp_path / "run")
     assert "going on from step 2" in capsys.readouterr().out
     with pytest.raises(UserError, match="cache.mode: there 'on', now 'off'"):
-        loop.train_and_evaluate(changed(run, cache__mode="off"), tmp_path / "run")
+        train_and_evaluate(changed(run, cache__mode="off"), tmp_path / "run")
 
 
 def test_examples_that_are_not_there(built):
@@ -660,7 +664,7 @@ def test_other_random_numbers_are_refused(config, workdir):
     flag = jax.config.jax_threefry_partitionable
     jax.config.update("jax_threefry_partitionable", not flag)
     try:
-        for attempt in (precompute, caching.open_cache):
+        for attempt in (precompute, open_cache):
             with pytest.raises(UserError, match="other random numbers"):
                 attempt(make, workdir)
     finally:
@@ -668,8 +672,8 @@ def test_other_random_numbers_are_refused(config, workdir):
 
 
 def test_views_that_change_nothing_are_refused_with_a_cache_too(config, workdir):
-    with pytest.raises(UserError, match="data.flip and crop change nothing"):
-        caching.precompute(changed(config, data__flip=True), workdir)
+    with pytest.raises(UserError, match="config.data.views=1 .*data.flip and data.crop change nothing"):
+        precompute(changed(config, data__flip=True), workdir)
 
 
 def test_preprocessing_is_what_its_version_says(tmp_path):
@@ -729,7 +733,7 @@ def test_a_disk_that_fills_up_stops_the_build_cleanly(config, built, tmp_path, m
 @pytest.mark.parametrize("dtype, factor", [("float16", 1e9), ("int8", np.nan), ("float32", np.inf)])
 def test_a_prediction_that_is_not_finite_ends_the_build(config, tmp_path, monkeypatch, dtype, factor):
     """Of a base that overflows: nothing of that shard is written, and the message says where it happened."""
-    real = caching.load_base
+    real = loading.load_base
     config = changed(config, cache__dtype=dtype)
 
     def broken(*args):
@@ -740,7 +744,7 @@ def test_a_prediction_that_is_not_finite_ends_the_build(config, tmp_path, monkey
         }
         return dataclasses.replace(base, params=params)
 
-    monkeypatch.setattr(caching, "load_base", broken)
+    monkeypatch.setattr(loading, "load_base", broken)
     with pytest.raises(
         UserError, match=rf"for example 0, draw 0 \(timestep \d+\) is not finite in {dtype}.*cache.dtype"
     ):

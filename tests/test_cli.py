@@ -15,7 +15,7 @@ import tiny
 from PIL import Image
 
 from mcm_jax.generate import generate
-from mcm_jax.training import loop
+from mcm_jax.training import train_and_evaluate
 from mcm_jax.training.checkpoints import Checkpoints
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
@@ -221,7 +221,7 @@ def test_a_full_disk_is_explained_and_the_last_checkpoint_stands(trained, base_p
     meta = {"base": "tiny", "fingerprint": trained.base.fingerprint}
     assert int(checkpoints.restore(trained.state, meta)[0].step) == 3
     checkpoints.close()
-    end = loop.train_and_evaluate(trained.config, workdir)
+    end = train_and_evaluate(trained.config, workdir)
     tiny.assert_same_bits(jax.device_get(end), jax.device_get(trained.state))
     assert not list(workdir.rglob("*tmp*"))
 
@@ -271,7 +271,7 @@ def maps(tmp_path):
         (["--sketch={maps}/sketch.png", "--guidance=-1"], ["guidance", "at least 0", "got -1"]),
         (["--sketch={maps}/sketch.png", "--guidance=nan"], ["guidance", "got nan"]),
         (["--sketch={maps}/sketch.png", "--batch_size=0"], ["batch_size", "at least 1", "got 0"]),
-        (["--sketch={maps}/sketch.png", "--steps=0"], ["steps", "1..1000", "got 0"]),
+        (["--sketch={maps}/sketch.png", "--steps=0"], ["steps", "at least 1", "got 0"]),
         (["--sketch={maps}/sketch.png", "--steps=1001"], ["steps", "1..1000", "got 1001"]),
         (["--sketch={maps}/sketch.png", "--sampler=euler"], ["sampler", "ddim", "euler"]),
         (["--sketch={maps}/sketch.png", "--workdir=absent"], ["absent", "neither a folder nor a shipped name"]),

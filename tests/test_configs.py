@@ -8,7 +8,6 @@ import pytest
 import tiny
 from PIL import Image
 
-from mcm_jax import config as config_lib
 from mcm_jax.base import Base
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.mcm import Modulator
@@ -56,7 +55,7 @@ def pairs(tmp_path_factory):
 
 def _parameters(config, shape):
     base = Base(config.base.path, None, None, Schedule.from_config({"_class_name": "DDIMScheduler"}), shape, shape, "")
-    modulator = config_lib.modulator(config, base)
+    modulator = tiny.modulator_of(config, base)
     assert isinstance(modulator, Modulator)
     return tiny.count(jax.eval_shape(lambda: modulator.init(jax.random.key(0), shape)))
 
@@ -64,7 +63,7 @@ def _parameters(config, shape):
 @pytest.mark.parametrize("name", [*CONFIGS, *OVERRIDES])
 def test_every_config_trains_a_step(name, request, pairs, tmp_path):
     config = _config(name)
-    config_lib.check(config)
+    tiny.settings_of(config)
     stand_in, shape = BASES[config.base.path]
     _parameters(config, shape)  # the MCM as configured fits the base as published
 

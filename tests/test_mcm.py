@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from configs import default
-from mcm_jax import config as config_lib
 from mcm_jax.errors import UserError
 from mcm_jax.mcm import MCM, SHIFT_SPACES, Modulator, Size, estimate_x0, modulate
 from mcm_jax.modalities import Modality, stack, total_channels
@@ -243,8 +243,8 @@ def test_the_papers_network_has_3_9_million_parameters():
 def _configured(name):
     config = default.get_config()
     config.mcm.update(default.SIZES[name])
-    config_lib.check(config)
-    modulator = config_lib.modulator(config, types.SimpleNamespace(schedule=SCHEDULE))
+    tiny.settings_of(config)
+    modulator = tiny.modulator_of(config, types.SimpleNamespace(schedule=SCHEDULE))
     assert total_channels(modulator.modalities) == 9 and modulator.module.inputs == ("x_t", "eps", "x0")
     return jax.eval_shape(lambda: modulator.init(jax.random.key(0), (32, 32, 3)))
 
@@ -264,14 +264,14 @@ def test_the_paper_preset_is_the_papers_network_with_the_real_channels():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"attention": (False,)}, "mcm.attention needs one entry for each of the 2 levels of mcm.multipliers, got 1"),
+        ({"attention": (False,)}, "attention needs one entry for each of the 2 levels of multipliers, got 1"),
         ({"groups": 3}, "a level of 8 channels cannot be split into 3 groups"),
         ({"groups": 16}, "a level of 8 channels cannot be split into 16 groups"),
         ({"head_dim": 5}, "a level of 16 channels has no whole heads of 5"),
         ({"channels": 0}, "must be at least 1"),
         ({"blocks": 0}, "must be at least 1"),
         ({"groups": 0}, "must be at least 1"),
-        ({"multipliers": (1, 0)}, "must be at least 1"),
+        ({"multipliers": (1, 0)}, "each at least 1"),
     ],
 )
 def test_sizes_that_make_no_network_are_refused(change, message):

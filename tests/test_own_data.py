@@ -9,14 +9,13 @@ import pytest
 import tiny
 from PIL import Image
 
-from mcm_jax import config as config_lib
 from mcm_jax.base import load_base
 from mcm_jax.data import inputs
 from mcm_jax.data.folder import Folder
 from mcm_jax.errors import UserError
 from mcm_jax.generate import generate
 from mcm_jax.sharding import make_mesh, replicate
-from mcm_jax.training import loop
+from mcm_jax.training import train_and_evaluate
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
@@ -67,7 +66,7 @@ def test_the_command_trains_on_a_folder_and_samples(script, config, base_path, d
 
 def test_conditions_are_cut_in_sampling_as_in_training(config, data, base, tmp_path, monkeypatch):
     """A wide sketch on a square base: the centre, not all of it squeezed."""
-    modalities = config_lib.modalities(config)
+    modalities = tiny.settings_of(config).modalities.shown
     source = Folder(data, "train", modalities, *base.image_shape[:2])
     seen = {}
 
@@ -82,7 +81,7 @@ def test_conditions_are_cut_in_sampling_as_in_training(config, data, base, tmp_p
             seen.update(maps)
             raise Stop
 
-    loop.train_and_evaluate(config, tmp_path / "run")
+    train_and_evaluate(config, tmp_path / "run")
     from mcm_jax import generate as module
 
     real = module.Pipeline.from_folder(tmp_path / "run")
@@ -100,33 +99,33 @@ def test_bad_data_leave_no_workdir_and_once_mended_train(config, data, tmp_path)
     good = file.read_bytes()
     Image.fromarray(np.full((20, 30), 9, np.uint8)).save(file)
     with pytest.raises(UserError, match=r"4\.png.*\[9\]"):
-        loop.train_and_evaluate(config, workdir)
+        train_and_evaluate(config, workdir)
     assert not workdir.exists() or not any(workdir.iterdir())
 
     config.train.validate_every = 2
     file.write_bytes(good)
     (data / "test/sketch/2.png").unlink()  # the held-out split is looked at first
     with pytest.raises(UserError, match="sketch"):
-        loop.train_and_evaluate(config, workdir)
+        train_and_evaluate(config, workdir)
     assert not workdir.exists() or not any(workdir.iterdir())
 
     config.train.validate_every = 0
-    assert int(loop.train_and_evaluate(config, workdir).step) == 2
+    assert int(train_and_evaluate(config, workdir).step) == 2
 
 
 def test_other_files_are_another_run(config, data, tmp_path):
     """Indices are positions in the sorted folder: a file more would give every later example another's noise."""
     workdir = tmp_path / "run"
-    loop.train_and_evaluate(config, workdir)
+    train_and_evaluate(config, workdir)
     for name in ("checkpoints/2", "mcm.safetensors"):
         path = workdir / name
         tiny.shutil.rmtree(path) if path.is_dir() else path.unlink()
     _write(data / "train", "added", np.random.default_rng(1))
     with pytest.raises(UserError, match="checkpoints/1: the training examples are others"):
-        loop.train_and_evaluate(config, workdir)
+        train_and_evaluate(config, workdir)
     for name in ("image", "segmentation", "sketch"):
         (data / "train" / name / "added.png").unlink()
-    assert int(loop.train_and_evaluate(config, workdir).step) == 2
+    assert int(train_and_evaluate(config, workdir).step) == 2
 
 
 @pytest.mark.parametrize("name", ["image", "prompt", "latent", "draw"])
@@ -134,12 +133,12 @@ def test_names_that_an_example_holds_already(config, name):
     with config.unlocked():
         config.modalities[name] = {"kind": "map", "channels": 1}
     with pytest.raises(UserError, match=f"modalities.{name}: this name is taken"):
-        config_lib.check(config)
+        tiny.settings_of(config)
 
 
 def test_pictures_are_not_read_far_ahead(config, sd_path):
     """Reading is faster than encoding: without a bound the whole set would wait in memory."""
-    base, modalities = load_base(sd_path), config_lib.modalities(config)
+    base, modalities = load_base(sd_path), tiny.settings_of(config).modalities.shown
     picture = np.zeros((32, 32, 3), np.uint8)
     example = {"image": picture, "segmentation": picture[..., 0], "sketch": picture[..., 0], "caption": np.array("a")}
     lock, read, ahead, encoded = threading.Lock(), [0], [0], [0]

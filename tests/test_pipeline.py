@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from mcm_jax import pipeline as pipeline_lib
 from mcm_jax import sampling
-from mcm_jax.base import load_base, outline
+from mcm_jax.base import load_base
 from mcm_jax.data.pipeline import InMemory, to_float
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.errors import UserError
@@ -36,14 +36,14 @@ def strong(pipeline):
     """The same pipeline under an MCM whose every weight does something."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), pipeline.params)
-    return Pipeline(pipeline.base, pipeline.modulator, params, pipeline.config)
+    return Pipeline(pipeline.base, pipeline.modulator, params, pipeline.settings)
 
 
 @pytest.fixture(scope="module")
 def untrained(pipeline):
     base, modulator = pipeline.base, pipeline.modulator
     params = jax.jit(lambda key: modulator.init(key, base.latent_shape))(jax.random.key(0))
-    return Pipeline(base, modulator, params, pipeline.config)
+    return Pipeline(base, modulator, params, pipeline.settings)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_guidance_zero_is_the_base_alone(strong, conditions, keys, samples):
         sampling.initial_noise(keys, base.latent_shape),
         keys,
         base.schedule,
-        steps=strong.config.sampling.steps,
+        steps=strong.settings.steps,
     )
     np.testing.assert_allclose(alone, x, atol=1e-4)
     np.testing.assert_array_equal(strong({}, keys, guidance=0.0, batch_size=N), alone)
@@ -131,7 +131,8 @@ def test_keys_decide_the_sample(strong, conditions, samples):
 
 def test_memory_is_counted_without_the_bases_numbers(trained, pipeline):
     """Parameters and all, more for more images; and what is counted is the program that samples."""
-    shapes = Pipeline(outline(trained.config.base.path), pipeline.modulator, None, trained.config)
+    settings = tiny.settings_of(trained.config)
+    shapes = Pipeline(settings.base.outline(), pipeline.modulator, None, settings.sampling)
     one, eight = (shapes.sampling_bytes(count) for count in (1, 8))
     assert one > pipeline.base.card.parameter_bytes
     assert 7 * np.prod(pipeline.base.image_shape) * 4 < eight - one < 10**8
@@ -154,7 +155,7 @@ def test_wrong_conditions_are_named(pipeline, conditions, keys, change, words):
 
 @pytest.mark.parametrize(
     "setting, words",
-    [({"steps": 0}, ["1..1000", "0"]), ({"steps": 1001}, ["1..1000", "1001"]), ({"batch_size": -1}, [])],
+    [({"steps": 0}, ["at least 1", "0"]), ({"steps": 1001}, ["1..1000", "1001"]), ({"batch_size": -1}, [])],
 )
 def test_wrong_settings_are_named(pipeline, keys, setting, words):
     with pytest.raises(UserError, match="at least one"):
@@ -225,9 +226,12 @@ def _cut(path, size):
         (lambda f, _: (f / "config.json").unlink(), ["config.json: no such file", "no workdir", "train.py"]),
         (lambda f, _: (f / "config.json").write_text("{"), ["config.json", "not a config that train.py wrote"]),
         (lambda f, _: (f / "config.json").write_text("[1]"), ["config.json", "not a config that train.py wrote"]),
-        (lambda f, _: (f / "config.json").write_text("{}"), ["config.json", "lacks", "train.steps"]),
+        (lambda f, _: (f / "config.json").write_text("{}"), ["config.json", "lacks", "base.path", "mcm.channels"]),
         (lambda f, _: (f / "config.json").write_bytes(b"\xff\xfe\0"), ["config.json", "not a config"]),
-        (lambda f, _: _edit_config(f, train__steps="six"), ["config.json", "config.train.steps", "number", "six"]),
+        (
+            lambda f, _: _edit_config(f, sampling__steps="six"),
+            ["config.json", "config.sampling.steps", "number", "six"],
+        ),
         (lambda f, _: _edit_config(f, mcm__inputs=["xt"]), ["config.json", "mcm.inputs", "xt", "x_t"]),
         (lambda f, _: (f / "mcm.safetensors").unlink(), ["mcm.safetensors: no such file", "train.py"]),
         (lambda f, _: _cut(f / "mcm.safetensors", 5000), ["mcm.safetensors", "corrupt or cut short"]),

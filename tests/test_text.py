@@ -10,7 +10,6 @@ import pytest
 import tiny
 from PIL import Image
 
-from mcm_jax import config as config_lib
 from mcm_jax import sampling
 from mcm_jax.base import load_base
 from mcm_jax.data import inputs
@@ -41,7 +40,7 @@ def config(sd_path):
 
 @pytest.fixture(scope="module")
 def modulator(config, base):
-    return config_lib.modulator(config, base)
+    return tiny.modulator_of(config, base)
 
 
 @pytest.fixture(scope="module")

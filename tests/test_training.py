@@ -26,8 +26,10 @@ from mcm_jax.data.pipeline import InMemory, training_batches
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.draws import Draws
 from mcm_jax.errors import Interrupted, UserError
-from mcm_jax.training import loop, state, step
+from mcm_jax.training import RunSettings, loop, state, step, train_and_evaluate
+from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.checkpoints import Checkpoints
+from mcm_jax.training.logs import Log
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
@@ -37,7 +39,7 @@ METRICS = {"mse", "mse_of_base", "modulation", "loss", "gradient_norm", "images_
 
 @pytest.fixture(scope="module")
 def modulator(base, base_path):
-    return config_lib.modulator(tiny.make_config(base_path), base)
+    return tiny.modulator_of(tiny.make_config(base_path), base)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +264,7 @@ def test_workdir_of_a_run(trained):
         "validation",
     }
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"3", "6"}
-    assert config_lib.flatten(config_lib.load(workdir)) == config_lib.flatten(trained.config)
+    assert config_lib.load(RunSettings, workdir) == tiny.settings_of(trained.config)
 
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
@@ -311,14 +313,16 @@ def test_a_full_disk_is_told_from_a_full_accelerator():
     full = "RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']"
     wrapped = RuntimeError("checkpoint failed")
     wrapped.__cause__ = OSError(28, "No space left on device")
-    assert all(loop._is_disk_error(e) for e in (ValueError(full), OSError(27, "File too large"), wrapped))
-    assert not loop._is_disk_error(RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"))
+    assert all(workdirs.is_disk_error(e) for e in (ValueError(full), OSError(27, "File too large"), wrapped))
+    assert not workdirs.is_disk_error(
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+    )
 
 
 def test_a_full_disk_stops_the_log_at_once(tmp_path):
     """In the run's own thread: no report is lost in silence, nothing hangs, and closing raises nothing more."""
     resource = pytest.importorskip("resource")
-    log = loop._Log(tmp_path, 0)
+    log = Log(tmp_path, 0)
     log.write(1, {"loss": 1.0})
     (events,) = (tmp_path / "tensorboard").iterdir()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -368,7 +372,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch, 
     ):
         _hook(monkeypatch, at, action)
         with pytest.raises(error) as stopped:
-            loop.train_and_evaluate(trained.config, workdir)
+            train_and_evaluate(trained.config, workdir)
         if error is Interrupted:
             assert f"step {at} of 6" in str(stopped.value) and str(workdir) in str(stopped.value)
         monkeypatch.setattr(loop, "tqdm", original)
@@ -377,7 +381,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch, 
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # torn by the kill
     capsys.readouterr()
-    end = loop.train_and_evaluate(trained.config, workdir)
+    end = train_and_evaluate(trained.config, workdir)
     assert "going on from step 3" in capsys.readouterr().out
 
     tiny.assert_same_bits(jax.device_get(end), jax.device_get(trained.state))
@@ -393,12 +397,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch, 
 
 def test_a_resumed_run_is_the_uninterrupted_one_from_a_cache(base_path, tmp_path, monkeypatch):
     config = tiny.make_config(base_path, {"cache.mode": "build", "draws.count": 1, "train.validate_every": 0})
-    whole = loop.train_and_evaluate(config, tmp_path / "whole")
+    whole = train_and_evaluate(config, tmp_path / "whole")
     _hook(monkeypatch, 4, _signal(signal.SIGINT))  # in the second epoch of three batches
     with pytest.raises(Interrupted):
-        loop.train_and_evaluate(config, tmp_path / "resumed")
+        train_and_evaluate(config, tmp_path / "resumed")
     monkeypatch.undo()
-    resumed = loop.train_and_evaluate(config, tmp_path / "resumed")
+    resumed = train_and_evaluate(config, tmp_path / "resumed")
     tiny.assert_same_bits(jax.device_get(resumed), jax.device_get(whole))
     assert tiny.metrics_of(tmp_path / "resumed") == tiny.metrics_of(tmp_path / "whole")
 
@@ -416,16 +420,16 @@ def test_killed_between_its_two_files_a_run_still_ends_with_both(trained, tmp_pa
 
     monkeypatch.setattr(Checkpoints, "save", save_and_die)
     with pytest.raises(_Killed):
-        loop.train_and_evaluate(trained.config, workdir)
+        train_and_evaluate(trained.config, workdir)
     monkeypatch.undo()
-    loop.train_and_evaluate(trained.config, workdir)
+    train_and_evaluate(trained.config, workdir)
     assert_same_weights(workdir, trained.workdir)
 
 
 def test_a_finished_run_stays_as_it_is(trained, tmp_path, capsys):
     workdir = trained.copy(tmp_path / "run")
     before = tiny.contents(workdir)
-    end = loop.train_and_evaluate(trained.config, workdir)
+    end = train_and_evaluate(trained.config, workdir)
     assert "is finished: 6 of 6 steps" in capsys.readouterr().out
     assert tiny.contents(workdir) == before
     tiny.assert_same_bits(jax.device_get(end), jax.device_get(trained.state))
@@ -453,7 +457,7 @@ def test_no_checkpoint_yet(trained, tmp_path):
 
 def test_another_seed_is_another_run(trained, base_path, tmp_path):
     config = tiny.make_config(base_path, {"seed": 1, "train.validate_every": 0})
-    other = loop.train_and_evaluate(config, tmp_path / "run")
+    other = train_and_evaluate(config, tmp_path / "run")
     kernels = [s.params["unet"]["conv_in"]["kernel"] for s in (other, trained.state)]
     assert not np.isclose(*kernels).any(axis=(0, 1)).all()
     pairs = zip(tiny.metrics_of(tmp_path / "run"), tiny.metrics_of(trained.workdir), strict=True)
@@ -470,7 +474,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(trained, tmp_path, monkeypatch):
 
     monkeypatch.setattr(step, "make_noise_step", broken)
     with pytest.raises(UserError, match=r"the loss is nan at step 2; lower train.learning_rate"):
-        loop.train_and_evaluate(trained.config, tmp_path / "run")
+        train_and_evaluate(trained.config, tmp_path / "run")
     assert not (tmp_path / "run/mcm.safetensors").exists() and not (tmp_path / "run/metrics.jsonl").exists()
 
 

@@ -2,13 +2,13 @@
 
 import concurrent.futures
 import os
-import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mcm_jax.data import find_source, open_source
+from mcm_jax.base import BaseCard
+from mcm_jax.data import DataSettings
 from mcm_jax.data.folder import Folder
 from mcm_jax.data.pipeline import InMemory
 from mcm_jax.data.scenes import PALETTE, Scenes
@@ -126,13 +126,13 @@ def test_a_view_is_a_function_of_its_number(source):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"views": 0}, ["data.views", "0"]),
-        ({"crop": 0.0}, ["data.crop", "0.0"]),
-        ({"crop": 1.1}, ["data.crop", "1.1"]),
-        ({"flip": True}, ["data.views=1", "flip"]),
-        ({"crop": 0.9}, ["data.views=1", "crop"]),
-        ({"views": 2}, ["data.views=2", "only 1"]),
-        ({"views": 3, "flip": True}, ["data.views=3", "only 2"]),
+        ({"views": 0}, ["views", "0"]),
+        ({"crop": 0.0}, ["crop", "0.0"]),
+        ({"crop": 1.1}, ["crop", "1.1"]),
+        ({"flip": True}, ["views=1", "flip"]),
+        ({"crop": 0.9}, ["views=1", "crop"]),
+        ({"views": 2}, ["views=2", "only 1"]),
+        ({"views": 3, "flip": True}, ["views=3", "only 2"]),
     ],
 )
 def test_views_that_would_not_differ_are_refused(source, settings, words):
@@ -157,25 +157,27 @@ def folder(tmp_path):
 
 
 def data(**changes):
-    values = {"name": "scenes", "path": "", "size": 4, "seed": 2, "views": 1, "flip": False, "crop": 1.0}
-    return types.SimpleNamespace(**values | changes)
+    return DataSettings(**{"size": 4} | changes)
+
+
+CARD = BaseCard("", "", None, (8, 8, 3), (8, 8, 3), False, 1, 1)
 
 
 def test_a_source_is_opened_with_its_views(folder):
-    of = lambda split, **changes: open_source(data(**changes), split, MODALITIES, 8, 8, captions=False)  # noqa: E731
-    mine = {"name": "folder", "path": folder}
+    of = lambda split, **changes: data(**changes).open(split, MODALITIES, CARD)  # noqa: E731
+    mine = {"name": "folder", "path": str(folder)}
     assert isinstance(of("train", **mine), Folder) and len(of("train", **mine)) == 3
     assert len(of("train", **mine, views=2, flip=True)) == 6 and len(of("train", views=2, flip=True)) == 8
     assert len(of("test", views=2, flip=True)) == 4  # held-out examples are as they are
     mirrored, plain = of("train", **mine, views=2, flip=True)[3], of("train", **mine)[1]
     np.testing.assert_array_equal(mirrored["image"], plain["image"][:, ::-1])
-    with pytest.raises(UserError, match="data.views=1"):
+    with pytest.raises(UserError, match="^views=1"):
         of("train", flip=True)
 
 
 def test_fingerprints_tell_contents(folder):
     """Names and contents count; times do not, but for the stamp, which says whether to look again."""
-    find = lambda: find_source(data(name="folder", path=folder), "train", MODALITIES, 8, 8, captions=False)  # noqa: E731
+    find = lambda: data(name="folder", path=str(folder)).find("train", MODALITIES, CARD)  # noqa: E731
     before, stamp = find().fingerprints(), find().stamp()
     assert set(before) == {"image", "segmentation", "sketch"}
     assert find().fingerprints() == before and find().stamp() == stamp

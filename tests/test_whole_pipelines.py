@@ -9,7 +9,6 @@ import pytest
 import tiny
 import torch
 
-from mcm_jax import config as config_lib
 from mcm_jax import sampling
 from mcm_jax.base import load_base
 from mcm_jax.pipeline import Pipeline
@@ -28,7 +27,7 @@ class _Sampler:
         self.base = load_base(path)
         config = tiny.make_config(path)
         raw = dataclasses.replace(self.base, autoencoder=None)  # decodes nothing: what was diffused comes out
-        self._pipeline = Pipeline(raw, config_lib.modulator(config, self.base), None, config)
+        self._pipeline = Pipeline(raw, tiny.modulator_of(config, self.base), None, tiny.settings_of(config).sampling)
 
     def __call__(self, keys, **settings):
         latents = self._pipeline({}, keys, guidance=0.0, **settings)

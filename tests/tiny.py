@@ -19,8 +19,9 @@ import pytest
 from absl import app, flags
 
 from configs import default
-from mcm_jax.base import load_base
-from mcm_jax.training import loop
+from mcm_jax import config as config_lib
+from mcm_jax.base import load_base, loading
+from mcm_jax.training import RunSettings, train_and_evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZE = 16
@@ -175,6 +176,17 @@ def make_config(base_path, changes=None):
     return config
 
 
+def settings_of(config):
+    """A config as the library has it."""
+    return config_lib.read(RunSettings, config)
+
+
+def modulator_of(config, base):
+    """The MCM that a config describes, for a base."""
+    settings = settings_of(config)
+    return settings.mcm.modulator(settings.modalities.shown, base.schedule)
+
+
 def config_flags(base_path, changes=None):
     """The same config as :func:`make_config`, as arguments of train.py."""
     values = OVERRIDES | {"base.path": str(base_path)} | (changes or {})
@@ -274,9 +286,9 @@ def trained(base_path, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "trained"
     config, used = make_config(base_path), []
     with quick_compiling(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load_base", lambda *args: used.append(load_base(*args)) or used[-1])
+        patch.setattr(loading, "load_base", lambda *args: used.append(load_base(*args)) or used[-1])
         patch.setattr("builtins.print", lambda *args, **_: used.append(" ".join(map(str, args))))
-        state = loop.train_and_evaluate(config, workdir)
+        state = train_and_evaluate(config, workdir)
     return Run(workdir, config, state, used[0], "\n".join(used[1:]))
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from mcm_jax import assets
 from mcm_jax.base.autoencoders import AutoencoderKL, AutoencoderKLConfig, VQConfig, VQModel
 from mcm_jax.base.base import Base
 from mcm_jax.base.clip import CLIPText, CLIPTextConfig, normalise_names
@@ -36,6 +37,7 @@ from mcm_jax.base.weights import (
     open_weights,
     read_json,
 )
+from mcm_jax.errors import UserError, expect
 from mcm_jax.schedules import Schedule
 
 # Each pipeline's components. Others in its folder, such as a safety checker, are never looked at.
@@ -57,6 +59,43 @@ _LORA = "pytorch_lora_weights.safetensors"
 _SD = "a Stable Diffusion 1.x or 2.x text-to-image model"
 # U-Nets that look like a text-to-image model's but for the channels they see beside the latent.
 _MORE_CHANNELS = {5: "depth-to-image", 7: "image editing", 8: "image editing", 9: "inpainting"}
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseSettings:
+    """Which frozen base. The config's section ``base``.
+
+    Attributes:
+        path: a folder in diffusers format, the name of a shipped one, or a name on the Hugging Face Hub.
+        dtype: of the frozen weights and the base's computation: ``float32``, ``bfloat16``, ``float16``.
+    """
+
+    path: str = "scenes-ddpm"
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        expect(self.path != "", "path", "a folder or a shipped name", self.path)
+        expect(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+
+    def load(self) -> Base:
+        """:func:`load_base`."""
+        return load_base(assets.resolve_base(self.path), self.dtype)
+
+    def outline(self) -> Base:
+        """:func:`outline`."""
+        return outline(assets.resolve_base(self.path), self.dtype)
+
+    def stamp(self) -> str | None:
+        """SHA-256 of the names, sizes and times of the base's files; None where it is not at hand."""
+        try:
+            folder = find_folder(assets.resolve_base(self.path))
+        except UserError:
+            return None
+        if folder is None:
+            return None
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        facts = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def load_base(path: str | os.PathLike, dtype: str = "float32") -> Base:

@@ -31,5 +31,6 @@ says to any tool what is in it.
 """
 
 from mcm_jax.cache.reader import Cache
+from mcm_jax.cache.settings import CacheSettings
 
-__all__ = ["Cache"]
+__all__ = ["Cache", "CacheSettings"]

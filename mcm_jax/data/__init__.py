@@ -1,62 +1,105 @@
 """Paired examples: an image and its conditions."""
 
+import dataclasses
+import pathlib
 from collections.abc import Sequence
-from typing import Any
 
+from mcm_jax.base import BaseCard
 from mcm_jax.data.folder import Folder
 from mcm_jax.data.pipeline import InMemory
-from mcm_jax.data.scenes import Scenes
-from mcm_jax.data.views import Views
+from mcm_jax.data.scenes import CLASSES, Scenes
+from mcm_jax.data.views import Views, check_views
+from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality
 
-
-def find_source(
-    data: Any,
-    split: str,
-    modalities: Sequence[Modality],
-    height: int,
-    width: int,
-    *,
-    captions: bool,
-    size: int | None = None,
-) -> Scenes | Folder:
-    """What :func:`open_source` opens, by the same arguments, but as it is: nothing is rendered or read yet."""
-    if data.name == "folder":
-        return Folder(data.path, split, modalities, height, width, captions)
-    return Scenes(split, size or data.size, height, width, data.seed)
+_SOURCES = ("scenes", "folder")
+_OF_SCENES = {"segmentation": ("labels", len(CLASSES)), "sketch": ("map", 1)}
 
 
-def open_source(
-    data: Any,
-    split: str,
-    modalities: Sequence[Modality],
-    height: int,
-    width: int,
-    *,
-    captions: bool,
-    size: int | None = None,
-) -> Sequence[dict]:
-    """The source that a config's ``data`` section names.
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """The data set. The config's section ``data``.
 
-    Args:
-      data: the section: ``name`` (``scenes`` or ``folder``), what that needs of ``path``, ``size``, ``seed``, and the
-        ``views`` of each training example (:class:`mcm_jax.data.views.Views`).
-      split: ``train`` or ``test``.
-      modalities: which conditions are read.
-      height: of the images.
-      width: of the images.
-      captions: whether prompts are read.
-      size: how many scenes, in place of ``data.size``. A folder has as many examples as it has.
-
-    Returns:
-      Random access to examples of ``image`` (uint8 ``[height, width, 3]``), the modalities on the same grid (labels as
-      integers, maps as value * 255), ``caption`` (a text, if asked for; scenes always have it).
-
-    Raises:
-      UserError: a folder that is not as docs/data.md says.
+    Attributes:
+      name: ``scenes``, procedural landscapes at the base's resolution; or ``folder``: your own pairs.
+      path: of a folder of pairs, see docs/data.md; '' for scenes.
+      size: training examples of scenes.
+      seed: of scenes: another seed is another data set (0 trained the base, 1 the segmentation net); and of crops.
+      prompt_drop_rate: how often the base is shown the empty prompt; for text-conditional bases.
+      views: augmented versions of each example, the first one as it is; see docs/data.md.
+      flip: whether every other view is mirrored.
+      crop: the least share of the picture's sides that a view shows.
     """
-    found = find_source(data, split, modalities, height, width, captions=captions, size=size)
-    source = InMemory.render(found) if isinstance(found, Scenes) else found
-    if split != "train" or (data.views, data.flip, data.crop) == (1, False, 1):
-        return source
-    return Views(source, modalities, views=data.views, flip=data.flip, crop=data.crop, seed=data.seed)
+
+    name: str = "scenes"
+    path: str = ""
+    size: int = 2_000
+    seed: int = 2
+    prompt_drop_rate: float = 0.1
+    views: int = 1
+    flip: bool = False
+    crop: float = 1.0
+
+    def __post_init__(self):
+        expect(self.name in _SOURCES, "name", f"one of {', '.join(_SOURCES)}", self.name)
+        expect(
+            bool(self.path) == (self.name == "folder"),
+            "path",
+            "a folder of pairs where data.name is 'folder', and '' where it is not",
+            self.path,
+        )
+        expect(self.size >= 1, "size", "at least 1", self.size)
+        expect(self.seed >= 0, "seed", "at least 0", self.seed)
+        expect(0 <= self.prompt_drop_rate <= 1, "prompt_drop_rate", "in [0, 1]", self.prompt_drop_rate)
+        check_views(self.views, self.flip, self.crop)
+
+    def check_holds(self, modalities: Sequence[Modality]) -> None:
+        """Raises UserError where scenes have no such modality; what a folder has is seen when it is opened."""
+        for m in modalities if self.name == "scenes" else ():
+            if ("labels" if m.kind == "labels" else "map", m.channels) != _OF_SCENES.get(m.name):
+                held = ", ".join(f"{n} ({kind}, channels={channels})" for n, (kind, channels) in _OF_SCENES.items())
+                raise UserError(
+                    f"modalities.{m.name} is kind={m.kind!r}, channels={m.channels}, but the data set {self.name!r} "
+                    f"holds {held}"
+                )
+
+    def is_at_hand(self) -> bool:
+        """Whether the training examples can be read."""
+        return self.name != "folder" or (pathlib.Path(self.path) / "train").exists()
+
+    def has_test_split(self) -> bool:
+        """Whether there are held-out examples."""
+        return self.name != "folder" or (pathlib.Path(self.path) / "test").is_dir()
+
+    def find(
+        self, split: str, modalities: Sequence[Modality], card: BaseCard, *, size: int | None = None
+    ) -> Scenes | Folder:
+        """What :meth:`open` opens, by the same arguments, but as it is: nothing is rendered or read yet."""
+        height, width, _ = card.image_shape
+        if self.name == "folder":
+            return Folder(self.path, split, modalities, height, width, card.is_text_conditional)
+        return Scenes(split, size or self.size, height, width, self.seed)
+
+    def open(
+        self, split: str, modalities: Sequence[Modality], card: BaseCard, *, size: int | None = None
+    ) -> Sequence[dict]:
+        """The examples, at a base's resolution, with prompts where the base takes them.
+
+        Args:
+          split: ``train`` (with its views, :class:`mcm_jax.data.views.Views`) or ``test``.
+          modalities: which conditions are read.
+          card: of the base.
+          size: how many scenes, in place of :attr:`size`. A folder has as many examples as it has.
+
+        Returns:
+          Random access to examples of ``image`` (uint8 ``[height, width, 3]``), the modalities on the same grid (labels
+          as integers, maps as value * 255), ``caption`` (a text, if the base takes it; scenes always have it).
+
+        Raises:
+          UserError: a folder that is not as docs/data.md says.
+        """
+        found = self.find(split, modalities, card, size=size)
+        source = InMemory.render(found) if isinstance(found, Scenes) else found
+        if split != "train" or (self.views, self.flip, self.crop) == (1, False, 1):
+            return source
+        return Views(source, modalities, views=self.views, flip=self.flip, crop=self.crop, seed=self.seed)

@@ -10,25 +10,23 @@ import numpy as np
 from PIL import Image
 
 from mcm_jax.data.folder import to_grid
-from mcm_jax.errors import UserError
+from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality
 
 
 def check_views(views: int, flip: bool, crop: float) -> None:
-    """Raises UserError, with the config's keys, where views would not differ or nothing would be augmented."""
-    if not 0 < crop <= 1:
-        raise UserError(f"config.data.crop must be above 0 and at most 1, got {crop}")
-    if views < 1:
-        raise UserError(f"config.data.views must be at least 1, got {views}")
+    """Raises UserError where views would not differ or nothing would be augmented."""
+    expect(0 < crop <= 1, "crop", "above 0 and at most 1", crop)
+    expect(views >= 1, "views", "at least 1", views)
     if views == 1 and (flip or crop < 1):
         raise UserError(
-            "config.data.views=1 is the picture as it is, so config.data.flip and crop change nothing: set "
-            "config.data.views to 2 with flip alone, or to as many as config.draws.count with crop"
+            "views=1 is the picture as it is, so data.flip and data.crop change nothing: set data.views to 2 with flip "
+            "alone, or to as many as draws.count with crop"
         )
     if crop == 1 and views > (2 if flip else 1):
         raise UserError(
-            f"config.data.views={views}, but there are only {2 if flip else 1} different ones with "
-            f"config.data.flip={flip} and no crop; set config.data.crop below 1, or fewer views"
+            f"views={views}, but there are only {2 if flip else 1} different ones with data.flip={flip} and no crop; "
+            f"set data.crop below 1, or fewer views"
         )
 
 

@@ -4,27 +4,60 @@ Samples for held-out maps are segmented by a net that neither the base nor the M
 Beside the subsets stand two bounds: real images of the same maps, and the base alone, which cannot know the maps.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
-from mcm_jax import pictures, sampling
-from mcm_jax.data.pipeline import InMemory, to_float
-from mcm_jax.data.scenes import CLASSES, Scenes, scene_at
-from mcm_jax.errors import UserError
+from mcm_jax import assets, config, pictures, sampling
+from mcm_jax.data import DataSettings
+from mcm_jax.data.scenes import scene_at
+from mcm_jax.errors import UserError, expect
 from mcm_jax.evaluation import metrics
+from mcm_jax.evaluation.control import ScenesJudge
 from mcm_jax.evaluation.facts import facts_of, load_facts_net
-from mcm_jax.evaluation.segmenter import load_segmenter
 from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.mcm import parameter_count
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.version import __version__
 
 _SHOWN = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """What evaluate.py samples. The config's section ``evaluation``.
+
+    Attributes:
+      maps: held-out maps.
+      diversity_conditions: of these, how many are sampled several times.
+      diversity_seeds: how often.
+      expected: shown beside the table, by the name of the row.
+    """
+
+    maps: int = 256
+    diversity_conditions: int = 16
+    diversity_seeds: int = 4
+    expected: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"both": "", "base": ""})
+
+    def __post_init__(self):
+        expect(self.maps >= 1, "maps", "at least 1", self.maps)
+        expect(self.diversity_conditions >= 1, "diversity_conditions", "at least 1", self.diversity_conditions)
+        expect(self.diversity_seeds >= 0, "diversity_seeds", "at least 0", self.diversity_seeds)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RunSettings:
+    """What a workdir says of its evaluation."""
+
+    data: DataSettings
+    evaluation: EvaluationSettings
 
 
 def _subsets(names: list[str]) -> dict[str, list[str]]:
@@ -52,11 +85,8 @@ def evaluate(
     out: str | os.PathLike,
     *,
     maps: int | None = None,
-    guidance: float | None = None,
-    text_guidance: float | None = None,
-    modulate: str | None = None,
-    steps: int | None = None,
     seed: int = 0,
+    **changes: Any,
 ) -> dict:
     """Evaluates a trained MCM and writes ``out`` (JSON) and ``samples.png`` beside it.
 
@@ -64,11 +94,9 @@ def evaluate(
       workdir: of a training run, or the name of a shipped MCM.
       out: file for the metrics.
       maps: how many held-out maps; None takes ``config.evaluation.maps``.
-      guidance: modality guidance scale; None takes the config's.
-      text_guidance: classifier-free guidance scale of the captions; None takes the config's.
-      modulate: ``after_cfg`` or ``before_cfg``; None takes the config's.
-      steps: sampling steps; None takes the config's.
       seed: of the noise.
+      changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that shall differ from the config's; None is as
+        there.
 
     Returns:
       What is written: ``miou`` (over all pixels of all maps, mean over classes; keys ``real``, ``base``, ``both``, each
@@ -82,43 +110,27 @@ def evaluate(
       UserError: bad input; nothing was written.
     """
     pipeline = Pipeline.from_folder(workdir)
-    config = pipeline.config
-    if config.data.name != "scenes":
+    run = config.load(_RunSettings, assets.resolve(os.fspath(workdir)), others=True)
+    if run.data.name != "scenes":
         raise UserError(
-            f"{workdir}: trained on data.name={config.data.name!r}; evaluate.py measures control over scenes, whose "
+            f"{workdir}: trained on data.name={run.data.name!r}; evaluate.py measures control over scenes, whose "
             f"segmentation net it has, and over nothing else yet"
         )
-    wanted = config.evaluation
+    wanted = run.evaluation
     maps = wanted.maps if maps is None else maps
-    if maps < 1:
-        raise UserError(f"maps must be at least 1, got {maps}")
-    guidance = config.sampling.guidance if guidance is None else guidance
-    text_guidance = config.sampling.text_guidance if text_guidance is None else text_guidance
-    modulate = modulate or config.sampling.modulate
-    steps = config.sampling.steps if steps is None else steps
-    sampling.check_settings(
-        pipeline.base.schedule, seed=seed, guidance=guidance, text_guidance=text_guidance, steps=steps
-    )
+    expect(maps >= 1, "maps", "at least 1", maps)
+    expect(0 <= seed < 2**32, "seed", "in 0..4294967295", seed)
+    settings = pipeline.settings.but(**changes)
+    settings.check_for(pipeline.base.schedule)
     out = pathlib.Path(out)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; expected the name of a JSON file")
     check_writable(out.parent, "--out")
-    segmenter = load_segmenter()
-    height, width, _ = pipeline.base.image_shape
-    size = segmenter.config["height"]
-    if height != width or height % size:
-        raise UserError(
-            f"the shipped segmentation net reads {size}x{size} pictures, or larger ones by a whole factor, but the "
-            f"base {pipeline.base.name!r} makes {height}x{width}: its samples cannot be evaluated yet"
-        )
     modalities = pipeline.modulator.modalities
-    source = InMemory.render(Scenes("test", maps, height, width, config.data.seed))
-    examples = to_float(source.arrays, [m.name for m in modalities if m.kind != "labels"])
+    judge = ScenesJudge(run.data.seed, maps, pipeline.base.card, modalities)
+    examples = judge.examples
     conditions = {m.name: m.resize_all(examples[m.name], *pipeline.base.latent_shape[:2]) for m in modalities}
     prompts = np.array([str(caption) for caption in examples["caption"]])
-    # Judged at the segmentation net's resolution, against the same scenes drawn at it.
-    small = source if height == size else InMemory.render(Scenes("test", maps, size, size, config.data.seed))
-    labels, sketches = small.arrays["segmentation"], small.arrays["sketch"].astype(np.float32) / 255
 
     def sample(
         given: list[str], scale: float, keys: jax.Array, rows: np.ndarray | slice = slice(None), told: bool = True
@@ -127,35 +139,24 @@ def evaluate(
 
         A text-conditional base is told the captions, or the empty prompt.
         """
-        text = {}
-        if pipeline.base.is_text_conditional:
-            text = {"text_guidance": text_guidance, "modulate": modulate}
-            text["prompts"] = list(prompts[rows]) if told else None
+        text = list(prompts[rows]) if told and pipeline.base.is_text_conditional else None
         kept = {name: conditions[name][rows] for name in given}
-        return np.clip(pipeline(kept, keys, guidance=scale, steps=steps, **text), -1, 1)
-
-    def reduce(images: np.ndarray) -> np.ndarray:
-        factor = height // size
-        return images.reshape(-1, size, factor, size, factor, 3).mean(axis=(2, 4))
+        how = dataclasses.asdict(settings.but(guidance=scale))
+        return np.clip(pipeline(kept, keys, prompts=text, **how), -1, 1)
 
     keys = sampling.sample_keys(seed, maps)
     chosen = min(wanted.diversity_conditions, maps)
     seeds = wanted.diversity_seeds
 
     result = {"miou": {}, "class_iou": {}, "edge_f1": {}, "diversity": {}, "facts": {}}
-    judge = load_facts_net() if pipeline.base.is_text_conditional else None
-    facts = facts_of([scene_at(config.data.seed, "test", i).facts for i in range(maps)]) if judge else {}
+    facts_net = load_facts_net() if pipeline.base.is_text_conditional else None
+    facts = facts_of([scene_at(run.data.seed, "test", i).facts for i in range(maps)]) if facts_net else {}
 
     def score(name: str, images: np.ndarray) -> None:
-        images = reduce(images)
-        confusion = metrics.confusion_matrix(segmenter.predict(images), labels, len(CLASSES))
-        result["miou"][name] = float(metrics.mean_iou(confusion))
-        values = zip(CLASSES, metrics.class_iou(confusion), strict=True)
-        # A class that is in no map and in no sample has no IoU.
-        result["class_iou"][name] = {c: None if np.isnan(v) else float(v) for c, v in values}
-        result["edge_f1"][name] = {k: float(v) for k, v in metrics.edge_f1(images, sketches).items()}
-        if judge:
-            seen = judge.predict(images)
+        for key, value in judge.details(images).items():
+            result[key][name] = value
+        if facts_net:
+            seen = facts_net.predict(judge.reduce(images))
             right = {fact: float((seen[fact] == facts[fact]).mean()) for fact in facts}
             result["facts"][name] = right | {"mean": sum(right.values()) / len(right)}
 
@@ -169,28 +170,28 @@ def evaluate(
 
     began = time.perf_counter()
     score("real", examples["image"])
-    if judge:
+    if facts_net:
         score("unprompted", sample([], 0.0, keys, told=False))
     alone = sample([], 0.0, keys)
     score("base", alone)
     spread("base", [], 0.0)
     shown = [pictures.show(m, examples[m.name][:_SHOWN]) for m in modalities] + [pictures.to_uint8(alone[:_SHOWN])]
     for name, given in _subsets([m.name for m in modalities]).items():
-        images = sample(given, guidance, keys)
+        images = sample(given, settings.guidance, keys)
         score(name, images)
-        spread(name, given, guidance)
+        spread(name, given, settings.guidance)
         shown.append(pictures.to_uint8(images[:_SHOWN]))
 
     result |= {
-        "expected": dict(wanted.get("expected", {})),
+        "expected": dict(wanted.expected),
         "maps": maps,
-        "guidance": guidance,
-        "text_guidance": text_guidance if pipeline.base.is_text_conditional else None,
-        "modulate": modulate if pipeline.base.is_text_conditional else None,
-        "negative_prompt": config.sampling.negative_prompt if pipeline.base.is_text_conditional else None,
-        "sampler": config.sampling.sampler,
-        "steps": steps,
-        "eta": config.sampling.eta,
+        "guidance": settings.guidance,
+        "text_guidance": settings.text_guidance if pipeline.base.is_text_conditional else None,
+        "modulate": settings.modulate if pipeline.base.is_text_conditional else None,
+        "negative_prompt": settings.negative_prompt if pipeline.base.is_text_conditional else None,
+        "sampler": settings.sampler,
+        "steps": settings.steps,
+        "eta": settings.eta,
         "seed": seed,
         "diversity_of": {"conditions": chosen, "seeds": seeds},
         "mcm_parameters": parameter_count(pipeline.params),
@@ -206,5 +207,5 @@ def evaluate(
     pictures.save_png(out.parent / "samples.png", pictures.grid(shown))
     write_atomically(out, (json.dumps(result, indent=2) + "\n").encode())
     rows = ", ".join([*(m.name for m in modalities), "base alone", *_subsets([m.name for m in modalities])])
-    print(f"\n{maps} held-out maps, guidance {guidance:g}. Rows of {out.parent / 'samples.png'}: {rows}")
+    print(f"\n{maps} held-out maps, guidance {settings.guidance:g}. Rows of {out.parent / 'samples.png'}: {rows}")
     return result

@@ -1,6 +1,7 @@
 """Training the MCM; the base is an argument that is never differentiated."""
 
+from mcm_jax.training.assembly import train_and_evaluate
 from mcm_jax.training.caching import precompute
-from mcm_jax.training.loop import train_and_evaluate
+from mcm_jax.training.settings import RunSettings
 
-__all__ = ["precompute", "train_and_evaluate"]
+__all__ = ["RunSettings", "precompute", "train_and_evaluate"]

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from mcm_jax.config import check_same_shapes
 from mcm_jax.errors import UserError
+from mcm_jax.pipeline import check_same_shapes
 from mcm_jax.training.state import TrainState
 
 
