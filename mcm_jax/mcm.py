@@ -130,8 +130,11 @@ def _per_example(a: jax.Array) -> jax.Array:
 
 
 def estimate_x0(x_t: jax.Array, eps: jax.Array, alpha: jax.Array, sigma: jax.Array, clip: float) -> jax.Array:
-    """The base's estimate of x0: ``clip((x_t - sigma eps) / alpha)`` within +-clip; alpha and sigma are ``[B]``."""
-    x0 = (x_t - _per_example(sigma) * eps) / jnp.maximum(_per_example(alpha), 1e-4)
+    """The base's estimate of x0: ``clip((x_t - sigma eps) / alpha)`` within +-clip; alpha and sigma are ``[B]``.
+
+    Finite where alpha = 0: what does not cancel there goes to the bounds.
+    """
+    x0 = (x_t - _per_example(sigma) * eps) / jnp.maximum(_per_example(alpha), jnp.finfo(jnp.float32).tiny)
     return jnp.clip(x0, -clip, clip)
 
 

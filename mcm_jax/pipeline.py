@@ -21,6 +21,7 @@ from flax import traverse_util
 from mcm_jax import assets, sampling
 from mcm_jax import config as config_lib
 from mcm_jax.base import Base, BaseCard, BaseSettings
+from mcm_jax.base.tokenizer import Cuts
 from mcm_jax.errors import UserError
 from mcm_jax.files import write_atomically
 from mcm_jax.mcm import MCMSettings, Modulator
@@ -189,7 +190,11 @@ class Pipeline:
         if odd := [p for p in [*prompts, negative] if not isinstance(p, str)]:
             raise UserError(f"prompts: expected texts, got {odd[0]!r} ({type(odd[0]).__name__})")
         distinct = list(dict.fromkeys([*prompts, negative] if guided else prompts))
-        parts = [self.base.embed_text(self.base.params, distinct[i : i + 1]) for i in range(len(distinct))]
+        cut: dict[str, str] = {}
+        parts = [self.base.embed_text(self.base.params, [prompt], cut) for prompt in distinct]
+        cuts = Cuts()
+        cuts.add(filter(None, distinct), cut)  # nobody wrote the empty prompt
+        cuts.warn(stacklevel=3)
         which = np.array([distinct.index(p) for p in prompts])
         return jnp.concatenate(parts), which, distinct.index(negative) if guided else None
 

@@ -13,7 +13,7 @@ from mcm_jax.schedules import PREDICTION_TYPES
 
 
 def eps_to_x0(eps: jax.Array, x_t: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """``x_0 = (x_t - sigma eps) / alpha``. Not finite where alpha = 0 (the last step of a zero-SNR schedule)."""
+    """``x_0 = (x_t - sigma eps) / alpha``. Not finite where alpha = 0, which no :meth:`Schedule.alpha` is."""
     return (x_t - _like(sigma, x_t) * eps) / _like(alpha, x_t)
 
 

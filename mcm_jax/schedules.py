@@ -14,7 +14,9 @@ so ``alpha_t^2 + sigma_t^2 = 1`` (variance preserving). The betas are one of
 
 ``rescale_betas_zero_snr`` shifts and scales ``sqrt(abar)`` so that its last value is 0 (Lin et al. 2024, alg. 1).
 There ``alpha_{T-1} = 0``, eps says nothing of x_0 and ``x_0 = (x_t - sigma_t eps)/alpha_t`` is 0/0. So that
-samplers may work on eps all the same, :attr:`Schedule.abar` and what is made of it stop at 4.9e-8 (ours, as others do).
+samplers may work on eps all the same, :attr:`Schedule.abar` and what is made of it have 4.9e-8, or the step's before if
+that is less, in place of 0 (ours, as others do). No other value is touched: squaredcos_cap_v2 ends at 2.4e-9, and a
+network of v is trained on just that.
 
 A grid of ``N`` sampling steps (same paper, table 2) is
 
@@ -35,7 +37,7 @@ import numpy as np
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
-_LEAST_SIGNAL = 4.8973451890853435e-08
+_TRACE = 4.8973451890853435e-08  # the abar of a step without signal
 _VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 
 # What a key means when the file leaves it out: diffusers' own defaults, which differ by class. DDPM has no
@@ -141,8 +143,14 @@ class Schedule:
 
     @property
     def abar(self) -> np.ndarray:
-        """`alphas_cumprod` with a last trace of signal where it has none: float32 ``[T]``, above 0."""
-        return np.maximum(self.alphas_cumprod, np.float32(_LEAST_SIGNAL))
+        """`alphas_cumprod` with a last trace of signal where it has none: float32 ``[T]``, falling, above 0.
+
+        Numbers too small for a normal float32 are none, since devices take them for 0.
+        """
+        given = self.alphas_cumprod
+        none = given < np.finfo(np.float32).tiny
+        # At most the least that is given, or the schedule would rise at its end.
+        return np.where(none, given.min(where=~none, initial=np.float32(_TRACE)), given)
 
     @property
     def final_alpha_cumprod(self) -> float:

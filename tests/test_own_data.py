@@ -158,7 +158,7 @@ def test_pictures_are_not_read_far_ahead(config, sd_path):
 
         latent_shape, params, name = base.latent_shape, replicate(base.params, make_mesh()), base.name
         is_latent = is_text_conditional = True
-        embed_text = staticmethod(lambda params, prompts: np.zeros((len(prompts), 3, 24), np.float32))
+        embed_text = staticmethod(lambda params, prompts, cut: np.zeros((len(prompts), 3, 24), np.float32))
 
         @staticmethod
         def encode(params, image):

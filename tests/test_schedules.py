@@ -11,6 +11,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 
+from mcm_jax.losses import WEIGHTINGS, weight
+from mcm_jax.mcm import estimate_x0
+from mcm_jax.predictions import eps_to_v, eps_to_x0, v_to_eps
+from mcm_jax.sampling import SAMPLERS, sample
 from mcm_jax.schedules import BETA_SCHEDULES, Schedule
 
 CLASSES = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler, "PNDMScheduler": PNDMScheduler}
@@ -69,6 +73,70 @@ def test_a_trace_of_signal_is_left_where_the_schedule_has_none():
     np.testing.assert_array_equal(zero.abar[:990], zero.alphas_cumprod[:990])
     t = jnp.array([999])
     assert np.isfinite(1 / zero.alpha(t)).all() and zero.sigma(t)[0] == pytest.approx(1)
+
+
+LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+@pytest.mark.parametrize(
+    "options, changed",
+    [
+        ({}, []),
+        (LATENT, []),
+        (LATENT | {"rescale_betas_zero_snr": True}, []),
+        ({"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}, []),
+        ({"beta_schedule": "squaredcos_cap_v2"}, [999]),
+        ({"rescale_betas_zero_snr": True}, [996, 997, 998, 999]),
+    ],
+    ids=str,
+)
+def test_signal_is_left_as_it_is(options, changed):
+    """All values once stopped at 4.9e-8: caches and runs from then see the same where none was in 0..4.9e-8."""
+    ours = Schedule.from_config({"_class_name": "DDIMScheduler", **options})
+    before = np.maximum(ours.alphas_cumprod, np.float32(4.8973451890853435e-08))
+    np.testing.assert_array_equal(np.flatnonzero(ours.abar != before), changed)
+    some = ours.alphas_cumprod > 0
+    np.testing.assert_array_equal(ours.abar[some], ours.alphas_cumprod[some])
+    assert ours.abar.dtype == np.float32
+
+
+def test_eps_of_v_equals_diffusers_where_the_least_signal_is_left():
+    options = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
+    ours, theirs = Schedule.from_config({"_class_name": "DDIMScheduler", **options}), DDIMScheduler(**options)
+    theirs.set_timesteps(1000)
+    x, v = np.random.default_rng(0).normal(size=(2, 1, 8, 8, 3)).astype(np.float32)
+    step = theirs.step(torch.from_numpy(v), 999, torch.from_numpy(x))
+    bar = float(theirs.alphas_cumprod[998])  # of the step after it, which is sqrt(bar) x0 + sqrt(1 - bar) eps
+    expected = (step.prev_sample.double() - bar**0.5 * step.pred_original_sample.double()) / (1 - bar) ** 0.5
+    alpha, sigma = ours.alpha(jnp.array([999])), ours.sigma(jnp.array([999]))
+    eps = v_to_eps(v, x, alpha, sigma)
+    np.testing.assert_allclose(eps, expected.numpy(), rtol=0, atol=1e-5)
+    # Rounding grows by 1 / alpha, 2e4.
+    np.testing.assert_allclose(estimate_x0(x, eps, alpha, sigma, 10.0), step.pred_original_sample, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"rescale_betas_zero_snr": True},
+        {"beta_end": 0.5},  # float32 runs out of numbers half-way
+        {"beta_schedule": "squaredcos_cap_v2", "trained_betas": [0.5] * 80 + [1.0, 1.0], "num_train_timesteps": 82},
+    ],
+    ids=["least", "none", "ever less", "less than a trace, then none"],
+)
+def test_whatever_divides_by_the_signal_is_finite(options):
+    ours = Schedule.from_config({"_class_name": "DDIMScheduler", "clip_sample": False, **options})
+    assert (ours.abar > 0).all() and (np.diff(ours.abar) <= 0).all()
+    total = ours.num_train_timesteps
+    t = jnp.arange(total)
+    x, eps = jnp.asarray(np.random.default_rng(0).normal(size=(2, total, 2, 2, 1)), jnp.float32)
+    alpha, sigma = ours.alpha(t), ours.sigma(t)
+    results = [convert(eps, x, alpha, sigma) for convert in (eps_to_x0, eps_to_v)]
+    results += [estimate_x0(x, eps, alpha, sigma, 1.0), *(weight(name, alpha, sigma) for name in WEIGHTINGS)]
+    keys = jax.random.split(jax.random.key(0), total)
+    results += [sample(lambda x, t: x, x, keys, ours, sampler=s, steps=total, eta=e) for s in SAMPLERS for e in (0, 1)]
+    assert all(np.isfinite(result).all() for result in results)
 
 
 def test_trained_betas():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from mcm_jax import sampling
 from mcm_jax.base import load_base
@@ -20,7 +23,7 @@ from mcm_jax.errors import UserError
 from mcm_jax.generate import generate
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.sharding import make_mesh, replicate
-from mcm_jax.training import feed, step, train_and_evaluate
+from mcm_jax.training import feed, precompute, step, train_and_evaluate
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
@@ -174,6 +177,57 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(workdir, tmp_path):
     long = " ".join(["three trees and"] * 9)
     with pytest.warns(UserWarning, match="trees and"):
         pipeline({}, keys, prompts=[long], steps=1, batch_size=1)
+
+
+@pytest.fixture
+def short_path(sd_path, tmp_path):
+    """The base, which here takes prompts of 12 tokens: too few for most captions of scenes."""
+    folder = shutil.copytree(sd_path, tmp_path / "sd")
+    file = folder / "tokenizer/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 12}))
+    return folder
+
+
+def prompts_warned_of(run):
+    """What a function warns of prompts."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(w.message) for w in caught if "prompts:" in str(w.message)]
+
+
+def test_a_data_set_has_one_warning_of_prompts_that_are_too_long(short_path, config, modulator, tmp_path):
+    """At the end, whether they are embedded at once or shard by shard; captions count as often as they come."""
+    base, mesh, count = load_base(short_path), make_mesh(), 40
+    changed = tiny.make_config(short_path, {"data.size": count, "draws.count": 2, "cache.shard_draws": 8})
+    source = InMemory.render(Scenes("train", count, 32, 32, changed.data.seed))
+    captions = list(map(str, source.arrays["caption"]))
+    tokens = list(map(len, CLIPTokenizer.from_pretrained(short_path / "tokenizer")(captions)["input_ids"]))
+    long = [caption for caption, number in zip(captions, tokens, strict=True) if number > 12]
+    assert 8 < len(set(long)) < len(long) < count  # more than a call of the text encoder takes, and some twice
+    first = f"'{long[0]}' has {tokens[captions.index(long[0])]} tokens, the base takes 12; cut off: '"
+    expected = f"prompts: {len(long)} of {count} are too long and were cut. The first: {first}"
+
+    replicated = dataclasses.replace(base, params=replicate(base.params, mesh))
+    said = prompts_warned_of(lambda: inputs.prepare(replicated, source, modulator.modalities, mesh))
+    assert len(said) == 1 and said[0].startswith(expected), said
+    said = prompts_warned_of(lambda: precompute(changed, tmp_path / "run"))
+    assert len(said) == 1 and said[0].startswith(expected), said
+
+
+def test_samples_have_one_warning_of_prompts_that_are_too_long(workdir):
+    pipeline = Pipeline.from_folder(workdir)
+    long = [" ".join([f"{word} trees and"] * 9) for word in ("two", "three")]
+
+    def sample(prompts, **kwargs):
+        keys = jax.random.split(jax.random.key(0), len(prompts))
+        return prompts_warned_of(lambda: pipeline({}, keys, prompts=prompts, steps=1, batch_size=4, **kwargs))
+
+    (of_one,) = sample(long[:1] * 4, text_guidance=2.0)
+    assert of_one.startswith(f"prompts: '{long[0]}' has 29 tokens, the base takes 20; cut off: 'two trees and two")
+    (of_several,) = sample(["night", *long, long[0]])
+    assert of_several.startswith(f"prompts: 2 of 3 are too long and were cut. The first: '{long[0]}' has 29 tokens")
+    assert sample(["night", "day"]) == []
 
 
 @pytest.mark.parametrize(

@@ -180,14 +180,18 @@ class Base:
         latent = latent.astype(jnp.float32) / config.scaling_factor + (config.shift_factor or 0.0)
         return self._apply_autoencoder(params, latent, "decode")
 
-    def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
+    def tokenize(self, prompts: Sequence[str], cut: dict[str, str] | None = None) -> np.ndarray:
         """Tokens of prompts, int32 ``[B, L]``: the end of a prompt that is too long is cut off, with a warning.
+
+        Args:
+            prompts: the texts.
+            cut: receives what there is to say about each prompt that is cut, by prompt, in place of the warning.
 
         Raises:
             ValueError: `prompts` is no sequence of texts, or the base is unconditional.
         """
         self._expect_text_encoder()
-        return self.tokenizer(prompts)
+        return self.tokenizer(prompts, cut)
 
     def encode_tokens(self, params: Any, ids: jax.Array) -> jax.Array:
         """Tokens, int32 ``[B, L]``, to context, float32 ``[B, L, D]``.
@@ -198,13 +202,18 @@ class Base:
         self._expect_text_encoder()
         return self.text_encoder.apply({"params": params["text_encoder"]}, ids).astype(jnp.float32)
 
-    def embed_text(self, params: Any, prompts: Sequence[str]) -> jax.Array:
+    def embed_text(self, params: Any, prompts: Sequence[str], cut: dict[str, str] | None = None) -> jax.Array:
         """Prompts to context, float32 ``[B, L, D]``: :meth:`tokenize`, then :meth:`encode_tokens` compiled.
+
+        Args:
+            params: :attr:`params`, or a pytree like it.
+            prompts: the texts.
+            cut: as in :meth:`tokenize`.
 
         Raises:
             ValueError: as :meth:`tokenize`.
         """
-        return self._encode_tokens(params, self.tokenize(prompts))
+        return self._encode_tokens(params, self.tokenize(prompts, cut))
 
     @functools.cached_property
     def _encode_tokens(self) -> Any:

@@ -11,6 +11,8 @@ it is. Parameters may have any floating type.
 
 import dataclasses
 import math
+import types
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -28,8 +30,27 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+# A type of values in a JSON file, in words: one, several.
+_WORDS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+    str: ("a text", "texts"),
+    None: ("null", "null"),
+    types.NoneType: ("null", "null"),
+}
+
+
 class Config:
-    """What the frozen dataclasses that hold a diffusers config have in common: reading, and refusing by name."""
+    """What the frozen dataclasses that hold a diffusers config have in common: reading, and refusing by name.
+
+    The annotations of their fields say what a value may be: ``int``, ``float``, ``bool``, ``str``, ``None``, tuples and
+    unions of these. What else must hold is for `__post_init__`, after that of this class.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            self._expect(_is_a(getattr(self, field.name), field.type), field.name, _in_words(field.type))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
@@ -48,6 +69,30 @@ class Config:
     def _expect(self, holds: bool, key: str, expected: str) -> None:
         if not holds:
             raise ValueError(f"{key}: found {getattr(self, key)!r}, supported: {expected}")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type as JSON has them: a whole number is also a number; true is none, nor is infinity."""
+    inner = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(_is_a(value, one) for one in inner)
+    if inner:  # a tuple, of one type and any length or of a type for each element
+        inner = inner[:1] * len(value) if inner[-1] is ... and isinstance(value, tuple) else inner
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_is_a, value, inner))
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return value is None if kind in (None, types.NoneType) else type(value) is kind
+
+
+def _in_words(kind: Any) -> str:
+    """What :func:`_is_a` takes, in the words of a JSON file."""
+    inner = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(_in_words, inner))
+    if inner:
+        number = "" if inner[-1] is ... else f"{len(inner)} "
+        return f"a list of {number}{_WORDS[inner[0]][1]}"
+    return _WORDS[kind][0]
 
 
 def sinusoidal(t: jax.Array, width: int, flip_sin_to_cos: bool, freq_shift: float) -> jax.Array:

@@ -78,15 +78,13 @@ class CLIPTextConfig(blocks.Config):
         return super().from_dict({key: value for key, value in config.items() if key not in left_out})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            self._expect(field.type is not int or whole, field.name, "a whole number above 0")
+            self._expect(field.type is not int or getattr(self, field.name) > 0, field.name, "a whole number above 0")
         divides = self.hidden_size % self.num_attention_heads == 0
         self._expect(divides, "num_attention_heads", f"a divisor of hidden_size {self.hidden_size}")
-        self._expect(self.hidden_act in tuple(ACTIVATIONS), "hidden_act", f"one of {', '.join(ACTIVATIONS)}")
-        eps = self.layer_norm_eps
-        self._expect(isinstance(eps, float) and 0 < eps < 1, "layer_norm_eps", "a number between 0 and 1")
+        self._expect(self.hidden_act in ACTIVATIONS, "hidden_act", f"one of {', '.join(ACTIVATIONS)}")
+        self._expect(0 < self.layer_norm_eps < 1, "layer_norm_eps", "a number between 0 and 1")
 
 
 def normalise_names(tensors: Mapping[str, Any]) -> dict[str, Any]:

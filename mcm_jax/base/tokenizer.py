@@ -3,10 +3,11 @@
 transformers comes with the extra ``text`` and is imported when such a base is loaded, not before.
 """
 
+import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,34 @@ from mcm_jax.base.weights import BaseLoadError, read_json, some
 _CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 _ENDING = "</w>"  # marks a token at the end of a word
 _BYTES = 512  # tokens of single bytes in a vocabulary that can spell any text: each within and at the end of a word
+
+
+@dataclasses.dataclass
+class Cuts:
+    """Prompts of which a text encoder sees the beginning only, counted for one warning on all of them.
+
+    Attributes:
+        total: how many prompts there were, each as often as it came.
+        count: how many of them were cut.
+        first: what there is to say about the first of these; empty if there was none.
+    """
+
+    total: int = 0
+    count: int = 0
+    first: str = ""
+
+    def add(self, prompts: Iterable[str], cut: Mapping[str, str]) -> None:
+        """Counts prompts; `cut` is what a :class:`Tokenizer` said about those that it cut."""
+        for prompt in prompts:
+            self.total += 1
+            self.count += prompt in cut
+            self.first = self.first or cut.get(prompt, "")
+
+    def warn(self, stacklevel: int) -> None:
+        """Warns if a prompt was cut, as at the code that is `stacklevel` calls above this one."""
+        if self.count:
+            many = f"{self.count} of {self.total} are too long and were cut. The first: " if self.total > 1 else ""
+            warnings.warn(f"prompts: {many}{self.first}", stacklevel=1 + stacklevel)
 
 
 class Tokenizer:
@@ -68,8 +97,12 @@ class Tokenizer:
             "length": self.length,
         }
 
-    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+    def __call__(self, prompts: Sequence[str], cut: dict[str, str] | None = None) -> np.ndarray:
         """Tokens of prompts, int32 ``[B, L]``: start, text, end, padding. What does not fit is cut, with a warning.
+
+        Args:
+            prompts: the texts.
+            cut: receives what there is to say about each prompt that is cut, by prompt, in place of the warning.
 
         Raises:
             ValueError: not a sequence of texts, or an empty one.
@@ -81,14 +114,17 @@ class Tokenizer:
             raise ValueError(f"prompts: found {odd[0]!r} ({type(odd[0]).__name__}), expected texts")
         if not prompts:
             raise ValueError("prompts: found none, expected at least one")
-        whole = self._tokenizer(prompts, verbose=False)["input_ids"]
-        for prompt, ids in zip(prompts, whole, strict=True):
+        found = {}
+        for prompt, ids in zip(prompts, self._tokenizer(prompts, verbose=False)["input_ids"], strict=True):
             if len(ids) > self.length:
                 lost = self._tokenizer.decode(ids[self.length - 1 : -1])
-                warnings.warn(
-                    f"prompts: {prompt!r} has {len(ids)} tokens, the base takes {self.length}; cut off: {lost!r}",
-                    stacklevel=4,
-                )
+                found[prompt] = f"{prompt!r} has {len(ids)} tokens, the base takes {self.length}; cut off: {lost!r}"
+        if cut is None:
+            cuts = Cuts()
+            cuts.add(prompts, found)
+            cuts.warn(stacklevel=4)
+        else:
+            cut |= found
         fixed = self._tokenizer(prompts, padding="max_length", truncation=True, max_length=self.length)
         return np.asarray(fixed["input_ids"], np.int32)
 

@@ -81,6 +81,7 @@ class UNet2DConfig(blocks.Config):
     def __post_init__(self) -> None:
         for key, supported in _SUPPORTED.items():
             self._expect(getattr(self, key) in supported, key, f"one of {', '.join(map(str, supported))}")
+        super().__post_init__()
         levels = len(self.block_out_channels)
         for key, known in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
             types = getattr(self, key)
@@ -92,7 +93,7 @@ class UNet2DConfig(blocks.Config):
             if groups is None and key == "attn_norm_num_groups":
                 continue
             widths = self.block_out_channels if key == "norm_num_groups" else self.block_out_channels[-1:]
-            divides = isinstance(groups, int) and groups > 0 and all(width % groups == 0 for width in widths)
+            divides = groups > 0 and all(width % groups == 0 for width in widths)
             self._expect(divides, key, f"a divisor of each of block_out_channels {widths}")
         head_dim = self.attention_head_dim
         fits = head_dim is None or 0 < head_dim <= min(self._attention_widths, default=head_dim)

@@ -95,7 +95,7 @@ class UNet2DConditionConfig(blocks.Config):
     addition_embed_type: None = None
     addition_time_embed_dim: None = None
     num_class_embeds: None = None
-    upcast_attention: bool = False
+    upcast_attention: bool | None = False  # null in the files that diffusers' converter of checkpoints once wrote
     resnet_time_scale_shift: str = "default"
     resnet_skip_time_act: bool = False
     resnet_out_scale_factor: float = 1.0
@@ -116,6 +116,7 @@ class UNet2DConditionConfig(blocks.Config):
     def __post_init__(self) -> None:
         for key, supported in _SUPPORTED.items():
             self._expect(getattr(self, key) in supported, key, f"one of {', '.join(map(str, supported))}")
+        super().__post_init__()
         levels = len(self.block_out_channels)
         self._expect(levels > 0, "block_out_channels", "at least one level")
         for key, known in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
@@ -124,18 +125,16 @@ class UNet2DConditionConfig(blocks.Config):
             self._expect(len(types) == levels, key, f"{levels} block types, as many as block_out_channels")
         for key in _PER_LEVEL:
             values = self.per_level(key)
-            fits = len(values) == levels and all(isinstance(value, int) and value > 0 for value in values)
+            fits = len(values) == levels and all(value > 0 for value in values)
             self._expect(fits, key, f"a positive number, or {levels} of them, as many as block_out_channels")
-        only = self.per_level("only_cross_attention")
-        fits = len(only) == levels and all(isinstance(value, bool) for value in only)
+        fits = len(self.per_level("only_cross_attention")) == levels
         self._expect(fits, "only_cross_attention", f"true or false, or {levels} of them, as many as block_out_channels")
         groups, widths = self.norm_num_groups, self.block_out_channels
         fits = all(heads <= width for heads, width in zip(self.per_level("attention_head_dim"), widths, strict=True))
         self._expect(fits, "attention_head_dim", f"no more heads than channels in block_out_channels {widths}")
-        divides = isinstance(groups, int) and groups > 0 and all(width % groups == 0 for width in widths)
+        divides = groups > 0 and all(width % groups == 0 for width in widths)
         self._expect(divides, "norm_num_groups", f"a divisor of each of block_out_channels {widths}")
-        width = self.cross_attention_dim
-        self._expect(isinstance(width, int) and width > 0, "cross_attention_dim", "one positive number for all levels")
+        self._expect(self.cross_attention_dim > 0, "cross_attention_dim", "one positive number for all levels")
 
     def per_level(self, key: str) -> tuple:
         """The value of a key for each level, highest resolution first; a single value holds for all."""

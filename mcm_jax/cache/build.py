@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from mcm_jax import sharding
 from mcm_jax.base import Base
+from mcm_jax.base.tokenizer import Cuts
 from mcm_jax.cache import store
 from mcm_jax.data import inputs
 from mcm_jax.data.pipeline import to_float
@@ -208,12 +209,18 @@ def _shards(
             captions = views.pop("caption")[:: plan.views] if base.is_text_conditional else None
             kept = {name: v.reshape(len(index), plan.views, *v.shape[1:]) for name, v in views.items()}
             yield number, {"index": index, **kept, **predict(index, kept, captions, plan.draws, bar.update)}
+    predict.cuts.warn(stacklevel=3)
 
 
 class _Predictor:
-    """Predictions for all draws of some examples, in batches of one shape."""
+    """Predictions for all draws of some examples, in batches of one shape.
+
+    Attributes:
+      cuts: the captions of all calls, and those that were too long.
+    """
 
     def __init__(self, base: Base, recipe: Recipe, mesh: jax.sharding.Mesh):
+        self.cuts = Cuts()
         self._base, self._recipe, self._mesh = base, recipe, mesh
         draws, dtype = recipe.draws, recipe.dtype
         self._dropped = jax.jit(draws.prompt_is_dropped)
@@ -243,7 +250,7 @@ class _Predictor:
         row, draw = (a.astype(np.int32) for a in np.divmod(np.arange(examples * count), count))
         which, contexts = None, None
         if captions is not None:
-            which, contexts = inputs.embed_distinct(self._base, captions)
+            which, contexts = inputs.embed_distinct(self._base, captions, self.cuts)
             dropped = np.asarray(self._dropped(index[row], draw))
             which = np.where(dropped, 0, which[row])
 

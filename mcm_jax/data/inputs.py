@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mcm_jax import sharding
 from mcm_jax.base import Base
+from mcm_jax.base.tokenizer import Cuts
 from mcm_jax.data.pipeline import InMemory
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality
@@ -65,7 +66,9 @@ def prepare(base: Base, source: Sequence[dict], modalities: Sequence[Modality], 
     arrays = {name: np.concatenate(parts.pop(name)) for name in list(parts)}
     contexts = None
     if base.is_text_conditional:
-        arrays["prompt"], contexts = embed_distinct(base, arrays.pop("caption"))
+        cuts = Cuts()
+        arrays["prompt"], contexts = embed_distinct(base, arrays.pop("caption"), cuts)
+        cuts.warn(stacklevel=2)
     return Inputs(InMemory(arrays), contexts)
 
 
@@ -119,20 +122,26 @@ def encode(
         yield batch
 
 
-def embed_distinct(base: Base, captions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of contexts, int32 ``[N]`` from 1, and contexts, as in :class:`Inputs`, of captions (texts ``[N]``)."""
+def embed_distinct(base: Base, captions: np.ndarray, cuts: Cuts) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of contexts, int32 ``[N]`` from 1, and contexts, as in :class:`Inputs`, of captions (texts ``[N]``).
+
+    `cuts` counts the captions, and those that are too long, which there is no warning about here.
+    """
     prompts, which = np.unique(captions, return_inverse=True)
-    return (1 + which).astype(np.int32), embed(base, ["", *map(str, prompts)])
+    cut: dict[str, str] = {}
+    contexts = embed(base, ["", *map(str, prompts)], cut)
+    cuts.add(map(str, captions), cut)
+    return (1 + which).astype(np.int32), contexts
 
 
-def embed(base: Base, prompts: Sequence[str]) -> np.ndarray:
-    """Contexts ``[len(prompts), L, D]`` of prompts in the base's dtype, some at a time."""
+def embed(base: Base, prompts: Sequence[str], cut: dict[str, str] | None = None) -> np.ndarray:
+    """Contexts ``[len(prompts), L, D]`` of prompts in the base's dtype, some at a time; `cut` as in the base."""
     dtype = jax.tree.leaves(base.params["text_encoder"])[0].dtype
     contexts = None
     for start in range(0, len(prompts), _BATCH):
         rows = np.arange(start, min(start + _BATCH, len(prompts)))
         padded = [prompts[i] for i in rows] + [""] * (_BATCH - len(rows))
-        part = np.asarray(base.embed_text(base.params, padded)).astype(dtype)
+        part = np.asarray(base.embed_text(base.params, padded, cut)).astype(dtype)
         if contexts is None:
             contexts = np.empty((len(prompts), *part.shape[1:]), dtype)
         contexts[rows] = part[: len(rows)]
