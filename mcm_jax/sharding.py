@@ -95,7 +95,7 @@ def place(params: Any, mesh: Mesh) -> Any:
 
 
 def param_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """How a frozen parameter lies: split over ``fsdp`` along the longest axis that divides evenly, whole if none does."""
+    """How a frozen parameter lies: split over ``fsdp`` along its longest axis that can be; whole without one."""
     fsdp = mesh.shape.get("fsdp", 1)
     axes = [axis for axis, size in enumerate(shape) if size and size % fsdp == 0]
     if fsdp == 1 or not axes:
@@ -111,28 +111,35 @@ def mesh_of(params: Any) -> Mesh | None:
     return next((s.mesh for s in split), None)
 
 
-def gather(params: Any, x: jax.Array, mesh: Mesh) -> tuple[Any, jax.Array]:
+def gather(params: Any, x: jax.Array, mesh: Mesh | None) -> tuple[Any, jax.Array]:
     """Under jit: split parameters made whole for a network that is about to see ``x``, whose rows stay split.
 
-    Left to itself, the compiler multiplies by parts of the parameters where it can, and holds the activations of a
-    whole group's batch on each device for it.
+    Left to itself, the compiler multiplies by parts of the parameters where it can, and for it holds the activations of
+    a whole group's batch on each device.
 
     Args:
       params: a pytree, as :func:`place` puts it.
       x: ``[B, ...]``, the network's input.
-      mesh: of both.
-
-    Returns:
-      Both.
+      mesh: from :func:`mesh_of`; without one, both come back as they are.
     """
-    # Tied to x, the parameters of a sampler's every step are made whole in it, and not once, and kept, before its loop.
+    if mesh is None:
+        return params, x
+    # Tied to x, the parameters are made whole in each of a sampler's steps, and not once, to be kept, before its loop.
     params, x = jax.lax.optimization_barrier((params, x))
-    return jax.lax.with_sharding_constraint(params, NamedSharding(mesh, PartitionSpec())), keep_split(x, mesh)
+    return keep_whole(params, mesh), keep_split(x, mesh)
 
 
-def keep_split(x: jax.Array, mesh: Mesh) -> jax.Array:
-    """Under jit: a batch split over all devices, if they divide it."""
-    return x if x.shape[0] % mesh.size else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+def keep_split(tree: Any, mesh: Mesh | None) -> Any:
+    """Under jit: batches ``[B, ...]`` split over all devices, where these divide them; as they are without a mesh."""
+    if mesh is None:
+        return tree
+    split = batch_sharding(mesh)
+    return jax.tree.map(lambda x: x if x.shape[0] % mesh.size else jax.lax.with_sharding_constraint(x, split), tree)
+
+
+def keep_whole(tree: Any, mesh: Mesh | None) -> Any:
+    """Under jit: arrays whole on each device; as they are without a mesh."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
