@@ -88,7 +88,7 @@ def place(params: Any, mesh: Mesh) -> Any:
 
     Args:
       params: a pytree of numpy or JAX arrays, or one array, the same in each process. Each leaf goes in parts to where
-        it belongs; no device gets a whole copy of what is split.
+        it belongs; no device gets a whole copy of what is split. Shapes (``jax.ShapeDtypeStruct``) get their sharding.
       mesh: of the devices.
     """
     return jax.tree.map(lambda leaf: _put(leaf, param_sharding(leaf.shape, mesh)), params)
@@ -157,7 +157,7 @@ def split_batch(batch: Any, mesh: Mesh) -> Any:
     """Puts a batch on the devices, split along its first axis.
 
     Args:
-      batch: a pytree of numpy arrays: this process's rows of the batch, see :func:`local_rows`.
+      batch: a pytree of numpy arrays or random keys: this process's rows of the batch, see :func:`local_rows`.
       mesh: of the devices; the number of rows is a multiple of those of this process.
 
     Returns:
@@ -166,7 +166,9 @@ def split_batch(batch: Any, mesh: Mesh) -> Any:
     sharding = batch_sharding(mesh)
     processes = mesh.size // len(mesh.local_devices)
 
-    def put(rows: np.ndarray) -> jax.Array:
+    def put(rows: Any) -> jax.Array:
+        if jax.dtypes.issubdtype(rows.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(rows)), impl=jax.random.key_impl(rows))
         rows = np.asarray(rows)
         return jax.make_array_from_process_local_data(sharding, rows, (len(rows) * processes, *rows.shape[1:]))
 
@@ -175,6 +177,8 @@ def split_batch(batch: Any, mesh: Mesh) -> Any:
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """Puts an array that each process has, or one that all of them hold together, where it belongs."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.update(sharding=sharding)
     together = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     if sharding.is_fully_addressable or together:
         return jax.device_put(leaf, sharding)

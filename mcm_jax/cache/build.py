@@ -39,12 +39,13 @@ class Recipe:
     """How a cache is made.
 
     Attributes:
-      base: the frozen model, its params on one device.
+      base: the frozen model; its params are put on the mesh unless they are there, see :func:`mcm_jax.sharding.place`.
       source: random access to examples and their views, ``V`` rows for each (see :mod:`mcm_jax.data`).
       modalities: which conditions are kept.
       draws: timesteps, noise, dropped prompts.
       dtype: how predictions are stored, one of :data:`DTYPES`.
       batch_size: predictions at a time, over all devices of a process.
+      mesh: this process's devices.
     """
 
     base: Base
@@ -53,6 +54,7 @@ class Recipe:
     draws: Draws
     dtype: str
     batch_size: int
+    mesh: jax.sharding.Mesh = dataclasses.field(default_factory=sharding.local_mesh)
 
 
 def quantise(eps: jax.Array, dtype: str) -> dict[str, jax.Array]:
@@ -190,9 +192,9 @@ def _shards(
     plan: store.Manifest, recipe: Recipe, numbers: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yields the tensors of each shard."""
-    mesh = sharding.local_mesh()
-    base = dataclasses.replace(recipe.base, params=sharding.replicate(recipe.base.params, mesh))
-    predict = _Predictor(base, recipe, mesh)
+    mesh = recipe.mesh
+    base = dataclasses.replace(recipe.base, params=sharding.place(recipe.base.params, mesh))
+    predict = _Predictor(base, recipe)
     per_shard = {
         number: inputs.chunks([i * plan.views + v for i in plan.rows(number) for v in range(plan.views)], mesh)
         for number in numbers
@@ -213,8 +215,8 @@ def _shards(
 class _Predictor:
     """Predictions for all draws of some examples, in batches of one shape."""
 
-    def __init__(self, base: Base, recipe: Recipe, mesh: jax.sharding.Mesh):
-        self._base, self._recipe, self._mesh = base, recipe, mesh
+    def __init__(self, base: Base, recipe: Recipe):
+        self._base, self._recipe, self._mesh = base, recipe, recipe.mesh
         draws, dtype = recipe.draws, recipe.dtype
         self._dropped = jax.jit(draws.prompt_is_dropped)
 
