@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from mcm_jax import assets, sampling
+from mcm_jax import assets, sampling, sharding
 from mcm_jax import config as config_lib
 from mcm_jax.base import Base, BaseCard, BaseSettings
 from mcm_jax.base.tokenizer import Cuts
@@ -100,12 +100,22 @@ class Pipeline:
       params: of the MCM.
       settings: how samples are drawn, unless :meth:`__call__` is told otherwise.
       step: how long the MCM was trained.
+      mesh: the devices that share the work, which the base's params are put on unless they are there; those of this
+        process if left out. One of several processes' devices has all of these processes make the same calls.
     """
 
     def __init__(
-        self, base: Base, modulator: Modulator, params: Any, settings: SamplingSettings | None = None, step: int = 0
+        self,
+        base: Base,
+        modulator: Modulator,
+        params: Any,
+        settings: SamplingSettings | None = None,
+        step: int = 0,
+        mesh: jax.sharding.Mesh | None = None,
     ):
-        self.base, self.modulator, self.params, self.step = base, modulator, params, step
+        self.mesh = sharding.local_mesh() if mesh is None else mesh
+        self.base = dataclasses.replace(base, params=sharding.place(base.params, self.mesh))
+        self.modulator, self.params, self.step = modulator, params, step
         self.settings = settings or SamplingSettings()
         self._compiled = functools.cache(self._compile)
 
@@ -131,7 +141,7 @@ class Pipeline:
         return self._compiled(*key), guided
 
     def _compile(self, sampler: str, steps: int, eta: float, alone: bool, guided: bool, where: str) -> Any:
-        base, modulator = self.base, self.modulator
+        base, modulator, mesh = self.base, self.modulator, self.mesh
 
         @jax.jit
         def run(base_params, params, conditions, present, keys, guidance, text_guidance, context, negative):
@@ -142,28 +152,29 @@ class Pipeline:
                 if not guided:
                     eps = base.predict(base_params, x, t, context).astype(jnp.float32)
                     return sampling.guide(eps, modulate(eps), guidance)
-                twice = jnp.concatenate  # one call of the base for both prompts
-                contexts = twice([negative, context])
-                eps = base.predict(base_params, twice([x, x]), twice([t, t]), contexts).astype(jnp.float32)
+                # One call of the base for both prompts.
+                twice = jax.tree.map(lambda *both: jnp.concatenate(both), (x, t, negative), (x, t, context))
+                eps = base.predict(base_params, *sharding.keep_split(twice, mesh)).astype(jnp.float32)
                 return sampling.modulate_guided(
                     modulate, *jnp.split(eps, 2), guidance=guidance, text_guidance=text_guidance, where=where
                 )
 
             x = sampling.initial_noise(keys, base.latent_shape)
             x = sampling.sample(denoise, x, keys, base.schedule, sampler=sampler, steps=steps, eta=eta)
-            return base.decode(base_params, x)
+            return sharding.keep_whole(base.decode(base_params, x), mesh)  # for each process to read
 
         return run
 
     def sampling_bytes(self, batch_size: int) -> int:
-        """Memory that sampling a batch takes on the device, parameters and all, by the compiler's own count.
+        """Memory that sampling a batch takes on each device, parameters and all, by the compiler's own count.
 
         The base's params may be shapes alone (:func:`mcm_jax.base.outline`). Takes as long as compiling does.
 
         Args:
-          batch_size: images.
+          batch_size: images, over all devices.
         """
         base, shape = self.base, jax.ShapeDtypeStruct
+        batch_size = self._filled(batch_size)
         run, guided = self._program(self.settings)
         context = None
         if base.is_text_conditional:
@@ -173,10 +184,19 @@ class Pipeline:
         names = self.modulator.modalities
         conditions = {m.name: m.null(batch_size, *base.latent_shape[:2]) for m in names}
         present, keys = shape((batch_size, len(names)), bool), sampling.sample_keys(0, batch_size)
+        rows = sharding.batch_sharding(self.mesh)
+        batch, texts = jax.tree.map(
+            lambda x: shape(x.shape, x.dtype, sharding=rows),
+            ((conditions, present, keys), (context, context if guided else None)),
+        )
         scales = shape((), jnp.float32), shape((), jnp.float32)
-        arguments = base.params, params, conditions, present, keys, *scales, context, context if guided else None
+        arguments = base.params, sharding.replicate(params, self.mesh), *batch, *scales, *texts
         plan = run.lower(*arguments).compile().memory_analysis()
         return plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
+
+    def _filled(self, batch_size: int) -> int:
+        """The next batch size that the devices divide."""
+        return -(-batch_size // self.mesh.size) * self.mesh.size
 
     def _contexts(self, prompts: Sequence[str] | None, negative: str, count: int, guided: bool) -> tuple[Any, Any, Any]:
         """Contexts ``[P, L, D]`` of the distinct prompts, which of them each sample has, and the negative prompt's."""
@@ -191,12 +211,12 @@ class Pipeline:
             raise UserError(f"prompts: expected texts, got {odd[0]!r} ({type(odd[0]).__name__})")
         distinct = list(dict.fromkeys([*prompts, negative] if guided else prompts))
         cut: dict[str, str] = {}
-        parts = [self.base.embed_text(self.base.params, [prompt], cut) for prompt in distinct]
+        parts = [np.asarray(self.base.embed_text(self.base.params, [prompt], cut)) for prompt in distinct]
         cuts = Cuts()
         cuts.add(filter(None, distinct), cut)  # nobody wrote the empty prompt
         cuts.warn(stacklevel=3)
         which = np.array([distinct.index(p) for p in prompts])
-        return jnp.concatenate(parts), which, distinct.index(negative) if guided else None
+        return np.concatenate(parts), which, distinct.index(negative) if guided else None
 
     def __call__(
         self,
@@ -214,14 +234,14 @@ class Pipeline:
           keys: ``[N]``, see :func:`mcm_jax.sampling.sample_keys`.
           prompts: N texts, for a text-conditional base; None is the empty prompt for each.
           changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that differ from :attr:`settings`, e.g.
-            ``guidance=2.0``. The last batch is filled up, so one compiled function serves any N.
+            ``guidance=2.0``. Batches are filled up to what the devices divide, the last one too, so one compiled function
+            serves any N.
 
         Returns:
           float32 ``[N, H, W, 3]`` in about [-1, 1].
         """
         settings = self.settings.but(**changes)
         settings.check_for(self.base.schedule)
-        batch_size = settings.batch_size
         if not len(keys):
             raise UserError("no keys given: at least one sample is drawn")
         count, (height, width, _) = len(keys), self.base.latent_shape
@@ -241,13 +261,17 @@ class Pipeline:
             full[modality.name] = modality.null(count, height, width) if given is None else np.asarray(given)
         run, guided = self._program(settings)
         contexts, which, negative = self._contexts(prompts, settings.negative_prompt, count, guided)
-        scales = jnp.float32(settings.guidance), jnp.float32(settings.text_guidance)
+        scales = np.float32(settings.guidance), np.float32(settings.text_guidance)
+        params = sharding.replicate(self.params, self.mesh)
+        batch_size = self._filled(settings.batch_size)
+        own = sharding.local_rows(self.mesh, batch_size)
         images = []
         for start in range(0, count, batch_size):
-            rows = np.arange(start, start + batch_size) % count  # the last batch starts over to fill up
-            batch = {name: value[rows] for name, value in full.items()}
+            rows = (start + own) % count  # the last batch starts over to fill up
+            batch = {name: value[rows] for name, value in full.items()}, present[rows], keys[rows]
             context = None if contexts is None else contexts[which[rows]]
-            against = contexts[np.full(batch_size, negative)] if guided else None
-            out = run(self.base.params, self.params, batch, present[rows], keys[rows], *scales, context, against)
+            against = contexts[np.full(len(rows), negative)] if guided else None
+            batch, texts = sharding.split_batch((batch, (context, against)), self.mesh)
+            out = run(self.base.params, params, *batch, *scales, *texts)
             images.append(np.asarray(out, np.float32))
         return np.concatenate(images)[:count]

@@ -84,6 +84,17 @@ def test_the_seed_decides_the_order():
     assert not np.array_equal(same, other)
 
 
+def test_processes_that_share_batches_out_see_what_one_would():
+    source, shares = _source(), ([0, 1, 4], [2, 3, 5])  # rows of six
+    whole = _batches(6)
+    parts = [
+        training_batches(lambda index, draw: source[index], SIZE, 6, seed=0, rows=np.array(rows)) for rows in shares
+    ]
+    for k in range(5):
+        for part, rows in zip(parts, shares, strict=True):
+            _same(part[k], {name: value[rows] for name, value in whole[k].items()})
+
+
 @pytest.mark.parametrize("batch_size, size", [(20, 7), (5, 1)])
 def test_a_batch_may_be_larger_than_the_source(batch_size, size):
     batch = _batches(batch_size, size=size)[0]

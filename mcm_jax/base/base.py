@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mcm_jax import sharding
 from mcm_jax.base.autoencoders import AutoencoderKL, VQModel
 from mcm_jax.base.clip import CLIPText
 from mcm_jax.base.tokenizer import Tokenizer
@@ -67,6 +68,8 @@ class Base:
     """A frozen diffusion model. Its methods take its params as an argument.
 
     All are pure and work under ``jit`` and ``grad``, but for :meth:`tokenize` and :meth:`embed_text`, which read text.
+    Where :attr:`params` are split over devices (:func:`mcm_jax.sharding.place`), those given to a method are, too: they
+    are made whole as they are used, and each device works on its own rows of the batch.
 
     Attributes:
         name: the folder's name.
@@ -138,7 +141,7 @@ class Base:
         if context is not None and not self.is_text_conditional:
             raise ValueError(f"context: base {self.name!r} is unconditional and takes none")
         contexts = () if context is None else (context,)
-        prediction = self.unet.apply({"params": params["unet"]}, x_t, t, *contexts).astype(jnp.float32)
+        prediction = self._apply(self.unet, params["unet"], x_t, t, *contexts).astype(jnp.float32)
         return to_eps(prediction, x_t, self.schedule.alpha(t), self.schedule.sigma(t), self.schedule.prediction_type)
 
     def encode(self, params: Any, image: jax.Array, rng: jax.Array | None = None) -> jax.Array:
@@ -200,10 +203,12 @@ class Base:
             ValueError: the base is unconditional.
         """
         self._expect_text_encoder()
-        return self.text_encoder.apply({"params": params["text_encoder"]}, ids).astype(jnp.float32)
+        return self._apply(self.text_encoder, params["text_encoder"], ids).astype(jnp.float32)
 
     def embed_text(self, params: Any, prompts: Sequence[str], cut: dict[str, str] | None = None) -> jax.Array:
         """Prompts to context, float32 ``[B, L, D]``: :meth:`tokenize`, then :meth:`encode_tokens` compiled.
+
+        The context is whole on each device that the params are on, so that each process can read it.
 
         Args:
             params: :attr:`params`, or a pytree like it.
@@ -217,7 +222,11 @@ class Base:
 
     @functools.cached_property
     def _encode_tokens(self) -> Any:
-        return jax.jit(self.encode_tokens)
+        return jax.jit(lambda params, ids: sharding.keep_whole(self.encode_tokens(params, ids), self._mesh))
+
+    @functools.cached_property
+    def _mesh(self) -> jax.sharding.Mesh | None:
+        return sharding.mesh_of(self.params)
 
     def _expect_text_encoder(self) -> None:
         if not self.is_text_conditional:
@@ -225,4 +234,8 @@ class Base:
 
     def _apply_autoencoder(self, params: Any, x: jax.Array, method: str) -> Any:
         entry = "vae" if "vae" in params else "vqvae"
-        return self.autoencoder.apply({"params": params[entry]}, x, method=method)
+        return self._apply(self.autoencoder, params[entry], x, method=method)
+
+    def _apply(self, net: Any, params: Any, x: jax.Array, *rest: jax.Array, **options: Any) -> Any:
+        params, x = sharding.gather(params, x, self._mesh)
+        return sharding.keep_split(net.apply({"params": params}, x, *rest, **options), self._mesh)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,9 @@ class BaseSettings:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def load_base(path: str | os.PathLike, dtype: str = "float32") -> Base:
+def load_base(
+    path: str | os.PathLike, dtype: str = "float32", put: Callable[[np.ndarray], jax.Array] = jnp.asarray
+) -> Base:
     """Loads a base from a local folder in diffusers format, or by its name on the Hugging Face Hub.
 
     Args:
@@ -106,15 +108,18 @@ def load_base(path: str | os.PathLike, dtype: str = "float32") -> Base:
             where there is no such folder (needs the extra ``hub``).
         dtype: ``float32``, ``bfloat16`` or ``float16``: what the parameters are cast to, once, and what the networks
             compute in.
+        put: takes each tensor to where it belongs as soon as it is read, before the next one is:
+            ``functools.partial(sharding.place, mesh=mesh)`` splits a base that is larger than a device. Left out, all
+            of them go to the default device.
 
     Returns:
-        The base, its params on the default device.
+        The base, its params as `put` gave them.
 
     Raises:
         BaseLoadError: anything in the folder that is missing, damaged or not supported.
         ValueError: another `dtype`.
     """
-    return _load(path, dtype, keep=True)
+    return _load(path, dtype, put)
 
 
 def outline(path: str | os.PathLike, dtype: str = "float32") -> Base:
@@ -122,7 +127,7 @@ def outline(path: str | os.PathLike, dtype: str = "float32") -> Base:
 
     The arguments and errors are those of :func:`load_base`. One tensor is in memory at a time, none on the device.
     """
-    return _load(path, dtype, keep=False)
+    return _load(path, dtype, lambda tensor: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype))
 
 
 def find_folder(path: str | os.PathLike) -> Path | None:
@@ -138,7 +143,7 @@ def find_folder(path: str | os.PathLike) -> Path | None:
         return None
 
 
-def _load(path: str | os.PathLike, dtype: str, *, keep: bool) -> Base:
+def _load(path: str | os.PathLike, dtype: str, put: Callable[[np.ndarray], Any]) -> Base:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
     folder, hub_name = Path(path).expanduser(), None
@@ -173,7 +178,7 @@ def _load(path: str | os.PathLike, dtype: str, *, keep: bool) -> Base:
         facts["tokenizer"] = tokenizer.facts
     if hub_name:
         _download_weights(hub_name, folder.name, {name: files[name].parent.relative_to(folder) for name in nets})
-    params, digest = _load_params(facts, nets, files, latent_shape, factor, dtype, keep)
+    params, digest = _load_params(facts, nets, files, latent_shape, factor, dtype, put)
     return Base(
         name=hub_name.split("/")[1] if hub_name else folder.resolve().name,
         params=params,
@@ -323,7 +328,7 @@ def _load_params(
     latent: tuple,
     factor: int,
     dtype: str,
-    keep: bool,
+    put: Callable[[np.ndarray], Any],
 ) -> tuple[dict[str, Any], str]:
     """Reads the parameters of all networks, and takes the fingerprint on the way: of the facts, then of each tensor."""
     float32, int32, key = jnp.float32, jnp.int32, jax.random.key(0)
@@ -347,7 +352,7 @@ def _load_params(
         for path, tensor in load_params(file, stored.pop(name), expected, dtype):
             digest.update(f"\n{'/'.join((name, *path))} {tensor.dtype.name} {tensor.shape}\n".encode())
             digest.update(tensor.reshape(-1).view(np.uint8))
-            component[path] = jnp.asarray(tensor) if keep else jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
+            component[path] = put(tensor)
         params[name] = traverse_util.unflatten_dict(component)
     return params, digest.hexdigest()
 

@@ -40,12 +40,13 @@ class Recipe:
     """How a cache is made.
 
     Attributes:
-      base: the frozen model, its params on one device.
+      base: the frozen model; its params are put on the mesh unless they are there, see :func:`mcm_jax.sharding.place`.
       source: random access to examples and their views, ``V`` rows for each (see :mod:`mcm_jax.data`).
       modalities: which conditions are kept.
       draws: timesteps, noise, dropped prompts.
       dtype: how predictions are stored, one of :data:`DTYPES`.
       batch_size: predictions at a time, over all devices of a process.
+      mesh: this process's devices.
     """
 
     base: Base
@@ -54,6 +55,7 @@ class Recipe:
     draws: Draws
     dtype: str
     batch_size: int
+    mesh: jax.sharding.Mesh = dataclasses.field(default_factory=sharding.local_mesh)
 
 
 def quantise(eps: jax.Array, dtype: str) -> dict[str, jax.Array]:
@@ -191,9 +193,9 @@ def _shards(
     plan: store.Manifest, recipe: Recipe, numbers: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yields the tensors of each shard."""
-    mesh = sharding.local_mesh()
-    base = dataclasses.replace(recipe.base, params=sharding.replicate(recipe.base.params, mesh))
-    predict = _Predictor(base, recipe, mesh)
+    mesh = recipe.mesh
+    base = dataclasses.replace(recipe.base, params=sharding.place(recipe.base.params, mesh))
+    predict = _Predictor(base, recipe)
     per_shard = {
         number: inputs.chunks([i * plan.views + v for i in plan.rows(number) for v in range(plan.views)], mesh)
         for number in numbers
@@ -219,9 +221,9 @@ class _Predictor:
       cuts: the captions of all calls, and those that were too long.
     """
 
-    def __init__(self, base: Base, recipe: Recipe, mesh: jax.sharding.Mesh):
+    def __init__(self, base: Base, recipe: Recipe):
         self.cuts = Cuts()
-        self._base, self._recipe, self._mesh = base, recipe, mesh
+        self._base, self._recipe, self._mesh = base, recipe, recipe.mesh
         draws, dtype = recipe.draws, recipe.dtype
         self._dropped = jax.jit(draws.prompt_is_dropped)
 

@@ -46,8 +46,10 @@ class Inputs:
 def prepare(base: Base, source: Sequence[dict], modalities: Sequence[Modality], mesh: jax.sharding.Mesh) -> Inputs:
     """Runs the autoencoder and the text encoder over a data set.
 
+    Every process of a mesh calls this; each reads all examples and keeps all results, and its devices do their share.
+
     Args:
-      base: the frozen model, its params on all devices of the mesh.
+      base: the frozen model, its params on the mesh by :func:`mcm_jax.sharding.place`.
       source: random access to examples with ``image`` (uint8 ``[H, W, 3]``), every modality, and ``caption`` where the
         base wants prompts.
       modalities: which are kept.
@@ -106,13 +108,19 @@ def encode(
         examples = [load_example(base, source, modalities, int(row)) for row in rows]
         return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
 
-    net = jax.jit(lambda params, image: base.encode(params, image.astype(jnp.float32) / 127.5 - 1).astype(jnp.float16))
+    @jax.jit
+    def net(params, image):
+        latent = base.encode(params, image.astype(jnp.float32) / 127.5 - 1).astype(jnp.float16)
+        return sharding.keep_whole(latent, mesh)  # for each process to read
+
+    size = _BATCH * mesh.size
+    own = sharding.local_rows(mesh, size)
     batches = grain.MapDataset.source(portions).map(load)
     for batch in batches.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)):
         if base.is_latent:
             image = batch.pop("image")
             count = len(image)
-            padded = image[np.arange(_BATCH * mesh.size) % count]  # one shape is one compilation
+            padded = image[own % count]  # one shape is one compilation
             batch["latent"] = np.asarray(net(base.params, sharding.split_batch(padded, mesh)))[:count]
             if not np.isfinite(batch["latent"]).all():
                 raise UserError(

@@ -82,6 +82,7 @@ def training_batches(
     batch_size: int,
     seed: int,
     repeat: int = 0,
+    rows: np.ndarray | None = None,
 ) -> grain.MapDataset:
     """All batches of a training run, as a sequence without end: ``training_batches(...)[step]``.
 
@@ -91,18 +92,22 @@ def training_batches(
       batch_size: examples a batch; a batch may span two epochs, so fewer examples than a batch work too.
       seed: of the order, which differs in every epoch.
       repeat: the draws of an example after which they come again; 0 is never.
+      rows: which of a batch's rows are read, all if left out. What a row holds does not depend on it: processes that
+        share batches out see, together, what one by itself would.
 
     Returns:
       What `read` gives, with ``index`` (which example), ``seen`` (how often before) and ``draw`` (which draw: `seen`,
-      or what is left of it by `repeat`), int32 ``[B]``. Index and draw name an example's noise.
+      or what is left of it by `repeat`), int32 ``[B]``, or as long as `rows`. Index and draw name an example's noise.
     """
+
+    own = np.arange(batch_size) if rows is None else rows
 
     @functools.lru_cache(maxsize=2)  # whole batches at once: Grain's own shuffle takes longer than reading a record
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
 
     def load(step: int) -> dict[str, np.ndarray]:
-        seen, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), examples)
+        seen, place = np.divmod(step * batch_size + own, examples)
         index = np.concatenate([order(int(epoch))[place[seen == epoch]] for epoch in np.unique(seen)])
         draw = seen % repeat if repeat else seen
         return read(index, draw) | {"index": index, "seen": seen.astype(np.int32), "draw": draw.astype(np.int32)}

@@ -32,7 +32,7 @@ class Feed:
       data: SHA-256 of the fingerprints of the data.
       examples: how many.
       read: stacked examples of (index, draw), int32 ``[B]``.
-      predict: ``eps`` (float32, on the devices) of a batch and the record that was made of it.
+      predict: ``eps`` (float32, on the devices) of this process's rows of a batch and the record that was made of it.
       repeat: K, where the same draws come again after K epochs; 0 where they never do.
     """
 
@@ -54,6 +54,8 @@ class Feed:
     ) -> Iterator[Record]:
         """Yields the record of each step: x_t, noise, t, conditions and ``eps``. Threads read ahead.
 
+        Each process reads the rows that its devices hold, of the batches that one process by itself would see.
+
         Args:
           noise_step: from :func:`mcm_jax.training.step.make_noise_step`.
           batch_size: examples a batch.
@@ -61,7 +63,8 @@ class Feed:
           steps: which; a resumed run begins later.
           mesh: what batches are split over.
         """
-        batches = training_batches(self.read, self.examples, batch_size, seed, self.repeat)
+        rows = sharding.local_rows(mesh, batch_size)
+        batches = training_batches(self.read, self.examples, batch_size, seed, self.repeat, rows)
         ahead = batches[steps.start : steps.stop].map(lambda batch: (batch, sharding.split_batch(batch, mesh)))
         for batch, on_device in ahead.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)):
             record = noise_step({k: v for k, v in on_device.items() if k not in _STORED})
@@ -72,10 +75,10 @@ class Feed:
 def online(
     base: Base, inputs: Inputs, draws: Draws, views: int, data: Mapping[str, str], mesh: jax.sharding.Mesh
 ) -> Feed:
-    """Predictions by the base, its params on all devices of the mesh, as they are needed: new draws without end.
+    """Predictions by the base, as they are needed: new draws without end.
 
     Args:
-      base: the frozen model.
+      base: the frozen model, its params on the mesh by :func:`mcm_jax.sharding.place`.
       inputs: the prepared examples, `views` rows for each.
       draws: timesteps, noise, dropped prompts.
       views: of each example; each group of K draws takes the first, second, ... of them in turn.
