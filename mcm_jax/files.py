@@ -1,7 +1,9 @@
 """Files that are either complete or not there."""
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 
 from mcm_jax.errors import UserError
 
@@ -41,3 +43,40 @@ def check_writable(folder: str | os.PathLike, flag: str) -> None:
             f"{flag} {folder}: cannot be written ({e.strerror or e}). Free space or permissions there, or take another "
             f"{flag}"
         ) from e
+
+
+@contextlib.contextmanager
+def lock(folder: str | os.PathLike, doing: str, flag: str) -> Iterator[None]:
+    """Holds a folder for one process; the system lets go of it when the process ends, however it ends.
+
+    Args:
+      folder: which.
+      doing: what the process does, for whoever comes second.
+      flag: how the user named the folder, for the message.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    import fcntl  # here, so that the package can be imported where there is none (Windows)
+
+    path = pathlib.Path(folder) / ".lock"  # a file that is open for writing: NFS locks nothing else
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                break  # or whoever held it has just removed it: once more
+            os.close(handle)
+        except BlockingIOError as e:
+            os.close(handle)
+            raise UserError(f"{folder}: another process is {doing}. Wait for it, or take another {flag}") from e
+        except OSError as e:
+            os.close(handle)
+            raise UserError(
+                f"{folder}: the file system there cannot lock files ({e.strerror or e}). Take another {flag}"
+            ) from e
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)

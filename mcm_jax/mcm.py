@@ -80,11 +80,13 @@ class MCM(nn.Module):
       size: shape of the network.
       inputs: which of ``x_t``, ``eps`` and ``x0`` it sees, in this order (the paper: x_t and eps).
       dtype: dtype of the computation; gamma and nu are float32.
+      remat: recompute activations in the backward pass rather than keep them: less memory, more time, same params.
     """
 
     size: Size
     inputs: tuple[str, ...] = ("x_t", "eps")
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -121,7 +123,8 @@ class MCM(nn.Module):
             attention_head_dim=self.size.head_dim,
             norm_num_groups=self.size.groups,
         )
-        maps = UNet2D(config, dtype=self.dtype, zero_init_output=True, name="unet")(seen, t).astype(jnp.float32)
+        unet = UNet2D(config, dtype=self.dtype, zero_init_output=True, remat=self.remat, name="unet")
+        maps = unet(seen, t).astype(jnp.float32)
         return maps[..., :channels], maps[..., channels:]
 
 
@@ -255,6 +258,7 @@ class MCMSettings:
       residual_scale: ``eps * (1 + gamma)``, or False: ``eps * gamma``.
       x0_clip: bound of the estimate of x0: 1 for pixels, 4 for latents.
       dtype: of the computation; parameters, loss and state are float32.
+      remat: whether the backward pass computes activations again in place of keeping them: less memory, more time.
     """
 
     channels: int = 32
@@ -268,6 +272,7 @@ class MCMSettings:
     residual_scale: bool = True
     x0_clip: float = 1.0
     dtype: str = "float32"
+    remat: bool = False
 
     def __post_init__(self):
         expect(self.head_dim >= 0, "head_dim", "at least 0", self.head_dim)
@@ -286,7 +291,7 @@ class MCMSettings:
     def modulator(self, modalities: tuple[Modality, ...], schedule: Schedule) -> "Modulator":
         """The MCM for a base's schedule."""
         return Modulator(
-            module=MCM(self.size(), self.inputs, jnp.dtype(self.dtype)),
+            module=MCM(self.size(), self.inputs, jnp.dtype(self.dtype), self.remat),
             modalities=modalities,
             schedule=schedule,
             shift_space=self.shift_space,

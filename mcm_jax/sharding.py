@@ -17,31 +17,24 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mcm_jax.errors import UserError
+from mcm_jax.errors import UserError, expect
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """How the devices are laid out.
+    """How the devices are laid out. The config's section ``mesh``.
 
     Attributes:
       fsdp: over how many devices the base's parameters are split; 1 keeps them whole on each.
       data: how many such groups of devices there are; 0 is what is left of the devices.
-
-    Raises:
-      UserError: a value is out of its range; the message begins with its name.
     """
 
     fsdp: int = 1
     data: int = 0
 
     def __post_init__(self):
-        for name, least in (("fsdp", 1), ("data", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise UserError(f"{name} must be a whole number, got {value!r}")
-            if value < least:
-                raise UserError(f"{name} must be at least {least}, got {value}")
+        expect(self.fsdp >= 1, "fsdp", "at least 1", self.fsdp)
+        expect(self.data >= 0, "data", "at least 0", self.data)
 
 
 def make_mesh(settings: MeshSettings = MeshSettings()) -> Mesh:

@@ -17,7 +17,6 @@ import tiny
 from jax.sharding import AxisType
 
 from mcm_jax import assets, sampling, sharding
-from mcm_jax import config as config_lib
 from mcm_jax.base import load_base
 from mcm_jax.cache import build
 from mcm_jax.data.inputs import prepare
@@ -55,7 +54,7 @@ def load_split(path, mesh):
 
 def run_all(base, mesh, config, source):
     """What a build, a training and a sampling make of the same, as numpy arrays; and whether predictions are split."""
-    modulator = config_lib.modulator(config, base)
+    modulator = tiny.modulator_of(config, base)
     modalities = modulator.modalities
     draws = Draws(seed=0, count=2, density=(1,), total=base.schedule.num_train_timesteps, prompt_drop_rate=0.3)
     plan = types.SimpleNamespace(views=1, draws=2, shard_count=1, rows=lambda number: range(len(source)))
@@ -71,7 +70,7 @@ def run_all(base, mesh, config, source):
     shapes = jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: 0.1 * rng.normal(size=p.shape).astype(np.float32), shapes)
-    pipeline = Pipeline(base, modulator, params, config, mesh=mesh)
+    pipeline = Pipeline(base, modulator, params, mesh=mesh)
     conditions = {m.name: inputs.source.arrays[m.name][:BATCH] for m in modalities}
     conditions = {k: v.astype(np.float32) / 255 if k == "sketch" else v for k, v in conditions.items()}
     keys, prompts = sampling.sample_keys(0, BATCH), ["a mountain lake at sunset"] * BATCH

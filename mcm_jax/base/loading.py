@@ -7,6 +7,7 @@ any weight is read (:mod:`mcm_jax.base.weights`) or downloaded.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from mcm_jax import assets
+from mcm_jax import assets, sharding
 from mcm_jax.base.autoencoders import AutoencoderKL, AutoencoderKLConfig, VQConfig, VQModel
 from mcm_jax.base.base import Base
 from mcm_jax.base.clip import CLIPText, CLIPTextConfig, normalise_names
@@ -77,9 +78,10 @@ class BaseSettings:
         expect(self.path != "", "path", "a folder or a shipped name", self.path)
         expect(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
 
-    def load(self) -> Base:
-        """:func:`load_base`."""
-        return load_base(assets.resolve_base(self.path), self.dtype)
+    def load(self, mesh: jax.sharding.Mesh | None = None) -> Base:
+        """:func:`load_base`, onto a mesh: split over its axis ``fsdp``, whole along ``data``."""
+        put = jnp.asarray if mesh is None else functools.partial(sharding.place, mesh=mesh)
+        return load_base(assets.resolve_base(self.path), self.dtype, put)
 
     def outline(self) -> Base:
         """:func:`outline`."""

@@ -17,6 +17,7 @@ import numpy as np
 import safetensors.numpy
 from tqdm import tqdm
 
+from mcm_jax import files
 from mcm_jax.base import BaseCard
 from mcm_jax.errors import UserError
 from mcm_jax.files import write_atomically
@@ -28,6 +29,9 @@ BUILDING = "building.json"
 
 JOURNAL = "building-{}.jsonl"
 """One line for each shard that is written, by each process that builds."""
+
+HELD_OUT = "held_out"
+"""A cache within a cache: of held-out examples, whose loss a training watches."""
 
 _SHARD = re.compile(r"shard-\d{5,}\.safetensors")
 _DTYPES = {
@@ -276,39 +280,10 @@ def describe_damage(folder: pathlib.Path, wrong: Mapping[str, str], total: int) 
 
 def clutter(folder: pathlib.Path) -> Collection[str]:
     """Files in a folder that no cache has."""
-    known = re.compile(rf"{_SHARD.pattern}(\.tmp)?|(manifest|building)\.json(\.tmp)?|building-\d+\.jsonl")
+    known = re.compile(rf"{_SHARD.pattern}(\.tmp)?|(manifest|building)\.json(\.tmp)?|building-\d+\.jsonl|{HELD_OUT}")
     return sorted(p.name for p in folder.iterdir() if not known.fullmatch(p.name) and not p.name.startswith("."))
 
 
-@contextlib.contextmanager
-def lock(folder: pathlib.Path) -> Iterator[None]:
-    """Holds a folder for one builder; the system lets go of it when the process ends, however it ends.
-
-    Raises:
-      UserError: another process holds it.
-    """
-    import fcntl  # here, so that the package can be imported where there is none (Windows)
-
-    path = folder / ".lock"  # a file that is open for writing: NFS locks nothing else
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                break  # or whoever held it has just removed it: once more
-            os.close(handle)
-        except BlockingIOError as e:
-            os.close(handle)
-            raise UserError(
-                f"{folder}: another process is building this cache. Wait for it, or take another config.cache.path"
-            ) from e
-        except OSError as e:
-            os.close(handle)
-            raise UserError(
-                f"{folder}: the file system there cannot lock files ({e.strerror or e}). Take another config.cache.path"
-            ) from e
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
+def lock(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Holds a folder for one builder. Raises UserError where another process holds it."""
+    return files.lock(folder, "building this cache", "config.cache.path")

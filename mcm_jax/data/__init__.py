@@ -77,7 +77,7 @@ class DataSettings:
         """What :meth:`open` opens, by the same arguments, but as it is: nothing is rendered or read yet."""
         height, width, _ = card.image_shape
         if self.name == "folder":
-            return Folder(self.path, split, modalities, height, width, card.is_text_conditional)
+            return Folder(self.path, split, modalities, height, width, card.is_text_conditional, size)
         return Scenes(split, size or self.size, height, width, self.seed)
 
     def open(
@@ -89,7 +89,7 @@ class DataSettings:
           split: ``train`` (with its views, :class:`mcm_jax.data.views.Views`) or ``test``.
           modalities: which conditions are read.
           card: of the base.
-          size: how many scenes, in place of :attr:`size`. A folder has as many examples as it has.
+          size: how many scenes, in place of :attr:`size`; of a folder at most so many.
 
         Returns:
           Random access to examples of ``image`` (uint8 ``[height, width, 3]``), the modalities on the same grid (labels

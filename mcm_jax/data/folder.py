@@ -67,6 +67,7 @@ class Folder:
       height: of the grid.
       width: of the grid.
       captions: whether prompts are read.
+      limit: the first so many alone.
 
     Raises:
       UserError: a folder or a file is missing, is one too many, or cannot be paired; lists every folder's. With
@@ -81,6 +82,7 @@ class Folder:
         height: int,
         width: int,
         captions: bool = False,
+        limit: int | None = None,
     ):
         self.modalities, self.height, self.width, self.captions = tuple(modalities), height, width, captions
         self._root = pathlib.Path(path) / split
@@ -93,7 +95,7 @@ class Folder:
             raise UserError(f"{self._root}: no such folder; {found}. Expected {_layout(self._root)}")
 
         self._files = {"image": _files(self._root / "image", PICTURES)}
-        self.names = tuple(sorted(self._files["image"]))
+        self.names = tuple(sorted(self._files["image"]))[:limit]
         if not self.names:
             raise UserError(f"{self._root / 'image'}: holds no pictures. Expected {_layout(self._root)}")
         problems = []

@@ -76,6 +76,32 @@ def to_float(example: dict[str, np.ndarray], maps: Sequence[str]) -> dict[str, n
     return out
 
 
+class Order:
+    """Which examples a step sees: all of them once an epoch, in an order that is drawn anew for each.
+
+    Args:
+      examples: how many there are.
+      batch_size: examples a step.
+      seed: of the order.
+    """
+
+    def __init__(self, examples: int, batch_size: int, seed: int):
+        self._examples, self._batch_size = examples, batch_size
+
+        @functools.lru_cache(maxsize=2)  # whole epochs: Grain's own shuffle takes longer than reading a record
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
+
+        self._order = order
+
+    def __call__(self, step: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Examples of a step (from 0), and how often each was seen before: int32 ``[B]``, or of some rows of it."""
+        own = np.arange(self._batch_size) if rows is None else rows
+        seen, place = np.divmod(step * self._batch_size + own, self._examples)
+        index = np.concatenate([self._order(int(epoch))[place[seen == epoch]] for epoch in np.unique(seen)])
+        return index, seen.astype(np.int32)
+
+
 def training_batches(
     read: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]],
     examples: int,
@@ -100,16 +126,11 @@ def training_batches(
       or what is left of it by `repeat`), int32 ``[B]``, or as long as `rows`. Index and draw name an example's noise.
     """
 
-    own = np.arange(batch_size) if rows is None else rows
-
-    @functools.lru_cache(maxsize=2)  # whole batches at once: Grain's own shuffle takes longer than reading a record
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
+    order = Order(examples, batch_size, seed)
 
     def load(step: int) -> dict[str, np.ndarray]:
-        seen, place = np.divmod(step * batch_size + own, examples)
-        index = np.concatenate([order(int(epoch))[place[seen == epoch]] for epoch in np.unique(seen)])
+        index, seen = order(step, rows)
         draw = seen % repeat if repeat else seen
-        return read(index, draw) | {"index": index, "seen": seen.astype(np.int32), "draw": draw.astype(np.int32)}
+        return read(index, draw) | {"index": index, "seen": seen, "draw": draw}
 
     return grain.MapDataset.range(_ENDLESS).map(load)

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -18,7 +19,7 @@ from mcm_jax.cache.build import dequantise
 from mcm_jax.data.inputs import Inputs
 from mcm_jax.data.pipeline import training_batches
 from mcm_jax.draws import Draws
-from mcm_jax.training.step import Record
+from mcm_jax.training.step import Record, micro_batches
 
 _STORED = ("eps", "eps_scale")  # of a cache's batch; all else is what the base's own has, too
 
@@ -34,6 +35,7 @@ class Feed:
       read: stacked examples of (index, draw), int32 ``[B]``.
       predict: ``eps`` (float32, on the devices) of this process's rows of a batch and the record that was made of it.
       repeat: K, where the same draws come again after K epochs; 0 where they never do.
+      names: of the examples, where they have any.
     """
 
     card: BaseCard
@@ -42,6 +44,7 @@ class Feed:
     read: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
     predict: Callable[[Mapping[str, Any], Record], jax.Array]
     repeat: int
+    names: Sequence[str] = ()
 
     def records(
         self,
@@ -51,6 +54,7 @@ class Feed:
         seed: int,
         steps: range,
         mesh: jax.sharding.Mesh,
+        waited: Callable[[float], object] = lambda seconds: None,
     ) -> Iterator[Record]:
         """Yields the record of each step: x_t, noise, t, conditions and ``eps``. Threads read ahead.
 
@@ -62,18 +66,31 @@ class Feed:
           seed: of the order.
           steps: which; a resumed run begins later.
           mesh: what batches are split over.
+          waited: is told, before each record, how many seconds its batch was not there yet.
         """
         rows = sharding.local_rows(mesh, batch_size)
         batches = training_batches(self.read, self.examples, batch_size, seed, self.repeat, rows)
         ahead = batches[steps.start : steps.stop].map(lambda batch: (batch, sharding.split_batch(batch, mesh)))
-        for batch, on_device in ahead.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)):
+        ready = iter(ahead.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)))
+        for _ in steps:
+            began = time.perf_counter()
+            batch, on_device = next(ready)
+            waited(time.perf_counter() - began)
             record = noise_step({k: v for k, v in on_device.items() if k not in _STORED})
             stored = {k: v for k, v in on_device.items() if k in _STORED}
             yield record | {"eps": self.predict(stored or batch, record)}
 
 
 def online(
-    base: Base, inputs: Inputs, draws: Draws, views: int, data: Mapping[str, str], mesh: jax.sharding.Mesh
+    base: Base,
+    inputs: Inputs,
+    draws: Draws,
+    views: int,
+    data: Mapping[str, str],
+    mesh: jax.sharding.Mesh,
+    *,
+    accumulate: int = 1,
+    names: Sequence[str] = (),
 ) -> Feed:
     """Predictions by the base, as they are needed: new draws without end.
 
@@ -84,9 +101,19 @@ def online(
       views: of each example; each group of K draws takes the first, second, ... of them in turn.
       data: fingerprints of the data.
       mesh: what batches are split over.
+      accumulate: parts that the base sees a batch in, one after the other: as much less memory for activations.
+      names: of the examples.
     """
-    # Without a fourth argument where there is no context: any function of three can stand for a base's predict.
-    predict = jax.jit(lambda *args: base.predict(*args).astype(jnp.float32))
+
+    @jax.jit
+    def predict(params: Any, *args: jax.Array) -> jax.Array:
+        # Without a fourth argument where there is no context: any function of three can stand for a base's predict.
+        if accumulate == 1:
+            return base.predict(params, *args).astype(jnp.float32)
+        parts = [micro_batches(a, accumulate) for a in args]
+        eps = jax.lax.map(lambda part: base.predict(params, *part).astype(jnp.float32), parts)
+        return jnp.moveaxis(eps, 0, 1).reshape(args[0].shape)
+
     dropped = jax.jit(draws.prompt_is_dropped)
 
     def fresh(batch: Mapping[str, np.ndarray], record: Record) -> jax.Array:
@@ -99,7 +126,7 @@ def online(
     def read(index: np.ndarray, draw: np.ndarray) -> dict[str, np.ndarray]:
         return inputs.source[index * views + draw % draws.count % views]
 
-    return Feed(base.card, _digest(data), len(inputs.source) // views, read, fresh, repeat=0)
+    return Feed(base.card, _digest(data), len(inputs.source) // views, read, fresh, 0, names)
 
 
 def cached(cache: Cache) -> Feed:

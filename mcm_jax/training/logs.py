@@ -1,32 +1,95 @@
-"""What a run reports: one JSON line and one TensorBoard event each time."""
+"""What a run reports: to JSON lines, TensorBoard and, if asked, Weights & Biases, each time the same numbers."""
 
 import json
 import pathlib
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any, Protocol
 
+from mcm_jax.errors import UserError
 from mcm_jax.files import write_atomically
 
 
+class Writer(Protocol):
+    """Where reports go."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends a report. Raises OSError where it cannot be written."""
+        ...
+
+    def close(self) -> None:
+        """Ends it."""
+        ...
+
+
 class Log:
-    """The reports of a workdir. Lines after the resumed step are dropped: they come again.
+    """All writers of a run.
 
     Args:
-      workdir: of the run.
-      resumed_step: steps that were done before.
+      workdir: of the run; gets ``metrics.jsonl`` and ``tensorboard/``.
+      resumed_step: steps that were done before. Reports of later ones are dropped: they come again.
+      wandb: project of Weights & Biases; '' for none.
+      config: of the run, for that.
+      active: whether this process writes; the others' reports go nowhere.
+
+    Raises:
+      UserError: Weights & Biases is asked for and not installed.
     """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        resumed_step: int,
+        *,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
+        active: bool = True,
+    ):
+        self._writers: list[Writer] = []
+        if active:
+            self._writers = [JsonLines(workdir, resumed_step), TensorBoard(workdir, resumed_step)]
+        if active and wandb:
+            self._writers.append(WandB(workdir, wandb, config or {}))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends a report everywhere. Raises OSError where it cannot be written."""
+        for writer in self._writers:
+            writer.write(step, metrics)
+
+    def close(self) -> None:
+        """Closes the files."""
+        for writer in self._writers:
+            writer.close()
+
+
+class JsonLines:
+    """``metrics.jsonl``: one object a line."""
+
+    def __init__(self, workdir: pathlib.Path, resumed_step: int):
+        self.path = workdir / "metrics.jsonl"
+        if self.path.exists():
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_step]
+            write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends a line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def close(self) -> None:
+        """Nothing is open between two reports."""
+
+
+class TensorBoard:
+    """``tensorboard/``: one file of events for each time that the run goes on."""
 
     def __init__(self, workdir: pathlib.Path, resumed_step: int):
         # Slow to import. SummaryWriter would write in a thread of its own, which dies on a full disk: the run hangs.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self.path = workdir / "metrics.jsonl"
-        if self.path.exists():
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_step]
-            write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
         events = workdir / "tensorboard" / "events"
         events.parent.mkdir(exist_ok=True)
         self._events = EventsWriter(str(events), filename_suffix=f".{resumed_step}")
@@ -35,9 +98,7 @@ class Log:
             self._events.write_event(Event(wall_time=time.time(), step=resumed_step + 1, session_log=again))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends a report. Raises OSError where it cannot be written."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Appends a scalar for each number."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
@@ -46,6 +107,34 @@ class Log:
         self._events.flush()
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the file."""
         with suppress(OSError):  # a full disk was reported when it was written to
             self._events.close()
+
+
+class WandB:
+    """Weights & Biases, by its own client: one run there for each workdir, which a resumed one goes on with."""
+
+    def __init__(self, workdir: pathlib.Path, project: str, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError as e:
+            raise UserError(
+                f"config.train.wandb={project!r} needs the package wandb (pip install 'mcm-jax[wandb]'), or leave it "
+                f"'': metrics.jsonl and tensorboard/ have the same numbers"
+            ) from e
+        name_file = workdir / "wandb_run"
+        if not name_file.exists():
+            write_atomically(name_file, wandb.util.generate_id().encode())
+        run_id = name_file.read_text().strip()
+        self._run = wandb.init(
+            project=project, id=run_id, name=workdir.name, dir=str(workdir), config=dict(config), resume="allow"
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Sends a report."""
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Waits until all was sent."""
+        self._run.finish()

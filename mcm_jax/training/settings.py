@@ -4,6 +4,7 @@ import dataclasses
 
 from mcm_jax.base import BaseCard, BaseSettings
 from mcm_jax.cache import CacheSettings
+from mcm_jax.config import setting
 from mcm_jax.data import DataSettings
 from mcm_jax.draws import Draws, DrawsSettings, expect_seed
 from mcm_jax.errors import expect
@@ -12,6 +13,8 @@ from mcm_jax.losses import LossSettings
 from mcm_jax.mcm import MCMSettings
 from mcm_jax.modalities import ModalitiesSettings
 from mcm_jax.sampling import SamplingSettings
+from mcm_jax.sharding import MeshSettings
+from mcm_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,38 +23,68 @@ class TrainSettings:
 
     Attributes:
       steps: optimizer steps.
-      batch_size: over all devices.
+      batch_size: examples of a step, over all devices and micro-batches.
+      accumulate: micro-batches that a batch is worked through in, one after the other: less memory, the same step.
+      init_from: a folder, or a shipped name, whose MCM training begins with, in place of a fresh one; '' for none.
+      optimizer: ``adamw``, ``lion``, ``muon``: see mcm_jax/training/optimizer.py.
       learning_rate: the highest.
-      warmup_steps: linear, then cosine decay to zero.
+      schedule: of the learning rate after a linear warm-up: ``cosine`` or ``linear`` to zero, ``constant``, ``wsd``
+        (constant, then linear to zero). A run of the last two can be made longer later.
+      warmup_steps: of the learning rate.
+      decay_steps: the last steps, in which ``wsd`` decays.
       weight_decay: decoupled.
       clip_norm: of the gradient; 0 is off.
       ema_decay: of the averaged params, which sample.
       log_every: steps between reports.
       checkpoint_every: steps between checkpoints.
       keep: how many of the newest checkpoints stay.
+      best: which number of the evaluations while training tells the best MCM, kept in ``best/``: ``held_out_loss``,
+        ``held_out_mse``; for scenes ``mean_iou``, ``edge_f1``. '' keeps none.
       validate_every: steps between validation pictures; 0 is never.
+      evaluate_every: steps between evaluations on held-out examples; 0 is never.
+      held_out: examples of these.
+      wandb: project of Weights & Biases that reports go to as well (extra ``wandb``); '' for none.
     """
 
     steps: int = 10_000
     batch_size: int = 32
+    accumulate: int = 1
+    init_from: str = ""
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
+    schedule: str = "cosine"
     warmup_steps: int = 100
+    decay_steps: int = 1_000
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     log_every: int = 50
     checkpoint_every: int = 500
     keep: int = 2
+    best: str = ""
     validate_every: int = 1_000
+    evaluate_every: int = 0
+    held_out: int = 64
+    wandb: str = ""
 
     def __post_init__(self):
-        for key in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
+        expect(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer)
+        expect(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
+        for key in ("steps", "batch_size", "accumulate", "decay_steps", "log_every", "checkpoint_every", "keep"):
             expect(getattr(self, key) >= 1, key, "at least 1", getattr(self, key))
-        for key in ("warmup_steps", "weight_decay", "clip_norm", "validate_every"):
+        expect(self.held_out >= 1, "held_out", "at least 1", self.held_out)
+        for key in ("warmup_steps", "weight_decay", "clip_norm", "validate_every", "evaluate_every"):
             expect(getattr(self, key) >= 0, key, "at least 0", getattr(self, key))
         expect(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
         expect(0 <= self.ema_decay <= 1, "ema_decay", "in [0, 1]", self.ema_decay)
         expect(self.ema_decay < 1, "ema_decay", "below 1: at 1 the average never moves", self.ema_decay)
+        wanted = "'' where train.evaluate_every is 0: it is one of the evaluations' numbers"
+        expect(not self.best or self.evaluate_every > 0, "best", wanted, self.best)
+
+    @property
+    def stable_until(self) -> int | None:
+        """The step from which a ``wsd`` run decays: up to there it is that of any longer one. None for others."""
+        return max(0, self.steps - self.decay_steps) if self.schedule == "wsd" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +106,19 @@ class RunSettings:
     train: TrainSettings = TrainSettings()
     sampling: SamplingSettings = SamplingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    mesh: MeshSettings = setting(MeshSettings(), before=MeshSettings())
 
     def __post_init__(self):
         expect_seed(self.seed)
         views, count = self.data.views, self.draws.count
         expect(views <= count, "data.views", f"at most draws.count ({count}): each draw sees one view", views)
         self.data.check_holds(self.modalities.shown)
+
+    def held_out(self) -> "RunSettings":
+        """The same for the held-out examples: so many, as they are, with draws of their own that never change."""
+        data = dataclasses.replace(self.data, size=self.train.held_out, views=1, flip=False, crop=1.0)
+        draws = dataclasses.replace(self.draws, seed=(self.draws.seed + 1) % 2**32)
+        return dataclasses.replace(self, data=data, draws=draws)
 
     def draws_for(self, card: BaseCard) -> Draws:
         """What is drawn of each example, for a base. Raises UserError where the density has too many parts."""

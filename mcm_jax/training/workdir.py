@@ -9,38 +9,54 @@ from mcm_jax import config
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.training.settings import RunSettings
 
-# Where and how a cache is kept: the same training, wherever its predictions lie.
-_HOUSEKEEPING = ("cache.path", "cache.verify", "cache.batch_size", "cache.shard_draws", "cache.load_base")
+# What may change on the way: where a run happens and what is watched, not what is learned. The base and the data may
+# move, as their fingerprints tell whether they are the same; rounding may differ with the devices and micro-batches.
+_FREE = {
+    *("base.path", "data.path", "cache.path", "cache.verify", "cache.batch_size", "cache.shard_draws"),
+    *("cache.load_base", "mcm.remat", "mesh.data", "mesh.fsdp", "train.accumulate", "train.init_from"),
+    *("train.log_every", "train.checkpoint_every", "train.keep", "train.best", "train.validate_every"),
+    *("train.evaluate_every", "train.held_out", "train.wandb"),
+}
+_FREE_SECTIONS = ("sampling.", "evaluation.")
 
 
-def _of_a_run(settings: RunSettings) -> dict[str, Any]:
-    """The values that a run cannot change on its way."""
-    flat = config.flatten(settings)
-    flat["cache.mode"] = "on" if flat["cache.mode"] == "build" else flat["cache.mode"]
-    return {key: value for key, value in flat.items() if key not in _HOUSEKEEPING}
+def _is_free(key: str) -> bool:
+    return key in _FREE or key.startswith(_FREE_SECTIONS)
 
 
-def refuse_another(settings: RunSettings, workdir: pathlib.Path) -> None:
-    """Compares settings with those in a workdir, if there are any.
+def check_same_run(settings: RunSettings, workdir: pathlib.Path) -> RunSettings | None:
+    """Compares settings with those in a workdir, and says which have changed if they may.
+
+    Returns:
+      The settings there; None in a workdir that has none yet.
 
     Raises:
-      UserError: the workdir holds another run; lists each key that differs.
+      UserError: the workdir holds another run; lists each key that differs, and says what may.
     """
     path = workdir / config.FILE
-    if path.exists():
-        found, wanted = _of_a_run(config.load(RunSettings, workdir)), _of_a_run(settings)
-        lines = [
-            f"  {key}: there {found.get(key, 'absent')!r}, now {wanted.get(key, 'absent')!r}"
-            for key in sorted(found.keys() | wanted.keys())
-            if found.get(key, None) != wanted.get(key, None)
-        ]
-        if lines:
-            differs = "\n".join(lines)
-            raise UserError(
-                f"{path} is another run's config. It differs in\n{differs}\n"
-                f"Take another --workdir, or the same values to go on with that run (a run cannot be made longer: the "
-                f"learning rate decays over train.steps)"
-            )
+    if not path.exists():
+        return None
+    there = config.load(RunSettings, workdir)
+    found, wanted = config.flatten(there), config.flatten(settings)
+    for flat in (found, wanted):
+        flat["cache.mode"] = "on" if flat["cache.mode"] == "build" else flat["cache.mode"]
+    changed = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
+    longer = settings.train.schedule in ("constant", "wsd") and settings.train.steps > there.train.steps
+    allowed = [key for key in changed if _is_free(key) or (key == "train.steps" and longer)]
+    lines = {
+        key: f"  {key}: there {found.get(key, 'absent')!r}, now {wanted.get(key, 'absent')!r}" for key in changed
+    }
+    if wrong := [lines[key] for key in changed if key not in allowed]:
+        differs = "\n".join(wrong)
+        raise UserError(
+            f"{path} is another run's config. It differs in\n{differs}\n"
+            f"Take another --workdir, or the same values to go on with that run. On the way may change: where it runs "
+            f"(mesh, train.accumulate, paths), what is watched (train.*_every, keep, best, evaluation, sampling), and "
+            f"train.steps, upwards, with train.schedule=constant or wsd (with others the learning rate decays over them)"
+        )
+    if allowed:
+        print("\n".join([f"{path}: changed since,", *(lines[key] for key in allowed)]))
+    return there
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
