@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import jax
 import ml_collections
 
-from mcm_jax import assets, sharding
+from mcm_jax import assets, distributed, sharding
 from mcm_jax import base as base_lib
 from mcm_jax import config as config_lib
 from mcm_jax.base import BaseCard, load_base
@@ -64,7 +64,7 @@ def precompute(
         print(f"{store.describe_damage(folder, wrong, len(there.shards))}\nbuilding these again")
     if process == 0:
         check_writable(folder, "config.cache.path" if config.cache.path else "--workdir")
-    build.synchronise("folder")
+    distributed.synchronise("cache folder")
     with store.lock(folder) if process == 0 else nullcontext():
         there = store.Manifest.find(folder)  # again: another may have come first
         base = load_base(assets.resolve_base(config.base.path), config.base.dtype)
@@ -91,6 +91,8 @@ def precompute(
         try:
             built = build.build(folder, plan, recipe)
         except KeyboardInterrupt:
+            if jax.process_count() > 1:  # the others have to be told: see distributed.cluster
+                raise
             raise Interrupted(
                 f"{folder}: stopped; the same command goes on from the shards that are complete"
             ) from None
