@@ -2,7 +2,8 @@
 
 JAX's coordination service, which process 0 hosts, does the talking: a key-value store, and barriers that need no
 device. Left to itself it tells of a lost process after minutes, by pages of C++ text; of one that fails while the
-others wait in a collective it does not tell at all. So each process has two threads of ours that listen (:class:`_Watch`).
+others wait in a collective it does not tell at all. So each process has two threads of ours that listen
+(:class:`_Watch`).
 
     with distributed.cluster(coordinator, num_processes, process_id):
         ...  # the whole program
@@ -192,10 +193,12 @@ def _initialize(coordinator: str | None, num_processes: int | None, process_id: 
         return None
     # A signal is the program's own to handle; JAX's service would keep SIGTERM from it.
     jax.config.update("jax_enable_preemption_service", False)
+    if process_id == 0:
+        _check_free(coordinator, int(port))
     relay = _Relay(host.strip("[]"), int(port)) if process_id else None
     message = (
-        f"error: the {num_processes} processes did not find each other at {coordinator} within {_TOGETHER} s. Start all "
-        f"of them, with the same --coordinator, which all hosts can reach"
+        f"error: the {num_processes} processes did not find each other at {coordinator} within {_TOGETHER} s. Start "
+        f"all of them, with the same --coordinator, which all hosts can reach"
     )
     late = threading.Timer(_TOGETHER, _exit, (message,))  # JAX would abort, with a page of C++ text
     late.daemon = True
@@ -215,6 +218,22 @@ def _initialize(coordinator: str | None, num_processes: int | None, process_id: 
     finally:
         late.cancel()
     return relay
+
+
+def _check_free(coordinator: str, port: int) -> None:
+    """Refuses a port that is taken: JAX would end in a segmentation fault."""
+    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
+        return
+    try:
+        if socket.has_dualstack_ipv6():
+            socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True).close()
+        else:
+            socket.create_server(("", port)).close()
+    except OSError as e:
+        raise UserError(
+            f"--coordinator={coordinator}: process 0 cannot listen there ({os.strerror(e.errno)}). Take another port, "
+            f"in all processes"
+        ) from e
 
 
 def _detect() -> tuple[str, int, int, Any]:
@@ -433,19 +452,24 @@ class _Watch:
             if self._failed is not None:
                 failed += 1
                 if failed > _SILENCE:
-                    self._end()  # what it does at its own end hangs
+                    _exit("", self._failed)  # what it does at its own end hangs
             elif self._lost.is_set():
-                self._end(f"error: process 0 is gone: its connection was closed; {_STOPPED}")
+                self._end(f"error: process 0 is gone: its connection was closed; {_STOPPED}", heard=False)
             elif self._unanswered > _SILENCE and self._process:
-                self._end(f"error: process 0 {_SILENT}; {_STOPPED}")
+                self._end(f"error: process 0 {_SILENT}; {_STOPPED}", heard=False)
 
     def _publish(self, process: int, what: str) -> None:
         """The first failure is the one that is told."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is one, or there is nobody any more to tell
             self._client.key_value_set(f"{_NEWS}failure", json.dumps([process, what]))
 
-    def _end(self, message: str = "") -> None:
-        """Ends the process; the first one, with whom the store ends, after all others have heard why."""
+    def _end(self, message: str = "", *, heard: bool = True) -> None:
+        """Ends the process; the first one, with whom the store ends, after all others have heard why.
+
+        Args:
+          message: for stderr, unless this process has one of its own.
+          heard: whether process 0 answers, and is to know that this process waits for nothing more.
+        """
         self._ending.acquire()  # once, and for good
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             if self._process == 0:
@@ -453,6 +477,6 @@ class _Watch:
                     if self._awaited <= _numbered(self._client, _GONE).keys():
                         break
                     self._left.wait(_BEAT)
-            elif not self._lost.is_set():
+            elif heard and not self._lost.is_set():
                 self._client.key_value_set(f"{_GONE}{self._process}", "", allow_overwrite=True)
         _exit("" if self._failed is not None else message, self._failed or 1)
