@@ -54,7 +54,8 @@ def cluster(coordinator: str | None, num_processes: int | None = None, process_i
     If one process fails, or dies, every other one ends within half a minute by ``os._exit(1)``, with one message on
     stderr, wherever it is: in a collective, in a barrier, at its own end. The process that fails raises as usual, and
     leaves the others alone once it has printed its error. Processes whose work is done wait for the others at the end.
-    :class:`~mcm_jax.errors.Interrupted` is an end, not a failure: all processes raise it at the same step.
+    :class:`~mcm_jax.errors.Interrupted` is an end, not a failure: all processes raise it at the same step, or the one
+    that does waits here for the others.
 
     To be entered before JAX touches a device.
 
@@ -69,7 +70,7 @@ def cluster(coordinator: str | None, num_processes: int | None = None, process_i
     """
     global _watch
     relay = _initialize(coordinator, num_processes, process_id)
-    if _client() is None or (coordinator is None):
+    if coordinator is None or _client() is None:
         yield
         return
     _watch = _Watch(relay)
@@ -288,6 +289,9 @@ class _Relay:
     def __init__(self, host: str, port: int):
         self._target = (host, port)
         self._server = socket.create_server(("127.0.0.1", 0))
+        if any(name.lower().endswith("_proxy") for name in os.environ):  # gRPC would look for this one over there
+            exempt = "no_grpc_proxy" if "no_grpc_proxy" in os.environ else "no_proxy"
+            os.environ[exempt] = ",".join(filter(None, (os.environ.get(exempt), "127.0.0.1")))
         self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
         self.lost = threading.Event()
         self.watched = False  # before, JAX is still trying to connect, and has to see when that fails
