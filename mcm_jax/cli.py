@@ -9,8 +9,17 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from mcm_jax import config
+from mcm_jax import config, distributed
 from mcm_jax.errors import Interrupted, UserError
+
+_CLUSTER = ("coordinator", "num_processes", "process_id")
+
+
+def define_distributed_flags() -> None:
+    """Defines --coordinator, --num_processes and --process_id, of a script that runs on several hosts (on import)."""
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process, or auto; for several hosts")
+    flags.DEFINE_integer("num_processes", None, "How many processes there are")
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0")
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -51,13 +60,20 @@ def define_flags(cls: type, names: Sequence[str] = ()) -> Callable[[], dict[str,
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Runs a script's main under absl.
+    """Runs a script's main under absl, as one of several processes where its flags say so.
 
-    Exit status: 0 done, 1 or 2 bad input (one message on stderr), 130 stopped by a signal with the state saved.
+    Exit status: 0 done, 1 or 2 bad input, or another process failed (one message on stderr), 130 stopped by a signal
+    with the state saved.
     """
+
+    def joined(argv: list[str]) -> None:
+        known = [flags.FLAGS[name].value if name in flags.FLAGS else None for name in _CLUSTER]
+        with distributed.cluster(*known):
+            main(argv)
+
     logging.set_verbosity(logging.WARNING)  # Orbax reports a page for every checkpoint; --verbosity=0 shows it
     try:
-        app.run(main, flags_parser=_parse)
+        app.run(joined, flags_parser=_parse)
         return
     except UserError as e:
         status = f"error: {e}"

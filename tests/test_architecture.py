@@ -15,6 +15,7 @@ LAYERS = (
     "version",
     "errors",
     "files",
+    "distributed",
     "config",
     "assets",
     "sharding",

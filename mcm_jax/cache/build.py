@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mcm_jax import sharding
+from mcm_jax import distributed, sharding
 from mcm_jax.base import Base
 from mcm_jax.base.tokenizer import Cuts
 from mcm_jax.cache import store
@@ -99,7 +99,7 @@ def build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[st
         if not (folder / store.MANIFEST).exists():
             plan.write(folder / store.BUILDING)
         _restart_journal(folder, kept)
-    synchronise("tidied")
+    distributed.synchronise("cache tidied")
     if process:
         kept = _kept(folder)
     names = [store.shard_name(i) for i in range(plan.shard_count)]
@@ -113,7 +113,7 @@ def build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[st
             f"{folder}: the cache needs {needed / 2**20:,.1f} MiB more there, but {free / 2**20:,.1f} MiB are free. "
             f"Free space, take another config.cache.path, or store less (config.draws.count, config.cache.dtype)"
         )
-    synchronise("kept")  # before the first process writes a file of its own
+    distributed.synchronise("cache kept")  # before the first process writes a file of its own
     written = 0
 
     def write(number: int, tensors: dict[str, np.ndarray]) -> int:
@@ -139,7 +139,7 @@ def build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[st
             f"{folder}: the disk is full ({e.strerror}); {left / 2**20:,.1f} MiB more are needed there. The shards "
             f"that are complete are kept: free space and run the same command again"
         ) from e
-    synchronise("built")
+    distributed.synchronise("cache built")
     if process == 0:
         shards = kept | store.written_shards(folder)
         if absent := [name for name in names if name not in shards]:
@@ -150,7 +150,7 @@ def build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[st
         dataclasses.replace(plan, shards={name: shards[name] for name in names}).write(folder / store.MANIFEST)
         for leftover in (folder / store.BUILDING, *folder.glob(store.JOURNAL.format("*"))):
             leftover.unlink(missing_ok=True)
-    synchronise("manifest")
+    distributed.synchronise("cache manifest")
     return [names[i] for i in missing]
 
 
@@ -288,11 +288,3 @@ class _Predictor:
         for item in pending:
             finish(*item)
         return {key: value.reshape(examples, count, *value.shape[1:]) for key, value in out.items()}
-
-
-def synchronise(name: str) -> None:
-    """Waits until every process of a cluster is here; does nothing in a process by itself."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(f"mcm_jax cache {name}")

@@ -63,13 +63,13 @@ class DataSettings:
                     f"holds {held}"
                 )
 
-    def is_at_hand(self) -> bool:
-        """Whether the training examples can be read."""
-        return self.name != "folder" or (pathlib.Path(self.path) / "train").exists()
+    def is_at_hand(self, split: str = "train") -> bool:
+        """Whether a split's examples can be read."""
+        return self.name != "folder" or (pathlib.Path(self.path) / split).is_dir()
 
     def has_test_split(self) -> bool:
         """Whether there are held-out examples."""
-        return self.name != "folder" or (pathlib.Path(self.path) / "test").is_dir()
+        return self.is_at_hand("test")
 
     def find(
         self, split: str, modalities: Sequence[Modality], card: BaseCard, *, size: int | None = None

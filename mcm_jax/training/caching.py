@@ -1,6 +1,7 @@
 """From a config to its cache: built, completed, repaired, or refused if it is something else's."""
 
 import dataclasses
+import functools
 import gc
 import hashlib
 import importlib.metadata
@@ -13,9 +14,10 @@ from typing import Any
 import jax
 
 from mcm_jax import config as config_lib
-from mcm_jax import sharding
-from mcm_jax.base import BaseCard
+from mcm_jax import distributed, sharding
+from mcm_jax.base import Base, BaseCard
 from mcm_jax.cache import Cache, build, store
+from mcm_jax.data import Folder, Scenes
 from mcm_jax.data.inputs import PREPROCESSING
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import check_writable
@@ -31,7 +33,15 @@ def precompute(config: Any, workdir: str | os.PathLike, *, verify: bool = True) 
       workdir: holds the cache, in ``cache/``, unless ``cache.path`` says otherwise. Nothing else is written there.
       verify: whether the checksums of a cache that is already there are compared.
     """
-    return build_cache(config_lib.read(RunSettings, config), workdir, verify=verify)
+    settings = config_lib.read(RunSettings, config)
+    agree_on(settings)
+    return build_cache(settings, workdir, verify=verify)
+
+
+def agree_on(settings: RunSettings) -> None:
+    """Refuses processes of a cluster that do not run the same: config, version, data. Raises UserError on all."""
+    flat = config_lib.flatten(settings)
+    distributed.agree({f"config.{k}": repr(v) for k, v in flat.items()} | {"version of mcm-jax": __version__})
 
 
 def build_cache(
@@ -43,7 +53,8 @@ def build_cache(
 ) -> Cache:
     """Makes a run's cache of predictions, or completes or repairs the one that is there.
 
-    Every process of a cluster calls this; they share the shards out, on one file system.
+    Every process of a cluster calls this; they share the shards out, on one file system. Where the run shall be
+    evaluated on held-out examples, their predictions are made too: a small cache within.
 
     Args:
       settings: of the run.
@@ -58,29 +69,49 @@ def build_cache(
       UserError: bad input, another cache in the folder, a full disk: see its message. Complete shards stay.
       Interrupted: Ctrl-C; complete shards stay.
     """
-    sharding.check_batch_size(settings.cache.batch_size, sharding.local_mesh(), "config.cache.batch_size")
     folder = settings.cache.folder(workdir)
-    process = jax.process_index()
+    mesh = sharding.local_mesh(settings.mesh)
+    sharding.check_batch_size(settings.cache.batch_size, mesh, "config.cache.batch_size")
+    loaded = functools.cache(lambda: settings.base.load(mesh))  # once, and not where all is there
+    cache = _build(settings, "train", folder, loaded, check, verify)
+    if settings.train.evaluate_every and settings.data.has_test_split():
+        _build(settings.held_out(), "test", folder / store.HELD_OUT, loaded, check, verify)
+    loaded.cache_clear()
+    gc.collect()  # training has the memory to itself
+    return cache
+
+
+def _build(
+    settings: RunSettings,
+    split: str,
+    folder: pathlib.Path,
+    loaded: Callable[[], Base],
+    check: Callable[[BaseCard], object],
+    verify: bool,
+) -> Cache:
+    """The cache of one split."""
+    first = distributed.is_first()
     there = store.Manifest.find(folder)
     if there and there.shards:
-        check_made_of(settings, folder, there)
+        check_made_of(settings, folder, there, split)
         check(there.card)
         wrong = store.verify(folder, there.shards) if verify else {}
         if not wrong:
             print(f"{folder}: the cache is complete")
             return Cache(folder, verify=False)
         print(f"{store.describe_damage(folder, wrong, len(there.shards))}\nbuilding these again")
-    if process == 0:
+    if first:
         check_writable(folder, "config.cache.path" if settings.cache.path else "--workdir")
-    build.synchronise("folder")
-    with store.lock(folder) if process == 0 else nullcontext():
+    distributed.synchronise("cache folder")
+    with store.lock(folder) if first else nullcontext():
         there = store.Manifest.find(folder)  # again: another may have come first
-        base = settings.base.load()
+        base = loaded()
         check(base.card)
-        source = settings.data.open("train", settings.modalities.shown, base.card)
-        plan = _plan(settings, base.card, len(source))
+        source = settings.data.open(split, settings.modalities.shown, base.card, size=_size(settings, split))
+        plan = _plan(settings, base.card, len(source), split)
+        distributed.agree({"the data": store.fingerprint(plan.made_of)})
         if there:
-            check_made_of(settings, folder, there)
+            check_made_of(settings, folder, there, split)
             plan = dataclasses.replace(plan, shard_examples=there.shard_examples)
         recipe = build.Recipe(
             base=base,
@@ -89,6 +120,7 @@ def build_cache(
             draws=settings.draws_for(base.card),
             dtype=settings.cache.dtype,
             batch_size=settings.cache.batch_size,
+            mesh=sharding.local_mesh(settings.mesh),
         )
         try:
             built = build.build(folder, plan, recipe)
@@ -96,8 +128,6 @@ def build_cache(
             raise Interrupted(
                 f"{folder}: stopped; the same command goes on from the shards that are complete"
             ) from None
-    del base, source, recipe
-    gc.collect()  # training has the memory to itself
     cache = Cache(folder, verify=verify)
     shards = cache.manifest.shards
     print(
@@ -130,9 +160,31 @@ def open_cache(
     return Cache(folder, verify=settings.cache.verify)
 
 
-def _plan(settings: RunSettings, card: BaseCard, rows: int) -> store.Manifest:
-    """The manifest of the run's cache, without its shards."""
-    source = settings.data.find("train", settings.modalities.shown, card)
+def open_held_out(settings: RunSettings, workdir: str | os.PathLike) -> Cache | None:
+    """The cache of held-out examples beside a run's; None, and a word on why, where there is none.
+
+    Raises:
+      UserError: it is damaged, or was made of something else than the config says.
+    """
+    folder, held_out = settings.cache.folder(workdir) / store.HELD_OUT, settings.held_out()
+    if not (folder / store.MANIFEST).is_file():
+        print(
+            f"the held-out loss is left out: {folder.parent} has no predictions for held-out examples "
+            f"({'the data have no test split' if not settings.data.has_test_split() else 'precompute.py makes them'})"
+        )
+        return None
+    check_made_of(held_out, folder, store.Manifest.read(folder), "test")
+    return Cache(folder, verify=settings.cache.verify)
+
+
+def _size(settings: RunSettings, split: str) -> int | None:
+    """How many examples at most; of a folder's training split all."""
+    return settings.data.size if split == "test" else None
+
+
+def _plan(settings: RunSettings, card: BaseCard, rows: int, split: str) -> store.Manifest:
+    """The manifest of a cache, without its shards."""
+    source = _find(settings, card, split)
     return store.Manifest(
         made_of=made_of(settings, card, source.fingerprints()),
         base=card.to_json(),
@@ -143,6 +195,10 @@ def _plan(settings: RunSettings, card: BaseCard, rows: int) -> store.Manifest:
         shard_examples=max(1, settings.cache.shard_draws // settings.draws.count),
         versions={"mcm_jax": __version__, "jax": importlib.metadata.version("jax")},
     )
+
+
+def _find(settings: RunSettings, card: BaseCard, split: str) -> Scenes | Folder:
+    return settings.data.find(split, settings.modalities.shown, card, size=_size(settings, split))
 
 
 def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict[str, str]:
@@ -179,7 +235,9 @@ def known_card(settings: RunSettings, workdir: str | os.PathLike) -> BaseCard:
     return settings.base.outline().card
 
 
-def check_made_of(settings: RunSettings, folder: pathlib.Path, there: store.Manifest) -> None:
+def check_made_of(
+    settings: RunSettings, folder: pathlib.Path, there: store.Manifest, split: str = "train"
+) -> None:
     """Compares what a cache was made of with the config, the base's files and the data.
 
     Base and data need not be at hand, as training needs neither: then the cache is taken at its word, and this is
@@ -195,11 +253,11 @@ def check_made_of(settings: RunSettings, folder: pathlib.Path, there: store.Mani
     elif stamp != there.stamps.get("base") or settings.base.dtype != there.made_of.get("base.dtype"):
         card = settings.base.outline().card
     known = there.data
-    if not settings.data.is_at_hand():
+    if not settings.data.is_at_hand(split):
         print(f"data {settings.data.path!r} are not at hand: the cache is taken at its word")
         data = known
     else:
-        source = settings.data.find("train", settings.modalities.shown, card)
+        source = _find(settings, card, split)
         data = known if source.stamp() == there.stamps.get("data") else source.fingerprints()
     wanted = made_of(settings, card, data)
     if lines := store.differences(there.made_of, wanted):
