@@ -2,11 +2,14 @@
 
 import dataclasses
 import gc
+import os
+import pathlib
 import sys
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 
 from mcm_jax import config, distributed
@@ -59,6 +62,23 @@ def define_flags(cls: type, names: Sequence[str] = ()) -> Callable[[], dict[str,
     return lambda: {name: holder.value for name, holder in holders.items()}
 
 
+def span(text: str | None, flag: str) -> tuple[int, int] | None:
+    """The steps of a flag's START:STOP; None where it was not given. Raises UserError where it is something else."""
+    if text is None:
+        return None
+    start, _, stop = text.partition(":")
+    if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        raise UserError(f"{flag}={text}: expected START:STOP, two numbers of steps, e.g. {flag}=100:110")
+    return int(start), int(stop)
+
+
+def use_compilation_cache() -> None:
+    """Compiled programs are read back from ``~/.cache/mcm_jax/compiled``, or where JAX_COMPILATION_CACHE_DIR says."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "mcm_jax" / "compiled"))
+
+
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a script's main under absl, as one of several processes where its flags say so.
 
@@ -71,6 +91,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         with distributed.cluster(*known):
             main(argv)
 
+    use_compilation_cache()
     logging.set_verbosity(logging.WARNING)  # Orbax reports a page for every checkpoint; --verbosity=0 shows it
     try:
         app.run(joined, flags_parser=_parse)

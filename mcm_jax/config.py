@@ -6,8 +6,8 @@ knows no section by name. Nothing else of the package sees a ConfigDict.
 
 * A field whose type is a dataclass is a section within.
 * A field of type ``tuple[D, ...]``, D a dataclass with a ``name``, takes every key that is no field: one D each.
-* A key that ``config.json`` lacks is younger than the run. It takes the default, or what :func:`setting` says that the
-  run did before there was the key.
+* A key that a config lacks is younger than it. It takes the default, or what :func:`setting` says that runs did before
+  there was the key.
 """
 
 import dataclasses
@@ -39,21 +39,18 @@ def setting(default: Any, *, before: Any) -> Any:
 
     Args:
       default: of new runs.
-      before: for a ``config.json`` that lacks the key.
+      before: for a config that lacks the key.
     """
     return dataclasses.field(default=default, metadata={_BEFORE: before})
 
 
-def read(
-    cls: type[T], config: Mapping[str, Any], *, where: str = "config", old: bool = False, others: bool = False
-) -> T:
+def read(cls: type[T], config: Mapping[str, Any], *, where: str = "config", others: bool = False) -> T:
     """The settings that a config describes.
 
     Args:
       cls: a dataclass of settings.
       config: ConfigDict or dict, with a dict for each section.
       where: how messages call it.
-      old: whether it is a ``config.json``, which may be older than some keys.
       others: whether it may hold what `cls` does not have.
 
     Raises:
@@ -71,14 +68,14 @@ def read(
         raise UserError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(fields)} ({_ALL_KEYS})")
     missing = [name for name in fields if name not in config and name != rest]
     before = {name: fields[name].metadata[_BEFORE] for name in missing if _BEFORE in fields[name].metadata}
-    # Of an old config, a key that is missing is younger than the run; a section that always was is not.
-    always = [n for n in missing if not old or (dataclasses.is_dataclass(types_of[n]) and n not in before)]
+    # A key that is missing is younger than the config; a section that always was is not.
+    always = [n for n in missing if dataclasses.is_dataclass(types_of[n]) and n not in before]
     if always:
         names = [f"{name}.{key}".rstrip(".") for name in always for key in _keys(types_of[name])]
         raise UserError(f"the {where} lacks {', '.join(names)}; start from configs/default.py, which has every key")
     values |= before
     for name in fields.keys() - {rest} - set(missing):
-        values[name] = _value(types_of[name], config[name], f"{where}.{name}", old)
+        values[name] = _value(types_of[name], config[name], f"{where}.{name}")
     try:
         return cls(**values)
     except UserError as e:
@@ -121,7 +118,7 @@ def load(cls: type[T], folder: str | os.PathLike, *, others: bool = False) -> T:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
             raise TypeError(f"found a {type(content).__name__}, expected sections")
-        return read(cls, content, old=True, others=others)
+        return read(cls, content, others=others)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as e:
         raise UserError(f"{path}: not a config that train.py wrote ({e})") from e
     except UserError as e:
@@ -164,14 +161,14 @@ def _read_named(kind: Any, name: str, entry: Any, where: str) -> Any:
     if set(entry) != set(wanted):
         raise UserError(f"{where} must have {' and '.join(wanted)}, got {dict(entry)} ({_ALL_KEYS})")
     types_of = _fields(kind)[1]
-    values = {key: _value(types_of[key], entry[key], f"{where}.{key}", False) for key in wanted}
+    values = {key: _value(types_of[key], entry[key], f"{where}.{key}") for key in wanted}
     try:
         return kind(name=name, **values)
     except UserError as e:
         raise UserError(f"{where.rpartition('.')[0]}.{e}") from e
 
 
-def _value(kind: Any, found: Any, where: str, old: bool) -> Any:
+def _value(kind: Any, found: Any, where: str) -> Any:
     """A config's value as a field's type has it. Raises UserError where it is of another."""
 
     def refuse(expected: str) -> typing.NoReturn:
@@ -180,16 +177,16 @@ def _value(kind: Any, found: Any, where: str, old: bool) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(found, Mapping | ml_collections.ConfigDict):
             refuse(f"a section with {', '.join(_fields(kind)[0])}")
-        return read(kind, found, where=where, old=old)
+        return read(kind, found, where=where)
     origin = typing.get_origin(kind)
     if origin is tuple:
         if isinstance(found, str) or not isinstance(found, list | tuple):
             refuse("a list")
-        return tuple(_value(typing.get_args(kind)[0], v, f"{where}[{i}]", old) for i, v in enumerate(found))
+        return tuple(_value(typing.get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(found))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(found, Mapping | ml_collections.ConfigDict):
             refuse("a section")
-        return {str(k): _value(typing.get_args(kind)[1], v, f"{where}.{k}", old) for k, v in found.items()}
+        return {str(k): _value(typing.get_args(kind)[1], v, f"{where}.{k}") for k, v in found.items()}
     if kind is bool:
         return found if isinstance(found, bool) else refuse("True or False")
     if kind is str:

@@ -70,7 +70,7 @@ def check_same_shapes(found: dict[str, Any], expected: dict[str, Any], source: s
         raise UserError(f"{source} holds another MCM than the config describes:\n{differs}")
 
 
-def _read_mcm(path: pathlib.Path, like: Any, base: Base) -> tuple[Any, int]:
+def _read_mcm(path: pathlib.Path, like: Any, base: Base | BaseCard) -> tuple[Any, int]:
     """Reads params of ``like``'s structure; raises UserError where the file is not of this MCM and this base."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; train.py writes it with its first checkpoint")
@@ -89,6 +89,65 @@ def _read_mcm(path: pathlib.Path, like: Any, base: Base) -> tuple[Any, int]:
     expected = traverse_util.flatten_dict(like, sep="/")
     check_same_shapes({k: v.shape for k, v in found.items()}, {k: v.shape for k, v in expected.items()}, str(path))
     return traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in found.items()}, sep="/"), int(metadata["step"])
+
+
+def start_from(folder: str, settings: MCMSettings, modulator: Modulator, card: BaseCard) -> Any:
+    """Params that a new training begins with: those of a trained MCM of the same network, on the same base.
+
+    Modalities are matched by name. What the network makes of others than the trained one knew starts at zero: it begins
+    as that MCM does without them.
+
+    Args:
+      folder: a workdir, or the name of a shipped MCM.
+      settings: of the new MCM.
+      modulator: the new MCM.
+      card: of the base.
+
+    Raises:
+      UserError: another base, another network (lists what differs), a modality of the same name and another kind.
+    """
+    path = assets.resolve(folder)
+    found = config_lib.load(ModelSettings, path, others=True)
+    where = f"config.train.init_from={folder!r}"
+    there, wanted = config_lib.flatten(found.mcm), config_lib.flatten(settings)
+    if lines := [
+        f"  mcm.{k}: there {there[k]!r}, now {v!r}" for k, v in wanted.items() if there[k] != v and k in _MATHS
+    ]:
+        differs = "\n".join(lines)
+        raise UserError(f"{where} is an MCM of another network:\n{differs}\nTake the same values, or another MCM")
+    known = {m.name: m for m in found.modalities.shown}
+    if odd := [m for m in modulator.modalities if known.get(m.name, m) != m]:
+        old = known[odd[0].name]
+        raise UserError(
+            f"{where} knows the modality {old.name} as {old.kind} of {old.channels} channel(s), this config as "
+            f"{odd[0].kind} of {odd[0].channels}. Give it another name here, so that it starts anew"
+        )
+    trained = found.mcm.modulator(found.modalities.shown, card.schedule)
+    like, wanted = (
+        jax.eval_shape(lambda m=m: m.init(jax.random.key(0), card.latent_shape)) for m in (trained, modulator)
+    )
+    params, _ = _read_mcm(path / WEIGHTS, like, card)
+    before = np.asarray(params["unet"]["conv_in"]["kernel"])
+    kernel = np.zeros(wanted["unet"]["conv_in"]["kernel"].shape, np.float32)
+    places = [_channels(m, card.latent_shape[-1]) for m in (trained, modulator)]
+    for name in places[0].keys() & places[1].keys():
+        kernel[:, :, places[1][name]] = before[:, :, places[0][name]]
+    conv_in = params["unet"]["conv_in"] | {"kernel": jnp.asarray(kernel)}
+    return params | {"unet": params["unet"] | {"conv_in": conv_in}}
+
+
+# What two MCMs must have in common for the params of one to mean the same in the other.
+_MATHS = {f.name for f in dataclasses.fields(MCMSettings)} - {"dtype", "remat"}
+
+
+def _channels(modulator: Modulator, depth: int) -> dict[str, slice]:
+    """Which of the channels that the network sees are whose; '' is all that is no modality."""
+    begin = depth * len(modulator.module.inputs)
+    found = {"": slice(0, begin)}
+    for m in modulator.modalities:
+        found[m.name] = slice(begin, begin + m.channels + 1)
+        begin += m.channels + 1
+    return found
 
 
 class Pipeline:
@@ -234,7 +293,7 @@ class Pipeline:
           keys: ``[N]``, see :func:`mcm_jax.sampling.sample_keys`.
           prompts: N texts, for a text-conditional base; None is the empty prompt for each.
           changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that differ from :attr:`settings`, e.g.
-            ``guidance=2.0``. Batches are filled up to what the devices divide, the last one too, so one compiled function
+            ``guidance=2.0``. Batches are filled up to what the devices divide, the last one too: one compiled function
             serves any N.
 
         Returns:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import tiny
 from flax import traverse_util
+from jax.sharding import AxisType
 
+from mcm_jax import sharding
 from mcm_jax.evaluation.evaluate import evaluate
 from mcm_jax.generate import generate
 from mcm_jax.training import train_and_evaluate
@@ -55,12 +57,21 @@ def test_a_run_goes_on(tmp_path):
     assert_as_before(tiny.metrics_of(workdir), EXPECTED["metrics.jsonl"])
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """As then: a batch over two devices is rounded otherwise."""
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 2)
+    monkeypatch.setattr(sharding, "local_mesh", lambda: mesh)
+
+
+@pytest.mark.usefixtures("one_device")
 def test_an_mcm_samples(tmp_path):
     images = generate(str(OLD / "mcm"), MAPS, tmp_path, num_samples=2, seed=5, steps=3)
     with np.load(OLD / "expected.npz") as file:
         assert_as_before(images, file["samples"])
 
 
+@pytest.mark.usefixtures("one_device")
 def test_an_mcm_is_evaluated(tmp_path):
     found = evaluate(str(OLD / "mcm"), tmp_path / "metrics.json")
     expected = {k: v for k, v in EXPECTED["evaluation"].items() if k not in ("versions", "device")}

@@ -29,8 +29,8 @@ from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.training import RunSettings, loop, state, step, train_and_evaluate
 from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.checkpoints import Checkpoints
-from mcm_jax.training.optimizer import make_optimizer, make_schedule
 from mcm_jax.training.logs import Log
+from mcm_jax.training.optimizer import make_optimizer, make_schedule
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 

@@ -21,13 +21,15 @@ class Judge(Protocol):
     """Held-out examples, and how well pictures follow their conditions.
 
     Attributes:
+      names: of the numbers; more is better.
       examples: stacked: ``image`` in [-1, 1], each modality at the base's resolution, ``caption``.
     """
 
+    names: tuple[str, ...]
     examples: dict[str, np.ndarray]
 
     def __call__(self, images: np.ndarray) -> dict[str, float]:
-        """Numbers, each by its name, of one picture an example, ``[N, H, W, 3]`` in [-1, 1]; more is better."""
+        """The numbers by their names, of one picture an example, ``[N, H, W, 3]`` in [-1, 1]."""
         ...
 
 
@@ -43,6 +45,8 @@ class ScenesJudge:
     Raises:
       UserError: the net does not take pictures of the base's size.
     """
+
+    names = ("mean_iou", "edge_f1")
 
     def __init__(self, seed: int, count: int, card: BaseCard, modalities: tuple[Modality, ...]):
         self._segmenter = load_segmenter()

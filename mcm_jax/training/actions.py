@@ -1,21 +1,33 @@
-"""What a run does every n steps, each a small object: see :class:`mcm_jax.training.loop.Action`."""
+"""What a run does every n steps, each a small object: see :class:`mcm_jax.training.loop.Action`.
 
+Every process of a cluster has the same actions and does them at the same steps, since they compute together; files are
+written by the first one.
+"""
+
+import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-from mcm_jax import pictures, sampling
+from mcm_jax import config, distributed, pictures, sampling
 from mcm_jax.base import BaseCard
 from mcm_jax.data.pipeline import to_float
 from mcm_jax.errors import UserError
+from mcm_jax.evaluation.control import Judge
+from mcm_jax.files import write_atomically
 from mcm_jax.pipeline import Pipeline, save_mcm
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Moment
+from mcm_jax.training.settings import RunSettings
+from mcm_jax.training.step import Record
+
+LESS_IS_BETTER = ("held_out_loss", "held_out_mse")
+DIVERGED = "diverged.json"
 
 
 class Report:
@@ -26,6 +38,8 @@ class Report:
       every: steps.
       batch_size: for the pace.
       learning_rate: by step.
+      blame: gives, of a step (from 0), what its batch was, as JSON has it; for a loss that is not finite.
+      workdir: where that is written.
       reported: the last step that was reported before the run was stopped.
       sums: of the metrics since then; None for nothing.
     """
@@ -37,53 +51,136 @@ class Report:
         every: int,
         batch_size: int,
         learning_rate: optax.Schedule,
+        blame: Callable[[int], dict[str, Any]],
+        workdir: pathlib.Path,
         reported: int = 0,
         sums: Mapping[str, float] | None = None,
     ):
         self._log, self._every, self._batch_size, self._rate = log, every, batch_size, learning_rate
+        self._blame, self._workdir = blame, workdir
         self._reported, self._sums = reported, sums and {k: np.float32(v) for k, v in sums.items()}
-        self._timed: tuple[int, float] | None = None  # steps and seconds, when the pace was last told
+        self._losses: list[tuple[int, jax.Array]] = []  # since the last report
+        self._timed: tuple[int, float, float] | None = None  # steps, seconds, and those waited, at the last report
 
     @property
     def pending(self) -> dict[str, Any]:
         """What a checkpoint must hold for the next report to be the uninterrupted run's."""
         return {"reported": self._reported, "sums": self._sums and {k: float(v) for k, v in self._sums.items()}}
 
-    def check(self, step: int) -> None:
-        """Raises UserError where the loss since the last report is not finite."""
-        if self._sums is not None and not np.isfinite(loss := float(self._sums["loss"])):
-            raise UserError(
-                f"the loss is {loss} at step {step}; lower train.learning_rate or set train.clip_norm, and train in "
-                f"another workdir"
-            )
+    def check(self) -> None:
+        """Raises UserError where a loss since the last report is not finite; what its batch was is written first."""
+        if self._sums is None or np.isfinite(float(self._sums["loss"])):
+            return
+        bad = ((step, float(loss)) for step, loss in self._losses)
+        step, loss = next((step, loss) for step, loss in bad if not np.isfinite(loss))
+        path = self._workdir / DIVERGED
+        if distributed.is_first():
+            batch = {"step": step, "loss": str(loss), **self._blame(step - 1)}
+            write_atomically(path, (json.dumps(batch, indent=1) + "\n").encode())
+        raise UserError(
+            f"the loss is {loss} at step {step}; lower train.learning_rate or set train.clip_norm, and train in "
+            f"another workdir. The last checkpoint is from before; {path} has the examples of that batch"
+        )
 
     def __call__(self, now: Moment) -> None:
         """Adds the step's metrics, and reports every n steps and at the end."""
         if self._timed is None:
-            self._timed = now.step - 1, 0.0
+            self._timed = now.step - 1, 0.0, 0.0
         sums = self._sums
         self._sums = now.metrics if sums is None else jax.tree.map(lambda a, b: a + b, sums, now.metrics)
+        self._losses.append((now.step, now.metrics["loss"]))
         if now.step % self._every and now.step != now.last:
             return
-        self.check(now.step)
+        self.check()
         means = {k: float(v) / (now.step - self._reported) for k, v in self._sums.items()}
-        steps, seconds = self._timed
-        pace = self._batch_size * (now.step - steps) / (now.clock.seconds - seconds)
-        self._log.write(now.step, means | {"images_per_second": pace, "learning_rate": float(self._rate(now.step - 1))})
+        steps, seconds, waited = self._timed
+        elapsed = now.clock.seconds - seconds
+        pace = self._batch_size * (now.step - steps) / elapsed
+        waits = min(1.0, (now.clock.waited - waited) / elapsed)
+        more = {"images_per_second": pace, "input_wait": waits, "learning_rate": float(self._rate(now.step - 1))}
+        self._log.write(now.step, means | more)
         now.show(loss=f"{means['loss']:.4f}", img_s=f"{pace:.0f}")
-        self._reported, self._sums, self._timed = now.step, None, (now.step, now.clock.seconds)
+        self._reported, self._sums, self._losses = now.step, None, []
+        self._timed = now.step, now.clock.seconds, now.clock.waited
+
+
+class HeldOutLoss:
+    """The averaged params' loss on held-out examples, always with the same timesteps, noise and hidden modalities.
+
+    Args:
+      log: where it goes.
+      every: steps; at the end, too.
+      records: of the examples, in host memory or on the devices.
+      loss_of: jitted ``(params, record) -> (loss, metrics)``.
+    """
+
+    names = LESS_IS_BETTER
+
+    def __init__(
+        self,
+        log: Log,
+        *,
+        every: int,
+        records: Sequence[Record],
+        loss_of: Callable[[Any, Record], tuple[jax.Array, dict[str, jax.Array]]],
+    ):
+        self._log, self._every, self._records, self._loss_of = log, every, records, loss_of
+
+    def __call__(self, now: Moment) -> None:
+        """Measures if it is time."""
+        if now.step % self._every and now.step != now.last:
+            return
+        with now.clock.pause(now.state):
+            found = [self._loss_of(now.state.ema_params, record) for record in self._records]
+            losses, errors = zip(*((float(loss), float(metrics["mse"])) for loss, metrics in found), strict=True)
+            means = dict(zip(self.names, (float(np.mean(losses)), float(np.mean(errors))), strict=True))
+            now.measured.update(means)
+            self._log.write(now.step, means)
+
+
+class Control:
+    """How well samples follow held-out conditions, all modalities given, by a judge.
+
+    Args:
+      log: where its numbers go.
+      every: steps; at the end, too.
+      pipeline: base and MCM; takes the averaged params of the moment.
+      judge: of the samples.
+    """
+
+    def __init__(self, log: Log, *, every: int, pipeline: Pipeline, judge: Judge):
+        self._log, self._every, self._pipeline, self._judge = log, every, pipeline, judge
+        height, width, _ = pipeline.base.latent_shape
+        modalities = pipeline.modulator.modalities
+        self._conditions = {m.name: m.resize_all(judge.examples[m.name], height, width) for m in modalities}
+        captions = judge.examples["caption"] if pipeline.base.is_text_conditional else None
+        self._prompts = None if captions is None else list(map(str, captions))
+        self._keys = sampling.sample_keys(0, len(judge.examples["image"]))
+
+    def __call__(self, now: Moment) -> None:
+        """Measures if it is time."""
+        if now.step % self._every and now.step != now.last:
+            return
+        with now.clock.pause(now.state):
+            self._pipeline.params = now.state.ema_params
+            images = self._pipeline(self._conditions, self._keys, prompts=self._prompts)
+            found = self._judge(np.clip(images, -1, 1))
+            now.measured.update(found)
+            self._log.write(now.step, found)
+            now.show(**{name: f"{value:.3f}" for name, value in found.items()})
 
 
 class Checkpoint:
-    """A checkpoint every n steps, at the end, and where the run is stopped; before it, the averaged MCM.
+    """A checkpoint every n steps, at the end, where the run is stopped, and of the best; before it, the averaged MCM.
 
     Args:
       workdir: of the run.
       checkpoints: in it.
-      every: steps.
+      settings: of the run.
       report: whose unfinished means are kept too, and which knows whether the state is sound.
       card: of the base.
       meta: what the checkpoint belongs to.
+      best: the best so far, ``step`` and ``value``; None for none.
     """
 
     def __init__(
@@ -91,23 +188,55 @@ class Checkpoint:
         workdir: pathlib.Path,
         checkpoints: Checkpoints,
         *,
-        every: int,
+        settings: RunSettings,
         report: Report,
         card: BaseCard,
         meta: Mapping[str, Any],
+        best: Mapping[str, float] | None = None,
     ):
-        self._workdir, self._checkpoints, self._every = workdir, checkpoints, every
-        self._report, self._card, self._meta = report, card, dict(meta)
+        self._workdir, self._checkpoints, self._settings = workdir, checkpoints, settings
+        self._report, self._card, self._meta, self._best = report, card, dict(meta), best
+        self._stable = settings.train.stable_until
+        self._keep()
+
+    def _keep(self) -> None:
+        """Tells which checkpoints stay: the best, and the one from which a run with a decay can be made longer."""
+        kept = {int(self._best["step"])} if self._best else set()
+        self._checkpoints.kept.clear()
+        self._checkpoints.kept.update(kept | ({self._stable} if self._stable else set()))
+
+    def _is_best(self, now: Moment) -> bool:
+        name = self._settings.train.best
+        if name not in now.measured:
+            return False
+        value = now.measured[name]
+        if self._best and self._best.get("metric") == name:
+            before = self._best["value"]
+            if not (value < before if name in LESS_IS_BETTER else value > before):
+                return False
+        self._best = {"metric": name, "step": now.step, "value": value}
+        self._keep()
+        return True
 
     def __call__(self, now: Moment) -> None:
         """Saves if it is time."""
-        if now.step % self._every and now.step != now.last and not now.stopping:
+        best = self._is_best(now)
+        due = now.step % self._settings.train.checkpoint_every == 0 or now.step in (now.last, self._stable)
+        if not (due or best or now.stopping):
             return
         with now.clock.pause(now.state):
-            self._report.check(now.step)  # never over a good state
-            # The checkpoint comes last: a run that is killed between the two writes both again.
-            save_mcm(self._workdir, now.state.ema_params, base=self._card, step=now.step)
-            self._checkpoints.save(now.state, self._meta | self._report.pending)
+            self._report.check()  # never over a good state
+            if distributed.is_first():
+                # The checkpoint comes last: a run that is killed between the two writes both again.
+                save_mcm(self._workdir, now.state.ema_params, base=self._card, step=now.step)
+                if best:
+                    folder = self._workdir / "best"
+                    folder.mkdir(exist_ok=True)
+                    config.save(self._settings, folder)
+                    save_mcm(folder, now.state.ema_params, base=self._card, step=now.step)
+            self._checkpoints.save(now.state, self._meta | self._report.pending | {"best": self._best})
+            if now.stopping or now.step == now.last:
+                self._checkpoints.wait()
 
 
 class ValidationPictures:
@@ -131,7 +260,9 @@ class ValidationPictures:
             return
         with now.clock.pause(now.state):
             self._pipeline.params = now.state.ema_params
-            pictures.save_png(self._folder / f"step_{now.step:07d}.png", self._sheet())
+            sheet = self._sheet()
+            if distributed.is_first():
+                pictures.save_png(self._folder / f"step_{now.step:07d}.png", sheet)
 
     def _sheet(self) -> np.ndarray:
         pipeline, examples = self._pipeline, self._examples
@@ -144,3 +275,28 @@ class ValidationPictures:
         alone = pipeline(conditions, keys, prompts=prompts, guidance=0.0, batch_size=count)
         controlled = pipeline(conditions, keys, prompts=prompts, batch_size=count)
         return pictures.grid([*rows, pictures.to_uint8(alone), pictures.to_uint8(controlled)])
+
+
+class Profile:
+    """A trace of some steps for TensorBoard's profiler or Perfetto.
+
+    Args:
+      folder: for the trace; each process writes its own.
+      start: the step after which it begins.
+      stop: the step after which it ends.
+    """
+
+    def __init__(self, folder: pathlib.Path, start: int, stop: int):
+        self._folder, self._start, self._stop, self._on = folder, start, stop, False
+
+    def __call__(self, now: Moment) -> None:
+        """Begins and ends the trace."""
+        if now.step == self._start and not self._on:
+            jax.block_until_ready(now.state)
+            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+            self._on = True
+        elif self._on and (now.step >= self._stop or now.step == now.last or now.stopping):
+            jax.block_until_ready(now.state)
+            jax.profiler.stop_trace()
+            self._on = False
+            print(f"a trace of steps {self._start + 1} to {now.step} is in {self._folder}")

@@ -1,45 +1,58 @@
 """A training run put together: settings and workdir in; base or card, feed, modulator, optimizer and actions out."""
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from mcm_jax import config as config_lib
-from mcm_jax import sharding
+from mcm_jax import distributed, sharding
 from mcm_jax.base import Base, BaseCard
+from mcm_jax.cache import Cache
 from mcm_jax.data.inputs import prepare
+from mcm_jax.data.pipeline import Order
 from mcm_jax.errors import Interrupted, UserError
-from mcm_jax.files import check_writable
+from mcm_jax.evaluation.control import Judge, ScenesJudge
+from mcm_jax.files import check_writable, lock
 from mcm_jax.mcm import Modulator, parameter_count
-from mcm_jax.pipeline import Pipeline
+from mcm_jax.pipeline import Pipeline, start_from
 from mcm_jax.training import feed as feeds
 from mcm_jax.training import state as states
-from mcm_jax.training import step
+from mcm_jax.training import step as steps_lib
 from mcm_jax.training import workdir as workdirs
-from mcm_jax.training.actions import Checkpoint, Report, ValidationPictures
-from mcm_jax.training.caching import build_cache, known_card, open_cache
+from mcm_jax.training.actions import Checkpoint, Control, HeldOutLoss, Profile, Report, ValidationPictures
+from mcm_jax.training.caching import agree_on, build_cache, known_card, open_cache, open_held_out
 from mcm_jax.training.checkpoints import Checkpoints
+from mcm_jax.training.compiled import CompiledStep
 from mcm_jax.training.feed import Feed
 from mcm_jax.training.logs import Log
-from mcm_jax.training.loop import Action, train
+from mcm_jax.training.loop import Action, Clock, train
+from mcm_jax.training.optimizer import make_optimizer, make_schedule
 from mcm_jax.training.settings import RunSettings
 
 _VALIDATION_IMAGES = 8
 _OFTEN = 25  # times that training may see one draw before control suffers: docs/cache.md, "How many draws"
 
 
-def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> states.TrainState:
+def train_and_evaluate(
+    config: Any, workdir: str | os.PathLike, *, profile: tuple[int, int] | None = None
+) -> states.TrainState:
     """Trains an MCM; goes on where the workdir's newest checkpoint ends.
+
+    Every process of a cluster calls this, with one workdir on a file system that they share.
 
     Args:
       config: as configs/default.py has it.
       workdir: gets ``config.json``, ``checkpoints/``, ``mcm.safetensors`` (what samples), ``metrics.jsonl``,
-        ``tensorboard/`` and ``validation/``. One that holds another run's config is refused.
+        ``tensorboard/`` and ``validation/``; ``best/`` where the config names what is best. One that holds another
+        run's config is refused.
+      profile: (start, stop): a trace of the steps between is written into ``profile/``.
 
     Returns:
       The final state.
@@ -49,15 +62,22 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> states.TrainS
       Interrupted: SIGINT or SIGTERM came; the state was saved.
     """
     settings, workdir = config_lib.read(RunSettings, config), pathlib.Path(workdir)
-    mesh = sharding.make_mesh()
-    sharding.check_batch_size(settings.train.batch_size, mesh)
-    workdirs.refuse_another(settings, workdir)
-    finished = max(workdirs.saved_steps(workdir), default=0) >= settings.train.steps
+    agree_on(settings)
+    mesh = sharding.make_mesh(settings.mesh)
+    sharding.check_batch_size(settings.train.batch_size, mesh, "config.train.batch_size", settings.train.accumulate)
+    before = workdirs.check_same_run(settings, workdir)
+    last = max(workdirs.saved_steps(workdir), default=0)
+    finished = last >= settings.train.steps
     parts = assemble(settings, workdir, mesh, finished)
-    with workdirs.disk_errors(workdir):
-        if not (workdir / config_lib.FILE).exists():
-            config_lib.save(settings, workdir)
-        return _run(settings, workdir, parts, mesh)
+    with workdirs.disk_errors(workdir), lock_once(workdir, finished):
+        return _run(settings, workdir, parts, mesh, before, profile)
+
+
+def lock_once(workdir: pathlib.Path, finished: bool) -> contextlib.AbstractContextManager[None]:
+    """Holds the workdir of a run that is not finished, by one process for all."""
+    if finished or not distributed.is_first():
+        return contextlib.nullcontext()
+    return lock(workdir, "training in this workdir", "--workdir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +88,19 @@ class Parts:
       card: what is known of the base.
       modulator: the MCM for it.
       feed: of records; None for a finished run.
-      pipeline: for pictures; None where there shall be none, or the base is not there.
+      held_out: of held-out examples; None where they are not evaluated.
+      pipeline: base and MCM, for what is sampled while training; None where nothing is, or the base is not there.
       examples: held-out ones for pictures, stacked, 8 bits a value.
+      judge: of samples for held-out conditions.
     """
 
     card: BaseCard
     modulator: Modulator
     feed: Feed | None = None
+    held_out: Feed | None = None
     pipeline: Pipeline | None = None
     examples: dict[str, np.ndarray] | None = None
+    judge: Judge | None = None
 
 
 def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Parts:
@@ -85,11 +109,10 @@ def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Me
     Raises:
       UserError: bad input, or parts that do not fit each other.
     """
-    cache, base = settings.cache, None
+    cache, base, opened = settings.cache, None, None
     fit = functools.partial(fitting_modulator, settings)
-    opened = None
     if cache.mode == "off":
-        base = settings.base.load()
+        base = settings.base.load(mesh)
         card = base.card
     elif finished:
         card = known_card(settings, workdir)
@@ -98,30 +121,63 @@ def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Me
         opened = open_it(settings, workdir, fit)
         card = opened.card
     modulator = fit(card)
-    check_writable(workdir, "--workdir")
+    if distributed.is_first():
+        check_writable(workdir, "--workdir")
     if finished:
         return Parts(card, modulator)
     # What is wrong with the data leaves no workdir.
-    if opened and settings.train.validate_every:
+    if opened and _samples(settings):
         if cache.load_base:
-            base = _base_for_pictures(settings, modulator)
+            base = _base_for_pictures(settings, modulator, mesh)
         else:
-            print("validation pictures are left to sample.py: config.cache.load_base would load the base for them")
-    if base:
-        base = dataclasses.replace(base, params=sharding.replicate(base.params, mesh))
-    pipeline, examples = None, None
-    if base and settings.train.validate_every:
-        pipeline = Pipeline(base, modulator, None, settings.sampling)
-        examples = _validation_examples(settings, card, modulator)
+            print(
+                "validation pictures and control are left to sample.py and evaluate.py: config.cache.load_base would "
+                "load the base for them"
+            )
+    more: dict[str, Any] = {}
+    if base and _samples(settings):
+        more["pipeline"] = Pipeline(base, modulator, None, settings.sampling, mesh=mesh)
+        more["examples"] = _validation_examples(settings, card, modulator) if settings.train.validate_every else None
+        more["judge"] = _judge(settings, card, modulator) if settings.train.evaluate_every else None
     if opened:
         print(f"training from the cache {opened.folder}")
-        return Parts(card, modulator, feeds.cached(opened), pipeline, examples)
-    source = settings.data.open("train", modulator.modalities, card)
+        return Parts(card, modulator, feeds.cached(opened), _held_out_cache(settings, workdir), **more)
+    feed = _online(settings, base, modulator, "train", mesh)
+    held_out = None
+    if settings.train.evaluate_every:
+        if settings.data.has_test_split():
+            held_out = _online(settings.held_out(), base, modulator, "test", mesh)
+        else:
+            print(f"the held-out loss is left out: {settings.data.path} has no test split")
+    return Parts(card, modulator, feed, held_out, **more)
+
+
+def _samples(settings: RunSettings) -> bool:
+    """Whether anything is sampled while training."""
+    return bool(settings.train.validate_every or settings.train.evaluate_every)
+
+
+def _online(settings: RunSettings, base: Base, modulator: Modulator, split: str, mesh: jax.sharding.Mesh) -> Feed:
+    """Predictions by the base."""
+    size = settings.data.size if split == "test" else None
+    found = settings.data.find(split, modulator.modalities, base.card, size=size)
+    source = settings.data.open(split, modulator.modalities, base.card, size=size)
     inputs = prepare(base, source, modulator.modalities, mesh)
-    data = settings.data.find("train", modulator.modalities, card).fingerprints()
-    draws = settings.draws_for(card)
-    feed = feeds.online(base, inputs, draws, settings.data.views, data, mesh)
-    return Parts(card, modulator, feed, pipeline, examples)
+    return feeds.online(
+        base,
+        inputs,
+        settings.draws_for(base.card),
+        settings.data.views,
+        found.fingerprints(),
+        mesh,
+        accumulate=settings.train.accumulate,
+        names=getattr(found, "names", ()),
+    )
+
+
+def _held_out_cache(settings: RunSettings, workdir: pathlib.Path) -> Feed | None:
+    opened: Cache | None = open_held_out(settings, workdir) if settings.train.evaluate_every else None
+    return feeds.cached(opened) if opened else None
 
 
 def fitting_modulator(settings: RunSettings, card: BaseCard) -> Modulator:
@@ -145,7 +201,19 @@ def _validation_examples(settings: RunSettings, card: BaseCard, modulator: Modul
     return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 
 
-def _base_for_pictures(settings: RunSettings, modulator: Modulator) -> Base | None:
+def _judge(settings: RunSettings, card: BaseCard, modulator: Modulator) -> Judge | None:
+    """What judges samples while training; None, and a word on why, where nothing can."""
+    if settings.data.name != "scenes":
+        print("control is not measured while training: there is a judge for scenes alone")
+        return None
+    try:
+        return ScenesJudge(settings.data.seed, settings.train.held_out, card, modulator.modalities)
+    except UserError as e:
+        print(f"control is not measured while training: {e}")
+        return None
+
+
+def _base_for_pictures(settings: RunSettings, modulator: Modulator, mesh: jax.sharding.Mesh) -> Base | None:
     """The base, beside a training that does without it; None, and a word on why, where it does not fit."""
     shapes = Pipeline(settings.base.outline(), modulator, None, settings.sampling)
     needed, free = shapes.sampling_bytes(_VALIDATION_IMAGES), sharding.free_memory()
@@ -155,63 +223,198 @@ def _base_for_pictures(settings: RunSettings, modulator: Modulator) -> Base | No
             f"memory, {free / 2**30:.1f} GiB are free (config.cache.load_base)"
         )
         return None
-    return settings.base.load()
+    return settings.base.load(mesh)
 
 
-def _run(settings: RunSettings, workdir: pathlib.Path, parts: Parts, mesh: jax.sharding.Mesh) -> states.TrainState:
+def _run(
+    settings: RunSettings,
+    workdir: pathlib.Path,
+    parts: Parts,
+    mesh: jax.sharding.Mesh,
+    before: RunSettings | None,
+    profile: tuple[int, int] | None,
+) -> states.TrainState:
     """The run itself, in a workdir that is its own."""
-    train_, card, modulator, feed = settings.train, parts.card, parts.modulator, parts.feed
+    t, card, modulator, feed = settings.train, parts.card, parts.modulator, parts.feed
+    distributed.agree({"the data": feed.data if feed else ""})
     meta = {"base": card.name, "fingerprint": card.fingerprint, "config": config_lib.to_dict(settings)}
     meta["examples"] = feed and feed.data
-    optimizer, learning_rate = states.make_optimizer(
-        train_.steps, train_.learning_rate, train_.warmup_steps, train_.weight_decay, train_.clip_norm
+    schedule = make_schedule(
+        t.schedule,
+        steps=t.steps,
+        learning_rate=t.learning_rate,
+        warmup_steps=t.warmup_steps,
+        decay_steps=t.decay_steps,
     )
+    optimizer = make_optimizer(t.optimizer, schedule, weight_decay=t.weight_decay, clip_norm=t.clip_norm)
+    checkpoints = Checkpoints(workdir, t.keep)
+    with _closed(checkpoints.close):
+        _drop_decayed(checkpoints, settings, before, workdir)
+        if distributed.is_first() and before != settings:
+            config_lib.save(settings, workdir)
+        state, pending = _state(settings, parts, optimizer, checkpoints, meta, mesh)
+        first, size = int(state.step), parameter_count(state.params)
+        share = size / card.unet_parameters
+        print(f"MCM of {size:,} parameters ({share:.1%} of the U-Net of {card.name!r}), on {mesh.size} device(s)")
+        if feed is None or first >= t.steps:
+            print(f"{workdir} is finished: {first} of {t.steps} steps are done")
+            return state
+        if first:
+            print(f"going on from step {first}")
+        if feed.repeat and (times := t.steps * t.batch_size / (feed.examples * feed.repeat)) >= _OFTEN:
+            print(
+                f"training will see each cached draw {times:.0f} times and overfit to it: more draws an example "
+                f"(config.draws.count, now {feed.repeat}) give better control (docs/cache.md)"
+            )
+        drops = settings.modalities.drop_rate
+        noise_step = steps_lib.make_noise_step(modulator, settings.draws_for(card), seed=settings.seed, drop_rate=drops)
+        steps, clock = range(first, t.steps), Clock()
+        records = feed.records(
+            noise_step, batch_size=t.batch_size, seed=settings.seed, steps=steps, mesh=mesh, waited=clock.wait
+        )
+        how = dict(weighting=settings.loss.weighting, l1=settings.loss.l1, snr_gamma=settings.loss.snr_gamma)
+        train_step = steps_lib.make_train_step(
+            modulator, optimizer, ema_decay=t.ema_decay, accumulate=t.accumulate, **how
+        )
+        config = config_lib.to_dict(settings)
+        log = Log(workdir, first, wandb=t.wandb, config=config, active=distributed.is_first())
+        with _closed(log.close):
+            actions = _actions(settings, workdir, parts, log, jax.jit(schedule), checkpoints, meta, pending, mesh)
+            if profile:
+                actions.append(Profile(workdir / "profile", *profile))
+            try:
+                return train(state, _Ahead(train_step), records, steps, actions, clock)
+            except Interrupted as e:
+                raise Interrupted(f"{e}; the state is saved in {workdir}. Go on with the same command") from None
+
+
+class _Ahead:
+    """A training step that is compiled ahead with its first arguments, and says what it costs."""
+
+    def __init__(self, train_step: Any):
+        self._train_step, self._compiled = train_step, None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._compiled is None:
+            self._compiled = CompiledStep(self._train_step, *arguments)
+            print(self._compiled)
+        return self._compiled(*arguments)
+
+
+@contextlib.contextmanager
+def _closed(close: Callable[[], object]):
+    """Closes something after the block; where the block failed, what closing raises as well is not told."""
+    try:
+        yield
+    except BaseException as e:
+        distributed.fail(e) if not isinstance(e, Interrupted) else None  # others would wait for this process to close
+        with contextlib.suppress(Exception):
+            close()
+        raise
+    close()
+
+
+def _drop_decayed(
+    checkpoints: Checkpoints, settings: RunSettings, before: RunSettings | None, workdir: pathlib.Path
+) -> None:
+    """Where a ``wsd`` run was made longer: removes its checkpoints since the decay, which the longer run has later."""
+    if before is None or before.train.stable_until is None or before.train.steps == settings.train.steps:
+        return
+    stable, there = before.train.stable_until, checkpoints.steps()
+    if there and there[0] > stable:
+        raise UserError(
+            f"{workdir}: the run has decayed from step {stable} on, and no checkpoint from before is there: it cannot "
+            f"be made longer. Take another --workdir, and train.init_from={workdir} to begin with its MCM"
+        )
+    checkpoints.drop([step for step in there if step > stable])
+
+
+def _state(
+    settings: RunSettings,
+    parts: Parts,
+    optimizer: Any,
+    checkpoints: Checkpoints,
+    meta: dict[str, Any],
+    mesh: jax.sharding.Mesh,
+) -> tuple[states.TrainState, dict[str, Any]]:
+    """The state that the run goes on from, on all devices, and what was not reported or is the best so far."""
+    card, modulator = parts.card, parts.modulator
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
     # One program: made by many small ones, the state takes seconds to begin with.
     begin = jax.jit(lambda key: states.init_state(modulator.init(key, card.latent_shape), optimizer))
-    now = sharding.replicate(begin(key), mesh)
-    checkpoints = Checkpoints(workdir, train_.keep)
-    pending = {}
+    state = sharding.replicate(begin(key), mesh)
     if checkpoints.latest_step() is not None:
-        now, found = checkpoints.restore(now, meta)
-        pending = {key: found[key] for key in ("reported", "sums")}
-    first, size = int(now.step), parameter_count(now.params)
-    share = size / card.unet_parameters
-    print(f"MCM of {size:,} parameters ({share:.1%} of the U-Net of {card.name!r}), on {mesh.size} device(s)")
-    if feed is None or first >= train_.steps:
-        print(f"{workdir} is finished: {first} of {train_.steps} steps are done")
-        checkpoints.close()
-        return now
-    if first:
-        print(f"going on from step {first}")
-    if feed.repeat and (times := train_.steps * train_.batch_size / (feed.examples * feed.repeat)) >= _OFTEN:
-        print(
-            f"training will see each cached draw {times:.0f} times and overfit to it: more draws an example "
-            f"(config.draws.count, now {feed.repeat}) give better control (docs/cache.md)"
-        )
+        state, found = checkpoints.restore(state, meta)
+        return state, {name: found.get(name) for name in ("reported", "sums", "best")}
+    if settings.train.init_from:
+        params = start_from(settings.train.init_from, settings.mcm, modulator, card)
+        state = sharding.replicate(states.init_state(params, optimizer), mesh)
+    return state, {"reported": 0, "sums": None, "best": None}
 
-    draws = settings.draws_for(card)
-    noise_step = step.make_noise_step(modulator, draws, seed=settings.seed, drop_rate=settings.modalities.drop_rate)
-    steps = range(first, train_.steps)
-    records = feed.records(noise_step, batch_size=train_.batch_size, seed=settings.seed, steps=steps, mesh=mesh)
-    train_step = step.make_train_step(
-        modulator, optimizer, weighting=settings.loss.weighting, l1=settings.loss.l1, ema_decay=train_.ema_decay
+
+def _actions(
+    settings: RunSettings,
+    workdir: pathlib.Path,
+    parts: Parts,
+    log: Log,
+    learning_rate: Any,
+    checkpoints: Checkpoints,
+    meta: dict[str, Any],
+    pending: dict[str, Any],
+    mesh: jax.sharding.Mesh,
+) -> list[Action]:
+    """What the run does every n steps, in its order: a checkpoint knows what was measured before it."""
+    t, feed = settings.train, parts.feed
+    order = Order(feed.examples, t.batch_size, settings.seed)
+
+    def blame(step: int) -> dict[str, Any]:
+        index = order(step)[0].tolist()
+        return {"examples": index, **({"names": [feed.names[i] for i in index]} if len(feed.names) else {})}
+
+    report = Report(
+        log,
+        every=t.log_every,
+        batch_size=t.batch_size,
+        learning_rate=learning_rate,
+        blame=blame,
+        workdir=workdir,
+        reported=pending["reported"],
+        sums=pending["sums"],
     )
-    log = Log(workdir, first)
-    report = Report(log, every=train_.log_every, batch_size=train_.batch_size, learning_rate=learning_rate, **pending)
-    actions: list[Action] = [
-        report,
-        Checkpoint(workdir, checkpoints, every=train_.checkpoint_every, report=report, card=card, meta=meta),
-    ]
-    if parts.pipeline:
-        folder = workdir / "validation"
-        actions.append(
-            ValidationPictures(folder, every=train_.validate_every, pipeline=parts.pipeline, examples=parts.examples)
+    actions: list[Action] = [report]
+    known: list[str] = []
+    if parts.held_out:
+        actions.append(_held_out_loss(settings, parts, log, mesh))
+        known += HeldOutLoss.names
+    if parts.judge and parts.pipeline:
+        actions.append(Control(log, every=t.evaluate_every, pipeline=parts.pipeline, judge=parts.judge))
+        known += parts.judge.names
+    if t.best and t.best not in known:
+        raise UserError(
+            f"config.train.best={t.best!r}: not measured while training; known here are {', '.join(known) or 'none'} "
+            f"(scenes' mean_iou and edge_f1 need the base: config.cache.load_base)"
         )
-    try:
-        return train(now, train_step, records, steps, actions)
-    except Interrupted as e:
-        raise Interrupted(f"{e}; the state is saved in {workdir}. Go on with the same command") from None
-    finally:
-        log.close()
-        checkpoints.close()
+    actions.append(
+        Checkpoint(
+            workdir, checkpoints, settings=settings, report=report, card=parts.card, meta=meta, best=pending["best"]
+        )
+    )
+    if parts.pipeline and parts.examples:
+        folder = workdir / "validation"
+        pictures = ValidationPictures(folder, every=t.validate_every, pipeline=parts.pipeline, examples=parts.examples)
+        actions.append(pictures)
+    return actions
+
+
+def _held_out_loss(settings: RunSettings, parts: Parts, log: Log, mesh: jax.sharding.Mesh) -> HeldOutLoss:
+    """Records of all draws of the held-out examples, made once."""
+    feed, t, draws = parts.held_out, settings.train, settings.held_out().draws_for(parts.card)
+    noise_step = steps_lib.make_noise_step(
+        parts.modulator, draws, seed=draws.seed, drop_rate=settings.modalities.drop_rate
+    )
+    size = min(t.batch_size, -(-feed.examples // mesh.size) * mesh.size)
+    steps = range(-(-feed.examples * draws.count // size))
+    records = feed.records(noise_step, batch_size=size, seed=0, steps=steps, mesh=mesh)
+    how = dict(weighting=settings.loss.weighting, l1=settings.loss.l1, snr_gamma=settings.loss.snr_gamma)
+    loss_of = jax.jit(steps_lib.make_loss(parts.modulator, **how))
+    return HeldOutLoss(log, every=t.evaluate_every, records=list(records), loss_of=loss_of)

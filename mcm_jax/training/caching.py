@@ -235,9 +235,7 @@ def known_card(settings: RunSettings, workdir: str | os.PathLike) -> BaseCard:
     return settings.base.outline().card
 
 
-def check_made_of(
-    settings: RunSettings, folder: pathlib.Path, there: store.Manifest, split: str = "train"
-) -> None:
+def check_made_of(settings: RunSettings, folder: pathlib.Path, there: store.Manifest, split: str = "train") -> None:
     """Compares what a cache was made of with the config, the base's files and the data.
 
     Base and data need not be at hand, as training needs neither: then the cache is taken at its word, and this is

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import jax
 from tqdm import tqdm
 
+from mcm_jax import distributed
 from mcm_jax.errors import Interrupted
 from mcm_jax.training.state import TrainState
 from mcm_jax.training.step import Record
@@ -21,7 +22,11 @@ class Clock:
 
     def __init__(self):
         self._began, self._paused = time.perf_counter(), 0.0
-        self.waited = 0.0  # for input
+        self.waited = 0.0  # seconds for input
+
+    def wait(self, seconds: float) -> None:
+        """Is told of time in which a step had no input yet."""
+        self.waited += seconds
 
     @property
     def seconds(self) -> float:
@@ -51,6 +56,7 @@ class Moment:
       stopping: whether the run ends after this step though it is not done.
       clock: of the run.
       show: takes what the progress bar shall show.
+      measured: what actions have found out at this step, by name, for those after them.
     """
 
     step: int
@@ -60,6 +66,7 @@ class Moment:
     stopping: bool
     clock: Clock
     show: Callable[..., object]
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Action(Protocol):
@@ -125,7 +132,8 @@ def train(
         for done, record in zip(range(steps.start + 1, steps.stop + 1), records, strict=True):
             state, metrics = train_step(state, record)
             bar.update()
-            stopping = bool(stop) and done < steps.stop  # asked once: a later signal stops the next step
+            # Asked once a step: a later signal stops a later one. Of several processes, all stop at the same.
+            stopping = distributed.any_process(bool(stop)) and done < steps.stop
             now = Moment(done, steps.stop, state, metrics, stopping, clock, bar.set_postfix)
             for action in actions:
                 action(now)

@@ -3,7 +3,6 @@
 import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from mcm_jax import config
 from mcm_jax.errors import Interrupted, UserError
@@ -43,16 +42,14 @@ def check_same_run(settings: RunSettings, workdir: pathlib.Path) -> RunSettings 
     changed = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
     longer = settings.train.schedule in ("constant", "wsd") and settings.train.steps > there.train.steps
     allowed = [key for key in changed if _is_free(key) or (key == "train.steps" and longer)]
-    lines = {
-        key: f"  {key}: there {found.get(key, 'absent')!r}, now {wanted.get(key, 'absent')!r}" for key in changed
-    }
+    lines = {key: f"  {key}: there {found.get(key, 'absent')!r}, now {wanted.get(key, 'absent')!r}" for key in changed}
     if wrong := [lines[key] for key in changed if key not in allowed]:
         differs = "\n".join(wrong)
         raise UserError(
             f"{path} is another run's config. It differs in\n{differs}\n"
             f"Take another --workdir, or the same values to go on with that run. On the way may change: where it runs "
-            f"(mesh, train.accumulate, paths), what is watched (train.*_every, keep, best, evaluation, sampling), and "
-            f"train.steps, upwards, with train.schedule=constant or wsd (with others the learning rate decays over them)"
+            f"(mesh, train.accumulate, paths), what is watched (train.*_every, keep, best, evaluation, sampling), and train.steps, "
+            f"upwards, with train.schedule=constant or wsd (with others the learning rate decays over them)"
         )
     if allowed:
         print("\n".join([f"{path}: changed since,", *(lines[key] for key in allowed)]))
