@@ -102,11 +102,13 @@ class Pipeline:
         """
         path = assets.resolve(os.fspath(folder))
         config = config_lib.load(path)
-        base = load_base(assets.resolve_base(config.base.path), config.base.dtype)
+        mesh = sharding.local_mesh()
+        put = functools.partial(sharding.place, mesh=mesh)
+        base = load_base(assets.resolve_base(config.base.path), config.base.dtype, put)
         modulator = config_lib.modulator(config, base)
         like = jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape))
         params, step = _read_mcm(path / WEIGHTS, like, base)
-        return cls(base, modulator, params, config, step)
+        return cls(base, modulator, params, config, step, mesh)
 
     def _compile(self, sampler: str, steps: int, eta: float, alone: bool, guided: bool, where: str) -> Any:
         base, modulator, mesh = self.base, self.modulator, self.mesh
