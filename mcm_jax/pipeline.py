@@ -27,6 +27,7 @@ from mcm_jax.files import write_atomically
 from mcm_jax.mcm import MCMSettings, Modulator
 from mcm_jax.modalities import ModalitiesSettings
 from mcm_jax.sampling import SamplingSettings
+from mcm_jax.sharding import MeshSettings
 
 WEIGHTS = "mcm.safetensors"
 
@@ -39,6 +40,7 @@ class ModelSettings:
     modalities: ModalitiesSettings
     mcm: MCMSettings
     sampling: SamplingSettings
+    mesh: MeshSettings = config_lib.setting(MeshSettings(), before=MeshSettings())
 
 
 def save_mcm(folder: pathlib.Path, params: Any, *, base: Base | BaseCard, step: int) -> None:
@@ -187,11 +189,12 @@ class Pipeline:
         """
         path = assets.resolve(os.fspath(folder))
         found = config_lib.load(ModelSettings, path, others=True)
-        base = found.base.load()
+        mesh = sharding.local_mesh(found.mesh)
+        base = found.base.load(mesh)
         modulator = found.mcm.modulator(found.modalities.shown, base.schedule)
         like = jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape))
         params, step = _read_mcm(path / WEIGHTS, like, base)
-        return cls(base, modulator, params, found.sampling, step)
+        return cls(base, modulator, params, found.sampling, step, mesh)
 
     def _program(self, settings: SamplingSettings) -> Any:
         """The jitted sampler; what is an argument of it, or changes nothing here, needs no program of its own."""

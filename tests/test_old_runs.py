@@ -61,7 +61,7 @@ def test_a_run_goes_on(tmp_path):
 def one_device(monkeypatch):
     """As then: a batch over two devices is rounded otherwise."""
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 2)
-    monkeypatch.setattr(sharding, "local_mesh", lambda: mesh)
+    monkeypatch.setattr(sharding, "local_mesh", lambda settings=None: mesh)
 
 
 @pytest.mark.usefixtures("one_device")

@@ -1,6 +1,5 @@
 """Laws of the mesh: what lies where, who reads which rows, and that a split base is the base."""
 
-import functools
 import json
 import os
 import sys
@@ -151,17 +150,22 @@ def test_loading_puts_each_tensor_before_the_next_is_read(base_path):
     tiny.assert_same_bits(jax.device_get(base.params), jax.device_get(load_base(base_path).params))
 
 
-def test_a_split_base_has_gradients(base_path):
-    """With respect to what it sees; as the whole one's."""
-    whole, mesh = load_base(base_path), sharding.make_mesh(HALVES)
-    split = load_base(base_path, put=functools.partial(sharding.place, mesh=mesh))
-    x = np.random.default_rng(0).normal(size=(2, *whole.latent_shape)).astype(np.float32)
-    t = np.array([10, 500], np.int32)
-    found, expected = (
-        jax.jit(jax.grad(lambda x, params, t, b=b: (b.predict(params, x, t) ** 2).sum()))(x, b.params, t)
-        for b in (split, whole)
-    )
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+@pytest.mark.parametrize("rows", [4, 1])
+def test_gathered_parameters_are_whole_and_rows_stay_split(rows):
+    """Values and gradients are those of whole parameters; one row, which cannot be split, is no error."""
+    mesh = sharding.make_mesh(HALVES)
+    rng = np.random.default_rng(0)
+    w, x = rng.normal(size=(3, 6)).astype(np.float32), rng.normal(size=(rows, 3)).astype(np.float32)
+
+    def network(w, x, mesh):
+        w, x = sharding.gather(w, x, mesh)
+        return sharding.keep_split(jax.numpy.tanh(x @ w), mesh)
+
+    step = jax.jit(jax.value_and_grad(lambda x, w, mesh: network(w, x, mesh).sum()), static_argnums=2)
+    for found, expected in zip(step(x, sharding.place(w, mesh), mesh), step(x, w, None), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    out = jax.jit(network, static_argnums=2)(sharding.place(w, mesh), x, mesh)
+    assert out.addressable_data(0).shape == (max(rows // 2, 1), 6)
 
 
 @pytest.mark.slow

@@ -118,8 +118,8 @@ def training_batches(
       batch_size: examples a batch; a batch may span two epochs, so fewer examples than a batch work too.
       seed: of the order, which differs in every epoch.
       repeat: the draws of an example after which they come again; 0 is never.
-      rows: which of a batch's rows are read, all if left out. What a row holds does not depend on it: processes that
-        share batches out see, together, what one by itself would.
+      rows: which of a batch's rows are read, ascending; all if left out. What a row holds does not depend on it:
+        processes that share batches out see, together, what one by itself would.
 
     Returns:
       What `read` gives, with ``index`` (which example), ``seen`` (how often before) and ``draw`` (which draw: `seen`,
