@@ -133,7 +133,8 @@ def save(settings: Any, folder: pathlib.Path) -> None:
 def describe(cls: type) -> dict[str, str]:
     """What each field of a dataclass means, as the ``Attributes`` of its docstring say."""
     text = re.split(r"\n *Attributes:\n", cls.__doc__ or "", maxsplit=1)[-1]
-    entries = re.findall(r"^ +(\w+): (.+(?:\n {8,}.+)*)", text, re.MULTILINE)
+    indent = re.match(" *", text)[0]
+    entries = re.findall(rf"^{indent}(\w+): (.+(?:\n{indent} +.+)*)", text, re.MULTILINE)
     return {name: " ".join(meaning.split()) for name, meaning in entries}
 
 

@@ -35,7 +35,7 @@ from mcm_jax.training.optimizer import make_optimizer, make_schedule
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 DRAWS = Draws(seed=0, count=5, density=(1,), total=1000)
-METRICS = {"mse", "mse_of_base", "modulation", "loss", "gradient_norm", "images_per_second", "learning_rate"}
+METRICS = {"mse", "mse_of_base", "modulation", "loss", "gradient_norm", "learning_rate", *tiny.PACE}
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +383,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch, 
         if name.startswith("validation") or name == "config.json":
             assert found[name] == expected[name], name
     assert_same_weights(workdir, trained.workdir)
-    events = [[e for e in _events(w) if e[1] != "images_per_second"] for w in (workdir, trained.workdir)]
+    events = [[e for e in _events(w) if e[1] not in tiny.PACE] for w in (workdir, trained.workdir)]
     assert events[0] == events[1]
 
 
@@ -465,9 +465,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(trained, tmp_path, monkeypatch):
         return lambda *a: (r := noise_step(*a)) | {"noise": r["noise"] * np.float32("nan")}
 
     monkeypatch.setattr(step, "make_noise_step", broken)
-    with pytest.raises(UserError, match=r"the loss is nan at step 2; lower train.learning_rate"):
+    with pytest.raises(UserError, match=r"the loss is nan at step 1; lower train.learning_rate.*diverged.json"):
         train_and_evaluate(trained.config, tmp_path / "run")
     assert not (tmp_path / "run/mcm.safetensors").exists() and not (tmp_path / "run/metrics.jsonl").exists()
+    batch = json.loads((tmp_path / "run/diverged.json").read_text())
+    assert batch["step"] == 1 and batch["loss"] == "nan"
+    assert batch["examples"] == training_batches(lambda i, d: {}, 12, 4, 0)[0]["index"].tolist()
 
 
 def test_what_is_hidden_does_not_depend_on_the_noise(base, modulator):

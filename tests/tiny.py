@@ -198,10 +198,13 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+PACE = ("images_per_second", "input_wait")
+
+
 def metrics_of(workdir):
-    """The lines of metrics.jsonl, without the one value that is a matter of the machine."""
+    """The lines of metrics.jsonl, without what is a matter of the machine."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in PACE} for line in lines]
 
 
 def assert_same_bits(found, expected):

@@ -48,8 +48,8 @@ def check_same_run(settings: RunSettings, workdir: pathlib.Path) -> RunSettings 
         raise UserError(
             f"{path} is another run's config. It differs in\n{differs}\n"
             f"Take another --workdir, or the same values to go on with that run. On the way may change: where it runs "
-            f"(mesh, train.accumulate, paths), what is watched (train.*_every, keep, best, evaluation, sampling), and train.steps, "
-            f"upwards, with train.schedule=constant or wsd (with others the learning rate decays over them)"
+            f"(mesh, train.accumulate, paths), what is watched (train.*_every, keep, best, evaluation, sampling), and "
+            f"train.steps, upwards, with train.schedule=constant or wsd (others decay over them)"
         )
     if allowed:
         print("\n".join([f"{path}: changed since,", *(lines[key] for key in allowed)]))
