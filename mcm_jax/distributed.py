@@ -355,13 +355,15 @@ class _Watch:
         self._calls, self._offer, self._round = 0, None, 0
         self._stop_at: int | None = None
         self._agreed = threading.Event()
-        for target in (self._talk, self._time):
-            threading.Thread(target=target, daemon=True).start()
+        self._talker = threading.Thread(target=self._talk, daemon=True)
+        self._talker.start()
+        threading.Thread(target=self._time, daemon=True).start()
 
     def leave(self) -> None:
         """Waits for the others' end, and goes with them."""
         synchronise("leave")
         self._left.set()
+        self._talker.join(_SILENCE * _BEAT)  # Python's end in the middle of a call into C++ would abort
         jax.distributed.shutdown()
 
     def fail(self, error: BaseException) -> None:

@@ -42,8 +42,12 @@ def agrees():
                 say("stopped at", step)
                 break
         distributed.synchronise("stopped")
-    if distributed.any_process(PROCESS == 1):  # asked too late: nobody comes to the call
+    if PROCESS:
+        distributed.synchronise("last")
+    if distributed.any_process(PROCESS == 1):  # asked after the other's last call: nobody gets it
         say("stopped again")
+    if not PROCESS:
+        distributed.synchronise("last")
     began = time.perf_counter()
     rounds = 10
     for _ in range(rounds):
