@@ -1,5 +1,6 @@
 """What the scripts at the top level share: errors that a user can mend end in one message, not a traceback."""
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -88,7 +89,10 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     def joined(argv: list[str]) -> None:
         known = [flags.FLAGS[name].value if name in flags.FLAGS else None for name in _CLUSTER]
-        with distributed.cluster(*known):
+        with distributed.cluster(*known), contextlib.ExitStack() as stack:
+            if not distributed.is_first():  # what all would say is said once; errors come from whoever has them
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
             main(argv)
 
     use_compilation_cache()

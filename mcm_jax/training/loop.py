@@ -126,7 +126,14 @@ def train(
     clock = clock or Clock()
     with (
         stop_requests() as stop,
-        tqdm(total=steps.stop, initial=steps.start, unit="step", dynamic_ncols=True, mininterval=1.0) as bar,
+        tqdm(
+            total=steps.stop,
+            initial=steps.start,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1.0,
+            disable=not distributed.is_first(),
+        ) as bar,
         contextlib.closing(records) if hasattr(records, "close") else contextlib.nullcontext(),
     ):
         for done, record in zip(range(steps.start + 1, steps.stop + 1), records, strict=True):
