@@ -29,6 +29,7 @@ from mcm_jax.evaluation import confusion_matrix, load_segmenter, mean_iou
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.sharding import make_mesh, replicate
 from mcm_jax.training import feed, state, step
+from mcm_jax.training.optimizer import make_optimizer, make_schedule
 
 
 def variants() -> dict:
@@ -68,7 +69,10 @@ def main() -> None:
     for name, c in configs.items():
         t = c.train
         modulator = config_lib.modulator(c, base)
-        optimizer, _ = state.make_optimizer(args.steps, t.learning_rate, t.warmup_steps, t.weight_decay, t.clip_norm)
+        schedule = make_schedule(
+            "cosine", steps=args.steps, learning_rate=t.learning_rate, warmup_steps=t.warmup_steps, decay_steps=0
+        )
+        optimizer = make_optimizer("adamw", schedule, weight_decay=t.weight_decay, clip_norm=t.clip_norm)
         init = jax.jit(lambda key, modulator=modulator: modulator.init(key, base.latent_shape))
         params = init(jax.random.key(c.seed))
         train_step = step.make_train_step(

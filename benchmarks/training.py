@@ -30,6 +30,7 @@ from mcm_jax.cache import Cache
 from mcm_jax.data.inputs import prepare
 from mcm_jax.draws import Draws
 from mcm_jax.training import feed, state, step
+from mcm_jax.training.optimizer import make_optimizer, make_schedule
 
 
 def make_modulator(card, size: str, dtype: str):
@@ -47,7 +48,8 @@ class Runner:
 
     def __init__(self, source: feed.Feed, modulator, draws: Draws, batch: int):
         self.mesh = sharding.make_mesh()
-        optimizer, _ = state.make_optimizer(100_000, 1e-4, 0, 0.01, 1.0)
+        schedule = make_schedule("cosine", steps=100_000, learning_rate=1e-4, warmup_steps=0, decay_steps=0)
+        optimizer = make_optimizer("adamw", schedule, weight_decay=0.01, clip_norm=1.0)
         self.step = step.make_train_step(modulator, optimizer, weighting="eps", l1=0.0, ema_decay=0.999)
         params = jax.jit(lambda key: modulator.init(key, source.card.latent_shape))(jax.random.key(0))
         self.state = sharding.replicate(state.init_state(params, optimizer), self.mesh)

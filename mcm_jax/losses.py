@@ -10,10 +10,10 @@ weighting   w(t)                                  source
 ``eps``     1                                     the paper's descendant VCM
 ``x0``      min((1 - abar) / abar, 5)             the other reading of the paper's figure, which ends at x'_0
 ``v``       min(1 / abar, 20)                     ours: as much weight for the noisy, layout-deciding steps as they bear
-``min_snr`` min(snr, 5) / snr                     Hang et al. 2023
+``min_snr`` min(snr, gamma) / snr                 Hang et al. 2023, whose gamma is 5
 =========== ===================================== ===============================================================
 
-The bounds are ours: without them the steps next to pure noise outweigh all others.
+The bounds of x0 and v are ours: without them the steps next to pure noise outweigh all others.
 """
 
 import jax
@@ -22,8 +22,21 @@ import jax.numpy as jnp
 WEIGHTINGS = ("eps", "x0", "v", "min_snr")
 
 
-def weight(weighting: str, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """The weight w of each example, float32 ``[B]``, from its alpha and sigma (``[B]``)."""
+def weight(weighting: str, alpha: jax.Array, sigma: jax.Array, snr_gamma: float = 5.0) -> jax.Array:
+    """The weight w of each example.
+
+    Args:
+      weighting: one of :data:`WEIGHTINGS`.
+      alpha: of each example's timestep, ``[B]``.
+      sigma: likewise.
+      snr_gamma: the gamma of ``min_snr``; of no matter to the others.
+
+    Returns:
+      w, float32 ``[B]``.
+
+    Raises:
+      ValueError: an unknown weighting.
+    """
     abar = jnp.square(alpha)
     snr = abar / jnp.square(sigma)
     match weighting:
@@ -34,7 +47,7 @@ def weight(weighting: str, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
         case "v":
             return jnp.minimum(1 / abar, 20.0)
         case "min_snr":
-            return jnp.minimum(1.0, 5.0 / snr)  # not min(snr, 5) / snr, which is 0 / 0 at zero SNR
+            return jnp.minimum(1.0, snr_gamma / snr)  # not min(snr, gamma) / snr, which is 0 / 0 at zero SNR
     raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}")
 
 

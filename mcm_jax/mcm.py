@@ -75,11 +75,14 @@ class MCM(nn.Module):
       size: shape of the network.
       inputs: which of ``x_t``, ``eps`` and ``x0`` it sees, in this order (the paper: x_t and eps).
       dtype: dtype of the computation; gamma and nu are float32.
+      remat: recompute activations in the backward pass rather than keep them: less memory, more time, same params.
+        XLA's default order of operations on CPUs forfeits the gain.
     """
 
     size: Size
     inputs: tuple[str, ...] = ("x_t", "eps")
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -116,7 +119,8 @@ class MCM(nn.Module):
             attention_head_dim=self.size.head_dim,
             norm_num_groups=self.size.groups,
         )
-        maps = UNet2D(config, dtype=self.dtype, zero_init_output=True, name="unet")(seen, t).astype(jnp.float32)
+        unet = UNet2D(config, dtype=self.dtype, zero_init_output=True, remat=self.remat, name="unet")
+        maps = unet(seen, t).astype(jnp.float32)
         return maps[..., :channels], maps[..., channels:]
 
 

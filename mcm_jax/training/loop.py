@@ -32,6 +32,7 @@ from mcm_jax.training import state, step
 from mcm_jax.training.caching import known_card, open_cache, precompute, source_of
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.feed import Feed
+from mcm_jax.training.optimizer import make_optimizer, make_schedule
 
 _VALIDATION_IMAGES = 8
 _OFTEN = 25  # times that training may see one draw before control suffers: docs/cache.md, "How many draws"
@@ -264,9 +265,15 @@ def _train(
     train = config.train
     meta = {"base": card.name, "fingerprint": card.fingerprint, "config": json.loads(config.to_json())}
     meta["examples"] = feed and feed.data
-    optimizer, learning_rate = state.make_optimizer(
-        train.steps, train.learning_rate, train.warmup_steps, train.weight_decay, train.clip_norm
+    schedule = make_schedule(
+        "cosine",
+        steps=train.steps,
+        learning_rate=train.learning_rate,
+        warmup_steps=train.warmup_steps,
+        decay_steps=0,
     )
+    optimizer = make_optimizer("adamw", schedule, weight_decay=train.weight_decay, clip_norm=train.clip_norm)
+    learning_rate = jax.jit(schedule)  # for the reports; the optimizer has it within the step's own program
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     # One program: made by many small ones, the state takes seconds to begin with.
     begin = jax.jit(lambda key: state.init_state(modulator.init(key, card.latent_shape), optimizer))

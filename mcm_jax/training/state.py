@@ -25,18 +25,6 @@ class TrainState:
     opt_state: Any
 
 
-def make_optimizer(
-    steps: int, learning_rate: float, warmup_steps: int, weight_decay: float, clip_norm: float
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW with linear warm-up, cosine decay to zero and, unless ``clip_norm`` is 0, clipping; and its schedule."""
-    warmup = min(warmup_steps, max(steps - 1, 0))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0 if warmup else learning_rate, learning_rate, warmup, max(steps, warmup + 1)
-    )
-    adamw = optax.adamw(schedule, weight_decay=weight_decay)
-    return (optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw), jax.jit(schedule)
-
-
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     # The average is a copy: donated buffers must not be shared.

@@ -14,6 +14,7 @@ import optax
 from mcm_jax import losses, modalities
 from mcm_jax.data.pipeline import to_float
 from mcm_jax.draws import MODALITY_DROP, Draws, example_keys
+from mcm_jax.errors import UserError
 from mcm_jax.mcm import Modulator
 from mcm_jax.training.state import TrainState, update_ema
 
@@ -61,15 +62,32 @@ def make_train_step(
     weighting: str,
     l1: float,
     ema_decay: float,
+    snr_gamma: float = 5.0,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Record], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns jitted ``train_step(state, record) -> (state, metrics)``; the state is donated."""
+    """Returns jitted ``train_step(state, record) -> (state, metrics)``; the state is donated.
+
+    Args:
+      modulator: the MCM and its modulation.
+      optimizer: of the MCM's params.
+      weighting: of the timesteps, see :mod:`mcm_jax.losses`.
+      l1: factor of the size of gamma and nu.
+      ema_decay: of the averaged params, see :func:`mcm_jax.training.state.update_ema`.
+      snr_gamma: of the weighting ``min_snr``.
+      accumulate: micro-batches that a record is split into, one after the other: their mean gradient is the record's
+        (to rounding), in about the memory of one of them. On CPUs a step takes several times as long: convolutions
+        in a loop are slow there (jax issue 12868), and without a loop no memory is saved.
+
+    Raises:
+      UserError: on the first call, a record whose rows cannot be split evenly.
+    """
 
     def loss_of(params: Any, record: Record) -> tuple[jax.Array, dict[str, jax.Array]]:
         modulated, gamma, nu = modulator(
             params, record["x_t"], record["eps"], record["t"], record["conditions"], record["present"]
         )
         t = record["t"]
-        weight = losses.weight(weighting, modulator.schedule.alpha(t), modulator.schedule.sigma(t))
+        weight = losses.weight(weighting, modulator.schedule.alpha(t), modulator.schedule.sigma(t), snr_gamma)
         error = losses.prediction_error(modulated, record["noise"])
         size = losses.modulation_size(gamma, nu)
         # Every mean is over uniform timesteps, whatever density they were drawn with.
@@ -81,8 +99,20 @@ def make_train_step(
         }
         return (importance * (weight * error + l1 * size)).mean(), metrics
 
+    gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+
+    def accumulated_gradient_of(params: Any, record: Record) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Any]:
+        def add(total: Any, micro_batch: Record) -> tuple[Any, tuple[jax.Array, dict[str, jax.Array]]]:
+            values, gradient = gradient_of(params, micro_batch)
+            return jax.tree.map(jnp.add, total, gradient), values
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        total, values = jax.lax.scan(add, zeros, jax.tree.map(lambda a: _micro_batches(a, accumulate), record))
+        return jax.tree.map(jnp.mean, values), jax.tree.map(lambda g: g / accumulate, total)
+
     def train_step(state: TrainState, record: Record) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params, record)
+        # A scan of one micro-batch would be another program, whose rounding differs: runs resume bit for bit.
+        (loss, metrics), gradient = (gradient_of if accumulate == 1 else accumulated_gradient_of)(state.params, record)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with float32, which strict mode refuses
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -91,3 +121,15 @@ def make_train_step(
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _micro_batches(a: jax.Array, count: int) -> jax.Array:
+    """Splits ``[B, ...]`` into ``[count, B / count, ...]``: every count-th row is of the same micro-batch.
+
+    Not the first ``B / count`` rows and so on: a device holds neighbouring rows of the record, so that a micro-batch of
+    neighbours would be one device's, and had to be sent to all others. This way each device keeps its own rows, an
+    equal share of each micro-batch.
+    """
+    if a.shape[0] % count:
+        raise UserError(f"train.accumulate: found {count}, expected a divisor of the batch of {a.shape[0]}")
+    return jnp.moveaxis(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 1, 0)
