@@ -54,6 +54,15 @@ def test_min_snr_is_the_x0_error_with_a_bounded_weight():
     np.testing.assert_allclose(weight("min_snr", alpha, sigma), jnp.minimum(snr, 5.0) / snr, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "gamma, expected", [(1.0, [1 / 99, 1, 1, 1]), (5.0, [5 / 99, 1, 1, 1]), (0.05, [0.05 / 99, 0.05, 0.45, 1])]
+)
+def test_gamma_bounds_min_snr_alone(gamma, expected):
+    np.testing.assert_allclose(weight("min_snr", *_coefficients(), gamma), expected, rtol=1e-4)
+    for weighting in set(WEIGHTINGS) - {"min_snr"}:
+        np.testing.assert_array_equal(weight(weighting, *_coefficients(), gamma), weight(weighting, *_coefficients()))
+
+
 def test_an_unknown_weighting_is_named():
     with pytest.raises(ValueError, match="weighting must be one of .*'eps', 'x0', 'v', 'min_snr'.*, got 'snr'"):
         weight("snr", *_coefficients())

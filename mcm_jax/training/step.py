@@ -100,7 +100,8 @@ def make_train_step(
       ema_decay: of the averaged params, see :func:`mcm_jax.training.state.update_ema`.
       snr_gamma: of the weighting ``min_snr``.
       accumulate: micro-batches that a record is split into, one after the other: their mean gradient is the record's
-        (to rounding), in about the memory of one of them.
+        (to rounding), in about the memory of one of them. On CPUs a step takes several times as long: convolutions
+        in a loop are slow there (jax issue 12868), and without a loop no memory is saved.
 
     Raises:
       UserError: on the first call, a record whose rows cannot be split evenly.
