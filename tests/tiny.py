@@ -42,14 +42,14 @@ OVERRIDES = {
 }
 
 
-def save_base(folder, seed):
+def save_base(folder, seed, size=SIZE):
     """Writes a random base in diffusers' own format."""
     import diffusers  # here, so that tests that need no base do not wait for PyTorch
     import torch
 
     torch.manual_seed(seed)
     net = diffusers.UNet2DModel(
-        sample_size=SIZE,
+        sample_size=size,
         block_out_channels=(20, 28),
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),

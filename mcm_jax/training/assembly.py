@@ -283,7 +283,7 @@ def _run(
             if profile:
                 actions.append(Profile(workdir / "profile", *profile))
             try:
-                return train(state, _Ahead(train_step), records, steps, actions, clock)
+                return train(state, _Ahead(train_step, t.accumulate), records, steps, actions, clock)
             except Interrupted as e:
                 raise Interrupted(f"{e}; the state is saved in {workdir}. Go on with the same command") from None
 
@@ -291,12 +291,12 @@ def _run(
 class _Ahead:
     """A training step that is compiled ahead with its first arguments, and says what it costs."""
 
-    def __init__(self, train_step: Any):
-        self._train_step, self._compiled = train_step, None
+    def __init__(self, train_step: Any, repeats: int):
+        self._train_step, self._repeats, self._compiled = train_step, repeats, None
 
     def __call__(self, *arguments: Any) -> Any:
         if self._compiled is None:
-            self._compiled = CompiledStep(self._train_step, *arguments)
+            self._compiled = CompiledStep(self._train_step, *arguments, repeats=self._repeats)
             print(self._compiled)
         return self._compiled(*arguments)
 

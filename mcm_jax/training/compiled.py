@@ -13,6 +13,7 @@ class CompiledStep:
     Args:
       jitted: the function, from :func:`jax.jit`.
       arguments: the first ones; they are not used up.
+      repeats: how often the loop that does the work goes round: the compiler counts it once.
 
     Attributes:
       seconds: that compiling took.
@@ -20,8 +21,8 @@ class CompiledStep:
       bytes: of memory that a call takes on a device, its arguments included; None where the compiler does not tell.
     """
 
-    def __init__(self, jitted: Any, *arguments: Any):
-        self._jitted = jitted
+    def __init__(self, jitted: Any, *arguments: Any, repeats: int = 1):
+        self._jitted, self._repeats = jitted, repeats
         self._compile(arguments)
 
     def _compile(self, arguments: Any) -> None:
@@ -31,7 +32,7 @@ class CompiledStep:
         cost, memory = self._compiled.cost_analysis(), self._compiled.memory_analysis()
         cost = cost[0] if isinstance(cost, list) else cost
         devices = {d for leaf in jax.tree.leaves(arguments) for d in getattr(leaf.sharding, "device_set", ())}
-        self.flops = cost["flops"] * max(1, len(devices)) if cost and "flops" in cost else None
+        self.flops = cost["flops"] * max(1, len(devices)) * self._repeats if cost and "flops" in cost else None
         self.bytes = None
         if memory:
             kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
