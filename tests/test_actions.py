@@ -1,0 +1,234 @@
+"""What a run does every n steps, each action by itself; and what is said of the compiled step."""
+
+import json
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from safetensors import safe_open
+
+from mcm_jax import config as config_lib
+from mcm_jax.errors import UserError
+from mcm_jax.pipeline import Pipeline
+from mcm_jax.training.actions import Checkpoint, Control, HeldOutLoss, Profile, Report, ValidationPictures
+from mcm_jax.training.checkpoints import Checkpoints
+from mcm_jax.training.compiled import CompiledStep
+from mcm_jax.training.loop import Clock, Moment
+from mcm_jax.training.state import TrainState
+
+pytestmark = [pytest.mark.usefixtures("quick")]
+
+
+class Lines(list):
+    """A log that keeps what it is told."""
+
+    def write(self, step, metrics):
+        self.append({"step": step, **metrics})
+
+
+class SetClock(Clock):
+    """A clock that stands still until it is set."""
+
+    seconds = 0.0
+
+
+def moment(step, last=10, *, clock=None, stopping=False, state=None, **metrics):
+    if clock is None:
+        clock = SetClock()
+        clock.seconds = float(step)
+    metrics = {k: jnp.float32(v) for k, v in (metrics or {"loss": 1.0}).items()}
+    return Moment(step, last, state, metrics, stopping, clock, {}.update)
+
+
+def report(tmp_path, log, **more):
+    how = {"every": 3, "batch_size": 4, "learning_rate": lambda step: 0.1 * step}
+    return Report(log, **how, blame=lambda step: {"examples": [step]}, workdir=tmp_path, **more)
+
+
+def test_a_report_has_means_pace_and_waiting(tmp_path):
+    log, clock = Lines(), SetClock()
+    told = report(tmp_path, log)
+    for step in range(1, 8):
+        clock.seconds, clock.waited = 0.5 * step, 0.1 * step
+        told(moment(step, 7, clock=clock, loss=step, mse=2 * step))
+    assert [line["step"] for line in log] == [3, 6, 7]  # the last one, too
+    assert [line["loss"] for line in log] == [2, 5, 7] and log[0]["mse"] == 4
+    assert [round(line["images_per_second"], 3) for line in log] == [8, 8, 8]
+    assert [round(line["input_wait"], 3) for line in log] == [0.2, 0.2, 0.2]
+    assert log[1]["learning_rate"] == pytest.approx(0.5)
+
+
+def test_a_report_goes_on_where_it_was(tmp_path):
+    whole, parts = Lines(), Lines()
+    first, second = report(tmp_path, whole), report(tmp_path, parts)
+    for step in (1, 2, 3, 4, 5):
+        first(moment(step, loss=step))
+        second(moment(step, loss=step))
+    resumed = report(tmp_path, parts, **json.loads(json.dumps(second.pending)))
+    first(moment(6, loss=6))
+    resumed(moment(6, loss=6))
+    keys = ("step", "loss")
+    assert [[line[k] for k in keys] for line in parts] == [[line[k] for k in keys] for line in whole]
+
+
+def test_a_loss_that_is_not_finite_names_its_batch(tmp_path):
+    told = report(tmp_path, Lines())
+    told(moment(1, loss=1.0))
+    told(moment(2, loss=np.nan))
+    with pytest.raises(UserError, match="the loss is nan at step 2"):
+        told(moment(3, loss=1.0))
+    assert json.loads((tmp_path / "diverged.json").read_text()) == {"step": 2, "loss": "nan", "examples": [1]}
+
+
+def test_the_held_out_loss_is_the_averages(tmp_path):
+    log, state = Lines(), types.SimpleNamespace(ema_params=2.0)
+    loss_of = lambda params, record: (params * record, {"mse": record})  # noqa: E731
+    action = HeldOutLoss(log, every=2, records=[1.0, 3.0], loss_of=loss_of)
+    seen = []
+    for step in (1, 2, 3, 4, 5):
+        now = moment(step, 5, state=state)
+        action(now)
+        seen.append(now.measured)
+    assert [line["step"] for line in log] == [2, 4, 5]
+    assert seen[1] == {"held_out_loss": 4.0, "held_out_mse": 2.0} and seen[0] == {}
+
+
+@pytest.fixture(scope="module")
+def pipeline(trained):
+    return Pipeline.from_folder(trained.workdir)
+
+
+@pytest.mark.slow
+def test_control_samples_the_moments_average(pipeline, trained):
+    judged = []
+
+    class Judge:
+        names = ("count",)
+        examples = {
+            "image": np.zeros((2, tiny.SIZE, tiny.SIZE, 3), np.float32),
+            "segmentation": np.zeros((2, tiny.SIZE, tiny.SIZE), np.uint8),
+            "sketch": np.ones((2, tiny.SIZE, tiny.SIZE), np.float32),
+        }
+
+        def __call__(self, images):
+            judged.append(images)
+            return {"count": float(len(images))}
+
+    log = Lines()
+    action = Control(log, every=2, pipeline=pipeline, judge=Judge())
+    for step in (1, 2):
+        action(now := moment(step, state=trained.state))
+    assert log == [{"step": 2, "count": 2.0}] and now.measured == {"count": 2.0}
+    assert judged[0].shape == (2, tiny.SIZE, tiny.SIZE, 3) and np.abs(judged[0]).max() <= 1
+    tiny.assert_same_bits(jax.device_get(pipeline.params), jax.device_get(trained.state.ema_params))
+
+
+@pytest.mark.slow
+def test_pictures_are_drawn_every_n_steps(pipeline, trained, tmp_path):
+    examples = {
+        "image": np.zeros((2, tiny.SIZE, tiny.SIZE, 3), np.uint8),
+        "segmentation": np.zeros((2, tiny.SIZE, tiny.SIZE), np.uint8),
+        "sketch": np.full((2, tiny.SIZE, tiny.SIZE), 255, np.uint8),
+    }
+    action = ValidationPictures(tmp_path, every=2, pipeline=pipeline, examples=examples)
+    for step in (1, 2, 3):
+        action(moment(step, state=trained.state))
+    assert [p.name for p in tmp_path.iterdir()] == ["step_0000002.png"]
+    assert Image.open(tmp_path / "step_0000002.png").size == (6 * (2 * 17 + 1), 6 * (4 * 17 + 1))
+
+
+def small_state(step):
+    params = {"w": jnp.full(3, float(step))}
+    return TrainState(jnp.int32(step), params, {"w": jnp.full(3, -float(step))}, ())
+
+
+def checkpointing(tmp_path, changes, **more):
+    settings = tiny.settings_of(tiny.make_config("scenes-ddpm", {"train.steps": 10, **changes}))
+    checkpoints = Checkpoints(tmp_path, settings.train.keep)
+    card = types.SimpleNamespace(name="tiny", fingerprint="f")
+    told = report(tmp_path, Lines())
+    return (
+        Checkpoint(tmp_path, checkpoints, settings=settings, report=told, card=card, meta={"fingerprint": "f"}, **more),
+        checkpoints,
+    )
+
+
+def test_checkpoints_come_every_n_steps_at_the_end_and_when_stopped(tmp_path):
+    action, checkpoints = checkpointing(tmp_path, {"train.checkpoint_every": 3, "train.keep": 9})
+    for step in range(1, 11):
+        action(moment(step, 10, state=small_state(step), stopping=step == 4))
+    assert checkpoints.steps() == [3, 4, 6, 9, 10]
+    like = small_state(0)
+    for step in (4, 10):
+        found, _ = checkpoints.restore(like, {"base": "tiny", "fingerprint": "f"}, step)
+        assert int(found.step) == step and float(found.params["w"][0]) == step
+    checkpoints.close()
+    with safe_open(tmp_path / "mcm.safetensors", "numpy") as file:
+        assert file.get_tensor("w")[0] == -10 and file.metadata()["step"] == "10"
+
+
+@pytest.mark.parametrize("metric, best", [("held_out_loss", 3), ("mean_iou", 5)])
+def test_the_best_checkpoint_stays(tmp_path, metric, best):
+    changes = {"train.checkpoint_every": 2, "train.keep": 2, "train.best": metric, "train.evaluate_every": 1}
+    action, checkpoints = checkpointing(tmp_path, changes)
+    values = {1: 0.5, 3: 0.1, 5: 0.9, 7: 0.4, 9: 0.3}
+    for step in range(1, 11):
+        now = moment(step, 10, state=small_state(step))
+        if step in values:
+            now.measured[metric] = values[step]
+        action(now)
+    assert checkpoints.steps() == [best, 8, 10]
+    _, meta = checkpoints.restore(small_state(0), {"base": "tiny", "fingerprint": "f"})
+    assert meta["best"] == {"metric": metric, "step": best, "value": values[best]}  # a resumed run knows it
+    checkpoints.close()
+    with safe_open(tmp_path / "best/mcm.safetensors", "numpy") as file:
+        assert file.metadata()["step"] == str(best)
+    assert config_lib.FILE in {p.name for p in (tmp_path / "best").iterdir()}
+
+
+def test_the_checkpoint_before_a_decay_stays(tmp_path):
+    changes = {"train.checkpoint_every": 5, "train.keep": 1, "train.schedule": "wsd", "train.decay_steps": 4}
+    action, checkpoints = checkpointing(tmp_path, changes)
+    for step in range(1, 11):
+        action(moment(step, 10, state=small_state(step)))
+    assert checkpoints.steps() == [6, 10]
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(small_state(1), {"base": "tiny", "fingerprint": "f"})
+    checkpoints.wait()
+    file = tmp_path / "checkpoints/1/meta/metadata"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 9, "version": "7.0"}))
+    with pytest.raises(UserError, match=r"checkpoints/1 was written by mcm-jax 7.0 in format 9, this version"):
+        checkpoints.restore(small_state(0), {"base": "tiny", "fingerprint": "f"})
+    checkpoints.close()
+
+
+def test_a_profile_is_a_trace_of_the_asked_steps(tmp_path, capsys):
+    action = Profile(tmp_path, 2, 4)
+    for step in range(1, 7):
+        action(moment(step, state=jnp.ones(3) * step))
+    assert "a trace of steps 3 to 4" in capsys.readouterr().out
+    names = [p.name for p in tmp_path.rglob("*") if p.is_file()]
+    assert any(n.endswith(".xplane.pb") for n in names) and any("perfetto" in n for n in names), names
+
+
+def test_a_step_that_is_compiled_again_says_why():
+    step = CompiledStep(jax.jit(lambda x: x @ x), jnp.ones((4, 4)))
+    assert step.flops and step.flops >= 2 * 4**3 - 16 and step.bytes >= 128
+    assert "GFLOP" in str(step) and "MiB" in str(step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(step(jnp.eye(4)), np.eye(4))
+    with pytest.warns(UserWarning, match=r"compiled again.*float32\[5,5\]"):
+        assert step(jnp.ones((5, 5)))[0, 0] == 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(jnp.ones((5, 5)))
