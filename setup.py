@@ -40,6 +40,8 @@ setup(
         "text": ["transformers>=5,<6"],
         "hub": ["huggingface_hub>=0.30,<3"],
         "torch": ["torch>=2.10"],
+        # Reports of training beside metrics.jsonl and TensorBoard.
+        "wandb": ["wandb>=0.19,<1"],
         # PyTorch and diffusers are the oracle that the native networks are held against; mcm_jax imports neither.
         "test": [
             "mcm-jax[hub,text,torch]",

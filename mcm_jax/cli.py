@@ -41,7 +41,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         sys.exit(f"error: {e}\nTry {argv[0]} --help")
     except (AttributeError, KeyError, TypeError, ValueError) as e:  # what ml_collections raises for overrides
         key = e.args[0] if e.args else e
-        sys.exit(f"error: config key {key}\nconfigs/default.py lists every key, its type and meaning")
+        sys.exit(f"error: config key {key}\nconfigs/default.py has every key, docs/config.md says what each means")
     except (OSError, ImportError, SyntaxError) as e:
         sys.exit(f"error: the config file cannot be read: {e}")
 

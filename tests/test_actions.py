@@ -1,6 +1,7 @@
 """What a run does every n steps, each action by itself; and what is said of the compiled step."""
 
 import json
+import sys
 import types
 import warnings
 
@@ -12,12 +13,14 @@ import tiny
 from PIL import Image
 from safetensors import safe_open
 
+from mcm_jax import cli
 from mcm_jax import config as config_lib
 from mcm_jax.errors import UserError
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.training.actions import Checkpoint, Control, HeldOutLoss, Profile, Report, ValidationPictures
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.compiled import CompiledStep
+from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Clock, Moment
 from mcm_jax.training.state import TrainState
 
@@ -232,3 +235,23 @@ def test_a_step_that_is_compiled_again_says_why():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(jnp.ones((5, 5)))
+
+
+def test_weights_and_biases_are_an_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    with pytest.raises(UserError, match=r"config.train.wandb='mine' needs the package wandb.*mcm-jax\[wandb\]"):
+        Log(tmp_path, 0, wandb="mine")
+
+
+def test_a_process_that_is_not_the_first_writes_nothing(tmp_path):
+    log = Log(tmp_path, 0, active=False)
+    log.write(1, {"loss": 1.0})
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["5", "a:b", "8:5", "5:5", "-1:5", ":"])
+def test_a_span_that_is_none_is_explained(text):
+    assert cli.span("5:8", "--profile") == (5, 8) and cli.span(None, "--profile") is None
+    with pytest.raises(UserError, match="expected START:STOP"):
+        cli.span(text, "--profile")

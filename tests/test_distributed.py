@@ -97,7 +97,7 @@ def play(scene):
     processes = [Process([*command, scene, str(port), str(i)], env) for i in range(2)]
     if scene.startswith("killed"):
         for process in processes:
-            assert process.ready.wait(60), process.err
+            assert process.ready.wait(150), process.err
         time.sleep(1)
         processes[int(scene[-1])].started.send_signal(signal.SIGKILL)
         killed = time.monotonic()

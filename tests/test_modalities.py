@@ -37,10 +37,10 @@ def _conditions(batch=2, height=4, width=6, seed=0):
 
 
 def test_kinds_and_channels_are_checked():
-    with pytest.raises(UserError, match=r"modalities\.depth\.kind must be one of .*labels.*map.*, got 'depth'"):
+    with pytest.raises(UserError, match=r"depth\.kind must be one of .*labels.*map.*, got 'depth'"):
         Modality("depth", "depth", 1)
     for channels in (0, -1):
-        with pytest.raises(UserError, match=rf"modalities\.depth\.channels must be at least 1, got {channels}"):
+        with pytest.raises(UserError, match=rf"depth\.channels must be at least 1, got {channels}"):
             Modality("depth", "map", channels)
 
 

@@ -1,42 +1,33 @@
-"""A training run put together: settings and workdir in; base or card, feed, modulator, optimizer and actions out."""
+"""A training run put together of its parts (:mod:`.parts`), optimizer and actions, and handed to the loop."""
 
 import contextlib
-import dataclasses
-import functools
 import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from mcm_jax import config as config_lib
 from mcm_jax import distributed, sharding
-from mcm_jax.base import Base, BaseCard
-from mcm_jax.cache import Cache
-from mcm_jax.data.inputs import prepare
 from mcm_jax.data.pipeline import Order
 from mcm_jax.errors import Interrupted, UserError
-from mcm_jax.evaluation.control import Judge, ScenesJudge
-from mcm_jax.files import check_writable, lock
-from mcm_jax.mcm import Modulator, parameter_count
-from mcm_jax.pipeline import Pipeline, start_from
-from mcm_jax.training import feed as feeds
+from mcm_jax.files import lock
+from mcm_jax.mcm import parameter_count
+from mcm_jax.pipeline import start_from
 from mcm_jax.training import state as states
 from mcm_jax.training import step as steps_lib
 from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.actions import Checkpoint, Control, HeldOutLoss, Profile, Report, ValidationPictures
-from mcm_jax.training.caching import agree_on, build_cache, known_card, open_cache, open_held_out
+from mcm_jax.training.caching import agree_on
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.compiled import CompiledStep
-from mcm_jax.training.feed import Feed
 from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Action, Clock, train
 from mcm_jax.training.optimizer import make_optimizer, make_schedule
+from mcm_jax.training.parts import Parts, assemble
 from mcm_jax.training.settings import RunSettings
 
-_VALIDATION_IMAGES = 8
 _OFTEN = 25  # times that training may see one draw before control suffers: docs/cache.md, "How many draws"
 
 
@@ -78,152 +69,6 @@ def lock_once(workdir: pathlib.Path, finished: bool) -> contextlib.AbstractConte
     if finished or not distributed.is_first():
         return contextlib.nullcontext()
     return lock(workdir, "training in this workdir", "--workdir")
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What a run is made of.
-
-    Attributes:
-      card: what is known of the base.
-      modulator: the MCM for it.
-      feed: of records; None for a finished run.
-      held_out: of held-out examples; None where they are not evaluated.
-      pipeline: base and MCM, for what is sampled while training; None where nothing is, or the base is not there.
-      examples: held-out ones for pictures, stacked, 8 bits a value.
-      judge: of samples for held-out conditions.
-    """
-
-    card: BaseCard
-    modulator: Modulator
-    feed: Feed | None = None
-    held_out: Feed | None = None
-    pipeline: Pipeline | None = None
-    examples: dict[str, np.ndarray] | None = None
-    judge: Judge | None = None
-
-
-def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Parts:
-    """Finds, loads and checks all that a run needs. Of the workdir, only a cache in it is written.
-
-    Raises:
-      UserError: bad input, or parts that do not fit each other.
-    """
-    cache, base, opened = settings.cache, None, None
-    fit = functools.partial(fitting_modulator, settings)
-    if cache.mode == "off":
-        base = settings.base.load(mesh)
-        card = base.card
-    elif finished:
-        card = known_card(settings, workdir)
-    else:
-        open_it = functools.partial(build_cache, verify=cache.verify) if cache.mode == "build" else open_cache
-        opened = open_it(settings, workdir, fit)
-        card = opened.card
-    modulator = fit(card)
-    if distributed.is_first():
-        check_writable(workdir, "--workdir")
-    if finished:
-        return Parts(card, modulator)
-    # What is wrong with the data leaves no workdir.
-    if opened and _samples(settings):
-        if cache.load_base:
-            base = _base_for_pictures(settings, modulator, mesh)
-        else:
-            print(
-                "validation pictures and control are left to sample.py and evaluate.py: config.cache.load_base would "
-                "load the base for them"
-            )
-    more: dict[str, Any] = {}
-    if base and _samples(settings):
-        more["pipeline"] = Pipeline(base, modulator, None, settings.sampling, mesh=mesh)
-        more["examples"] = _validation_examples(settings, card, modulator) if settings.train.validate_every else None
-        more["judge"] = _judge(settings, card, modulator) if settings.train.evaluate_every else None
-    if opened:
-        print(f"training from the cache {opened.folder}")
-        return Parts(card, modulator, feeds.cached(opened), _held_out_cache(settings, workdir), **more)
-    feed = _online(settings, base, modulator, "train", mesh)
-    held_out = None
-    if settings.train.evaluate_every:
-        if settings.data.has_test_split():
-            held_out = _online(settings.held_out(), base, modulator, "test", mesh)
-        else:
-            print(f"the held-out loss is left out: {settings.data.path} has no test split")
-    return Parts(card, modulator, feed, held_out, **more)
-
-
-def _samples(settings: RunSettings) -> bool:
-    """Whether anything is sampled while training."""
-    return bool(settings.train.validate_every or settings.train.evaluate_every)
-
-
-def _online(settings: RunSettings, base: Base, modulator: Modulator, split: str, mesh: jax.sharding.Mesh) -> Feed:
-    """Predictions by the base."""
-    size = settings.data.size if split == "test" else None
-    found = settings.data.find(split, modulator.modalities, base.card, size=size)
-    source = settings.data.open(split, modulator.modalities, base.card, size=size)
-    inputs = prepare(base, source, modulator.modalities, mesh)
-    return feeds.online(
-        base,
-        inputs,
-        settings.draws_for(base.card),
-        settings.data.views,
-        found.fingerprints(),
-        mesh,
-        accumulate=settings.train.accumulate,
-        names=getattr(found, "names", ()),
-    )
-
-
-def _held_out_cache(settings: RunSettings, workdir: pathlib.Path) -> Feed | None:
-    opened: Cache | None = open_held_out(settings, workdir) if settings.train.evaluate_every else None
-    return feeds.cached(opened) if opened else None
-
-
-def fitting_modulator(settings: RunSettings, card: BaseCard) -> Modulator:
-    """The MCM for a base; raises UserError where the base, the MCM or the sampling's settings do not fit."""
-    height, width, channels = card.image_shape
-    if channels != 3 or min(height, width) < 8:
-        raise UserError(
-            f"base {card.name!r} makes images of {height}x{width}x{channels}; training has RGB images of at least 8x8"
-        )
-    settings.sampling.check_for(card.schedule)
-    modulator = settings.mcm.modulator(settings.modalities.shown, card.schedule)
-    jax.eval_shape(lambda: modulator.init(jax.random.key(0), card.latent_shape))  # refuses what does not fit the base
-    return modulator
-
-
-def _validation_examples(settings: RunSettings, card: BaseCard, modulator: Modulator) -> dict[str, np.ndarray]:
-    """Some held-out examples, stacked; of a folder without a test split, training examples."""
-    split = "test" if settings.data.has_test_split() else "train"
-    source = settings.data.open(split, modulator.modalities, card, size=_VALIDATION_IMAGES)
-    examples = [source[i % len(source)] for i in range(_VALIDATION_IMAGES)]
-    return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
-
-
-def _judge(settings: RunSettings, card: BaseCard, modulator: Modulator) -> Judge | None:
-    """What judges samples while training; None, and a word on why, where nothing can."""
-    if settings.data.name != "scenes":
-        print("control is not measured while training: there is a judge for scenes alone")
-        return None
-    try:
-        return ScenesJudge(settings.data.seed, settings.train.held_out, card, modulator.modalities)
-    except UserError as e:
-        print(f"control is not measured while training: {e}")
-        return None
-
-
-def _base_for_pictures(settings: RunSettings, modulator: Modulator, mesh: jax.sharding.Mesh) -> Base | None:
-    """The base, beside a training that does without it; None, and a word on why, where it does not fit."""
-    shapes = Pipeline(settings.base.outline(), modulator, None, settings.sampling)
-    needed, free = shapes.sampling_bytes(_VALIDATION_IMAGES), sharding.free_memory()
-    if free is not None and needed > free:
-        print(
-            f"validation pictures are left to sample.py: the base and its sampling need {needed / 2**30:.1f} GiB of "
-            f"memory, {free / 2**30:.1f} GiB are free (config.cache.load_base)"
-        )
-        return None
-    return settings.base.load(mesh)
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import secrets
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -125,7 +126,7 @@ class WandB:
             ) from e
         name_file = workdir / "wandb_run"
         if not name_file.exists():
-            write_atomically(name_file, wandb.util.generate_id().encode())
+            write_atomically(name_file, secrets.token_hex(4).encode())
         run_id = name_file.read_text().strip()
         self._run = wandb.init(
             project=project, id=run_id, name=workdir.name, dir=str(workdir), config=dict(config), resume="allow"
