@@ -24,6 +24,7 @@ from configs import demo
 from mcm_jax import sharding
 from mcm_jax.config import read
 from mcm_jax.training import RunSettings, precompute, step
+from mcm_jax.training import parts as parts_lib
 from mcm_jax.training.actions import Checkpoint, Report
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.compiled import CompiledStep
