@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--before", type=pathlib.Path)
+    parser.add_argument("--turns", type=int, default=2, help="of the two commits")
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path("runs/loop_overhead/cache"))
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/loop_overhead"))
     parser.add_argument("--out", type=pathlib.Path)
@@ -111,7 +112,7 @@ def main() -> None:
     }
     if args.before:
         found: dict[str, list[float]] = {"before": [], "after": []}
-        for _ in range(2):
+        for _ in range(args.turns):
             for name, folder in (("before", args.before), ("after", pathlib.Path.cwd())):
                 found[name] += by_command(folder, args.workdir / name, args.cache, 60)
         commit = ["git", "rev-parse", "HEAD"]
