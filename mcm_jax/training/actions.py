@@ -72,7 +72,8 @@ class Report:
         if self._sums is None or np.isfinite(float(self._sums["loss"])):
             return
         bad = ((step, float(loss)) for step, loss in self._losses)
-        step, loss = next((step, loss) for step, loss in bad if not np.isfinite(loss))
+        last = self._losses[-1][0], float(self._sums["loss"])  # should only their sum have grown too large
+        step, loss = next(((step, loss) for step, loss in bad if not np.isfinite(loss)), last)
         path = self._workdir / DIVERGED
         if distributed.is_first():
             batch = {"step": step, "loss": str(loss), **self._blame(step - 1)}

@@ -75,7 +75,9 @@ def build_cache(
     loaded = functools.cache(lambda: settings.base.load(mesh))  # once, and not where all is there
     cache = _build(settings, "train", folder, loaded, check, verify)
     if settings.train.evaluate_every and settings.data.has_test_split():
-        _build(settings.held_out(), "test", folder / store.HELD_OUT, loaded, check, verify)
+        held_out = folder / store.HELD_OUT
+        if (held_out / store.MANIFEST).is_file() or os.access(folder, os.W_OK):  # a shared cache may be read-only
+            _build(settings.held_out(), "test", held_out, loaded, check, verify)
     loaded.cache_clear()
     gc.collect()  # training has the memory to itself
     return cache
