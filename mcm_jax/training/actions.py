@@ -69,7 +69,8 @@ class Report:
 
     def check(self) -> None:
         """Raises UserError where a loss since the last report is not finite; what its batch was is written first."""
-        if self._sums is None or np.isfinite(float(self._sums["loss"])):
+        # A gradient may overflow where the loss does not, and the params with it.
+        if self._sums is None or all(np.isfinite(float(value)) for value in self._sums.values()):
             return
         bad = ((step, float(loss)) for step, loss in self._losses)
         last = self._losses[-1][0], float(self._sums["loss"])  # should only their sum have grown too large
@@ -89,7 +90,8 @@ class Report:
             self._timed = now.step - 1, 0.0, 0.0
         sums = self._sums
         self._sums = now.metrics if sums is None else jax.tree.map(lambda a, b: a + b, sums, now.metrics)
-        self._losses.append((now.step, now.metrics["loss"]))
+        worst = now.metrics["loss"] + 0 * now.metrics.get("gradient_norm", 0.0)  # not finite if either is not
+        self._losses.append((now.step, worst))
         if now.step % self._every and now.step != now.last:
             return
         self.check()
@@ -211,6 +213,8 @@ class Checkpoint:
         if name not in now.measured:
             return False
         value = now.measured[name]
+        if not np.isfinite(value):
+            return False
         if self._best and self._best.get("metric") == name:
             before = self._best["value"]
             if not (value < before if name in LESS_IS_BETTER else value > before):
@@ -288,7 +292,9 @@ class Profile:
     """
 
     def __init__(self, folder: pathlib.Path, start: int, stop: int):
-        self._folder, self._start, self._stop, self._on = folder, start, stop, False
+        # JAX makes Perfetto's file of the one trace that it finds in a folder.
+        self._folder = folder / f"process_{jax.process_index()}" if jax.process_count() > 1 else folder
+        self._start, self._stop, self._on = start, stop, False
 
     def __call__(self, now: Moment) -> None:
         """Begins and ends the trace."""

@@ -57,6 +57,8 @@ def train_and_evaluate(
     mesh = sharding.make_mesh(settings.mesh)
     sharding.check_batch_size(settings.train.batch_size, mesh, "config.train.batch_size", settings.train.accumulate)
     before = workdirs.check_same_run(settings, workdir)
+    there = str(sorted(workdirs.saved_steps(workdir)))
+    distributed.agree({"checkpoints in --workdir": there, "config.json there": repr(before)})
     last = max(workdirs.saved_steps(workdir), default=0)
     finished = last >= settings.train.steps
     parts = assemble(settings, workdir, mesh, finished)
@@ -94,10 +96,13 @@ def _run(
     optimizer = make_optimizer(t.optimizer, schedule, weight_decay=t.weight_decay, clip_norm=t.clip_norm)
     checkpoints = Checkpoints(workdir, t.keep)
     with _closed(checkpoints.close):
-        _drop_decayed(checkpoints, settings, before, workdir)
+        at = _last_step(checkpoints, settings, before, workdir)
+        state, pending = _state(settings, parts, optimizer, checkpoints, meta, mesh, at)
+        _check_best(settings, parts)
+        # Nothing of the workdir has changed so far. Checkpoints first: without them the old config still goes on.
+        checkpoints.drop([step for step in checkpoints.steps() if step > (at or 0)])
         if distributed.is_first() and before != settings:
             config_lib.save(settings, workdir)
-        state, pending = _state(settings, parts, optimizer, checkpoints, meta, mesh)
         first, size = int(state.step), parameter_count(state.params)
         share = size / card.unet_parameters
         print(f"MCM of {size:,} parameters ({share:.1%} of the U-Net of {card.name!r}), on {mesh.size} device(s)")
@@ -159,19 +164,32 @@ def _closed(close: Callable[[], object]):
     close()
 
 
-def _drop_decayed(
+def _last_step(
     checkpoints: Checkpoints, settings: RunSettings, before: RunSettings | None, workdir: pathlib.Path
-) -> None:
-    """Where a ``wsd`` run was made longer: removes its checkpoints since the decay, which the longer run has later."""
-    if before is None or before.train.stable_until is None or before.train.steps == settings.train.steps:
-        return
-    stable, there = before.train.stable_until, checkpoints.steps()
-    if there and there[0] > stable:
+) -> int | None:
+    """The checkpoint to go on from: the newest; of a ``wsd`` run made longer, the newest before its decay."""
+    there = checkpoints.steps()
+    longer = before is not None and before.train.steps != settings.train.steps
+    if longer and before.train.stable_until is not None and there:
+        stable = before.train.stable_until
+        if there[0] > stable:
+            raise UserError(
+                f"{workdir}: the run has decayed from step {stable} on, and no checkpoint from before is there: it "
+                f"cannot be made longer. Take another --workdir, and train.init_from={workdir} to begin with its MCM"
+            )
+        there = [step for step in there if step <= stable]
+    return max(there, default=None)
+
+
+def _check_best(settings: RunSettings, parts: Parts) -> None:
+    """Raises UserError where what shall be best is not measured."""
+    known = [*(HeldOutLoss.names if parts.held_out else ()), *(parts.judge.names if parts.judge else ())]
+    if parts.feed and settings.train.best and settings.train.best not in known:
         raise UserError(
-            f"{workdir}: the run has decayed from step {stable} on, and no checkpoint from before is there: it cannot "
-            f"be made longer. Take another --workdir, and train.init_from={workdir} to begin with its MCM"
+            f"config.train.best={settings.train.best!r}: not measured while training; known here are "
+            f"{', '.join(known) or 'none'} (held_out_loss and held_out_mse need a test split, whose predictions "
+            f"precompute.py makes for a cache; scenes' mean_iou and edge_f1 the base: config.cache.load_base)"
         )
-    checkpoints.drop([step for step in there if step > stable])
 
 
 def _state(
@@ -181,6 +199,7 @@ def _state(
     checkpoints: Checkpoints,
     meta: dict[str, Any],
     mesh: jax.sharding.Mesh,
+    at: int | None,
 ) -> tuple[states.TrainState, dict[str, Any]]:
     """The state that the run goes on from, on all devices, and what was not reported or is the best so far."""
     card, modulator = parts.card, parts.modulator
@@ -188,8 +207,8 @@ def _state(
     # One program: made by many small ones, the state takes seconds to begin with.
     begin = jax.jit(lambda key: states.init_state(modulator.init(key, card.latent_shape), optimizer))
     state = sharding.replicate(begin(key), mesh)
-    if checkpoints.latest_step() is not None:
-        state, found = checkpoints.restore(state, meta)
+    if at is not None:
+        state, found = checkpoints.restore(state, meta, at)
         return state, {name: found.get(name) for name in ("reported", "sums", "best")}
     if settings.train.init_from:
         params = start_from(settings.train.init_from, settings.mcm, modulator, card)
@@ -227,18 +246,10 @@ def _actions(
         sums=pending["sums"],
     )
     actions: list[Action] = [report]
-    known: list[str] = []
     if parts.held_out:
         actions.append(_held_out_loss(settings, parts, log, mesh))
-        known += HeldOutLoss.names
     if parts.judge and parts.pipeline:
         actions.append(Control(log, every=t.evaluate_every, pipeline=parts.pipeline, judge=parts.judge))
-        known += parts.judge.names
-    if t.best and t.best not in known:
-        raise UserError(
-            f"config.train.best={t.best!r}: not measured while training; known here are {', '.join(known) or 'none'} "
-            f"(scenes' mean_iou and edge_f1 need the base: config.cache.load_base)"
-        )
     actions.append(
         Checkpoint(
             workdir, checkpoints, settings=settings, report=report, card=parts.card, meta=meta, best=pending["best"]
@@ -257,7 +268,8 @@ def _held_out_loss(settings: RunSettings, parts: Parts, log: Log, mesh: jax.shar
     noise_step = steps_lib.make_noise_step(
         parts.modulator, draws, seed=draws.seed, drop_rate=settings.modalities.drop_rate
     )
-    size = min(t.batch_size, -(-feed.examples // mesh.size) * mesh.size)
+    unit = mesh.size * t.accumulate
+    size = min(t.batch_size, -(-feed.examples // unit) * unit)
     steps = range(-(-feed.examples * draws.count // size))
     records = feed.records(noise_step, batch_size=size, seed=0, steps=steps, mesh=mesh)
     how = dict(weighting=settings.loss.weighting, l1=settings.loss.l1, snr_gamma=settings.loss.snr_gamma)

@@ -94,6 +94,7 @@ def _build(
     """The cache of one split."""
     first = distributed.is_first()
     there = store.Manifest.find(folder)
+    distributed.agree({f"{folder}, complete": str(bool(there and there.shards))})
     if there and there.shards:
         check_made_of(settings, folder, there, split)
         check(there.card)
@@ -127,6 +128,8 @@ def _build(
         try:
             built = build.build(folder, plan, recipe)
         except KeyboardInterrupt:
+            if jax.process_count() > 1:
+                raise  # a failure, which ends the others, too: they would wait for this process
             raise Interrupted(
                 f"{folder}: stopped; the same command goes on from the shards that are complete"
             ) from None

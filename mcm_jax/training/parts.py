@@ -106,6 +106,9 @@ def _online(settings: RunSettings, base: Base, modulator: Modulator, split: str,
     """Predictions by the base."""
     size = settings.data.size if split == "test" else None
     found = settings.data.find(split, modulator.modalities, base.card, size=size)
+    data = found.fingerprints()
+    # Before they compute together: another number of examples would be another number of steps to wait for.
+    distributed.agree({"the base": base.card.fingerprint, **{f"the data's {k}": v for k, v in data.items()}})
     source = settings.data.open(split, modulator.modalities, base.card, size=size)
     inputs = prepare(base, source, modulator.modalities, mesh)
     return feeds.online(
@@ -113,7 +116,7 @@ def _online(settings: RunSettings, base: Base, modulator: Modulator, split: str,
         inputs,
         settings.draws_for(base.card),
         settings.data.views,
-        found.fingerprints(),
+        data,
         mesh,
         accumulate=settings.train.accumulate,
         names=getattr(found, "names", ()),
