@@ -59,7 +59,7 @@ class Report:
         self._log, self._every, self._batch_size, self._rate = log, every, batch_size, learning_rate
         self._blame, self._workdir = blame, workdir
         self._reported, self._sums = reported, sums and {k: np.float32(v) for k, v in sums.items()}
-        self._losses: list[tuple[int, jax.Array]] = []  # since the last report
+        self._recent: list[tuple[int, dict[str, jax.Array]]] = []  # metrics of each step since the last report
         self._timed: tuple[int, float, float] | None = None  # steps, seconds, and those waited, at the last report
 
     @property
@@ -72,15 +72,15 @@ class Report:
         # A gradient may overflow where the loss does not, and the params with it.
         if self._sums is None or all(np.isfinite(float(value)) for value in self._sums.values()):
             return
-        bad = ((step, float(loss)) for step, loss in self._losses)
-        last = self._losses[-1][0], float(self._sums["loss"])  # should only their sum have grown too large
-        step, loss = next(((step, loss) for step, loss in bad if not np.isfinite(loss)), last)
+        bad = ((step, m) for step, m in self._recent if not all(np.isfinite(float(value)) for value in m.values()))
+        step, metrics = next(bad, self._recent[-1])  # the last one should only their sum have grown too large
+        loss, norm = float(metrics["loss"]), float(metrics.get("gradient_norm", np.nan))
         path = self._workdir / DIVERGED
         if distributed.is_first():
             batch = {"step": step, "loss": str(loss), **self._blame(step - 1)}
             write_atomically(path, (json.dumps(batch, indent=1) + "\n").encode())
         raise UserError(
-            f"the loss is {loss} at step {step}; lower train.learning_rate or set train.clip_norm, and train in "
+            f"the loss is {loss} at step {step}, its gradient's norm {norm}; lower train.learning_rate or set train.clip_norm, and train in "
             f"another workdir. The last checkpoint is from before; {path} has the examples of that batch"
         )
 
@@ -90,8 +90,7 @@ class Report:
             self._timed = now.step - 1, 0.0, 0.0
         sums = self._sums
         self._sums = now.metrics if sums is None else jax.tree.map(lambda a, b: a + b, sums, now.metrics)
-        worst = now.metrics["loss"] + 0 * now.metrics.get("gradient_norm", 0.0)  # not finite if either is not
-        self._losses.append((now.step, worst))
+        self._recent.append((now.step, now.metrics))
         if now.step % self._every and now.step != now.last:
             return
         self.check()
@@ -103,7 +102,7 @@ class Report:
         more = {"images_per_second": pace, "input_wait": waits, "learning_rate": float(self._rate(now.step - 1))}
         self._log.write(now.step, means | more)
         now.show(loss=f"{means['loss']:.4f}", img_s=f"{pace:.0f}")
-        self._reported, self._sums, self._losses = now.step, None, []
+        self._reported, self._sums, self._recent = now.step, None, []
         self._timed = now.step, now.clock.seconds, now.clock.waited
 
 

@@ -57,10 +57,9 @@ def train_and_evaluate(
     mesh = sharding.make_mesh(settings.mesh)
     sharding.check_batch_size(settings.train.batch_size, mesh, "config.train.batch_size", settings.train.accumulate)
     before = workdirs.check_same_run(settings, workdir)
-    there = str(sorted(workdirs.saved_steps(workdir)))
-    distributed.agree({"checkpoints in --workdir": there, "config.json there": repr(before)})
-    last = max(workdirs.saved_steps(workdir), default=0)
-    finished = last >= settings.train.steps
+    there = sorted(workdirs.saved_steps(workdir))
+    distributed.agree({"checkpoints in --workdir": str(there), "config.json there": repr(before)})
+    finished = max(there, default=0) >= settings.train.steps
     parts = assemble(settings, workdir, mesh, finished)
     with workdirs.disk_errors(workdir), lock_once(workdir, finished):
         return _run(settings, workdir, parts, mesh, before, profile)
