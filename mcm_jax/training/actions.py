@@ -80,8 +80,8 @@ class Report:
             batch = {"step": step, "loss": str(loss), **self._blame(step - 1)}
             write_atomically(path, (json.dumps(batch, indent=1) + "\n").encode())
         raise UserError(
-            f"the loss is {loss} at step {step}, its gradient's norm {norm}; lower train.learning_rate or set train.clip_norm, and train in "
-            f"another workdir. The last checkpoint is from before; {path} has the examples of that batch"
+            f"the loss is {loss} at step {step}, its gradient's norm {norm}; lower train.learning_rate or "
+            f"set train.clip_norm, and train in another workdir. The last checkpoint is from before; {path} has the examples of that batch"
         )
 
     def __call__(self, now: Moment) -> None:
