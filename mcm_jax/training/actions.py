@@ -81,7 +81,8 @@ class Report:
             write_atomically(path, (json.dumps(batch, indent=1) + "\n").encode())
         raise UserError(
             f"the loss is {loss} at step {step}, its gradient's norm {norm}; lower train.learning_rate or "
-            f"set train.clip_norm, and train in another workdir. The last checkpoint is from before; {path} has the examples of that batch"
+            f"set train.clip_norm, and train in another workdir. The last checkpoint is from before; "
+            f"{path} has the examples of that batch"
         )
 
     def __call__(self, now: Moment) -> None:
