@@ -1,30 +1,44 @@
-"""Measures the control of a trained MCM on held-out maps.
+"""Measures the control of a trained MCM on held-out examples.
 
 python evaluate.py --workdir=runs/scenes --out=runs/scenes/metrics.json
 
-Writes the metrics and, beside them, samples.png: conditions, samples of the base alone, samples under control.
+Writes the metrics and, beside them, report.md and report.html: tables, samples, best and worst cases. The same command
+goes on with an evaluation that was stopped.
 """
 
 from absl import flags
 
 from mcm_jax import cli
+from mcm_jax.errors import UserError
 from mcm_jax.evaluation.evaluate import evaluate
 from mcm_jax.sampling import SamplingSettings
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of train.py, or the name of a shipped MCM")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the metrics")
-_MAPS = flags.DEFINE_integer("maps", None, "Held-out maps; default: the config's evaluation.maps")
+_MAPS = flags.DEFINE_integer("maps", None, "Held-out examples; default: the config's evaluation.maps")
+_SEEDS = flags.DEFINE_integer("seeds", None, "How often each is sampled; default: the config's evaluation.seeds")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise")
+_JUDGE = flags.DEFINE_multi_string(
+    "judge",
+    [],
+    "MODALITY=HOW, what judges a modality: palette:FILE.json, module:function, FILE.onnx, a folder of "
+    "`python -m mcm_jax.evaluation.judges train`, edges, none",
+)
 _SETTINGS = cli.define_flags(SamplingSettings)
 
 
 def main(argv: list[str]) -> None:
     del argv
+    judges = dict(text.partition("=")[::2] for text in _JUDGE.value)
+    if odd := [name for name, how in judges.items() if not (name and how)]:
+        raise UserError(f"--judge={odd[0]}: expected MODALITY=HOW, e.g. --judge=segmentation=palette:colours.json")
     evaluate(
         _WORKDIR.value,
         _OUT.value,
         maps=_MAPS.value,
+        seeds=_SEEDS.value,
         seed=_SEED.value,
+        judges=judges,
         **_SETTINGS(),
     )
 

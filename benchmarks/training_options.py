@@ -21,7 +21,9 @@ from benchmarks import common
 from configs import default, demo
 from mcm_jax import sampling
 from mcm_jax.config import read
-from mcm_jax.evaluation.control import ScenesJudge
+from mcm_jax.evaluation.held_out import HeldOut
+from mcm_jax.evaluation.judges import judges_of
+from mcm_jax.evaluation.rows import Row, Sampler
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.training import RunSettings, train_and_evaluate
 
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     common.use_compilation_cache(args.workdir)
-    rows, judge = {}, None
+    rows, judges = {}, []
     for number, (name, changes) in enumerate(OPTIONS.items()):
         if args.only and not any(word in name for word in args.only):
             continue
@@ -71,19 +73,21 @@ def main() -> None:
                 train_and_evaluate(config, workdir)
             pipeline = Pipeline.from_folder(workdir)
             settings = read(RunSettings, config)
-            judge = judge or ScenesJudge(
-                settings.data.seed, args.maps, pipeline.base.card, pipeline.modulator.modalities
-            )
-            given = {m.name: judge.examples[m.name] for m in pipeline.modulator.modalities}
-            images = pipeline(given, sampling.sample_keys(0, args.maps), guidance=1.0, steps=12)
+            if not judges:
+                held_out = HeldOut(settings.data, pipeline.base.card, pipeline.modulator.modalities, args.maps)
+                judges = judges_of(held_out, {})
+            everything = Row("both", tuple(m.name for m in pipeline.modulator.modalities), 1.0)
+            sampler = Sampler(pipeline, held_out, pipeline.settings.but(steps=12))
+            images = sampler(everything, sampling.sample_keys(0, args.maps), np.arange(args.maps))
             lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-            found = re.search(r"([\d,]+) MiB on each device", said.getvalue())
-            row = {k: round(v, 4) for k, v in judge(np.clip(images, -1, 1)).items()}
+            memory = re.search(r"([\d,]+) MiB on each device", said.getvalue())
+            numbers = (judge.watch(images, np.arange(args.maps)).items() for judge in judges)
+            row = {k: round(v, 4) for found in numbers for k, v in found}
             row |= {k: round(v, 5) for line in lines for k, v in line.items() if k.startswith("held_out")}
             pace = [line["images_per_second"] for line in lines[1:] if "images_per_second" in line]
             row |= {
                 "images_per_second": round(statistics.median(pace), 1),
-                "mib_of_a_step": int(found[1].replace(",", "")) if found else None,
+                "mib_of_a_step": int(memory[1].replace(",", "")) if memory else None,
                 "changes": changes,
             }
             (workdir / "row.json").write_text(json.dumps(row))

@@ -15,7 +15,10 @@ from safetensors import safe_open
 
 from mcm_jax import cli
 from mcm_jax import config as config_lib
+from mcm_jax.data import DataSettings
 from mcm_jax.errors import UserError
+from mcm_jax.evaluation.held_out import HeldOut
+from mcm_jax.evaluation.judges import Judge, Judgement
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.training.actions import Checkpoint, Control, HeldOutLoss, Profile, Report, ValidationPictures
 from mcm_jax.training.checkpoints import Checkpoints
@@ -110,23 +113,16 @@ def pipeline(trained):
 def test_control_samples_the_moments_average(pipeline, trained):
     judged = []
 
-    class Judge:
-        names = ("count",)
-        examples = {
-            "image": np.zeros((2, tiny.SIZE, tiny.SIZE, 3), np.float32),
-            "segmentation": np.zeros((2, tiny.SIZE, tiny.SIZE), np.uint8),
-            "sketch": np.ones((2, tiny.SIZE, tiny.SIZE), np.float32),
-        }
+    def judge(images, which):
+        judged.append(images)
+        return Judgement({"count": float(len(images)), "share": {"of": "nobody counts"}})
 
-        def __call__(self, images):
-            judged.append(images)
-            return {"count": float(len(images))}
-
-    log = Lines()
-    action = Control(log, every=2, pipeline=pipeline, judge=Judge())
+    held_out = HeldOut(DataSettings(), pipeline.base.card, pipeline.modulator.modalities, 2)
+    log, by = Lines(), Judge("all", "counting", judge, ("count", "share.of"), ("seen", "share"))
+    action = Control(log, every=2, pipeline=pipeline, held_out=held_out, judges=[by])
     for step in (1, 2):
         action(now := moment(step, state=trained.state))
-    assert log == [{"step": 2, "count": 2.0}] and now.measured == {"count": 2.0}
+    assert log == [{"step": 2, "seen": 2.0, "share": pytest.approx(np.nan, nan_ok=True)}] and now.measured["seen"] == 2
     assert judged[0].shape == (2, tiny.SIZE, tiny.SIZE, 3) and np.abs(judged[0]).max() <= 1
     tiny.assert_same_bits(jax.device_get(pipeline.params), jax.device_get(trained.state.ema_params))
 

@@ -2,18 +2,21 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from mcm_jax.base import BaseCard
 from mcm_jax.data.folder import Folder
 from mcm_jax.data.pipeline import InMemory
-from mcm_jax.data.scenes import CLASSES, Scenes
+from mcm_jax.data.scenes import CLASSES, PALETTE, Scenes
 from mcm_jax.data.views import Views, check_views
 from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality
 
 _SOURCES = ("scenes", "folder")
-_OF_SCENES = {"segmentation": ("labels", len(CLASSES)), "sketch": ("map", 1)}
+_OF_SCENES = (Modality("segmentation", "labels", len(CLASSES)), Modality("sketch", "lines", 1))
+_JUDGES_OF_SCENES = {"segmentation": "scenes", "sketch": "edges:size=32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +58,32 @@ class DataSettings:
 
     def check_holds(self, modalities: Sequence[Modality]) -> None:
         """Raises UserError where scenes have no such modality; what a folder has is seen when it is opened."""
-        for m in modalities if self.name == "scenes" else ():
-            if ("labels" if m.kind == "labels" else "map", m.channels) != _OF_SCENES.get(m.name):
-                held = ", ".join(f"{n} ({kind}, channels={channels})" for n, (kind, channels) in _OF_SCENES.items())
+        known = {(m.name, m.kind == "labels", m.channels) for m in self.holds}
+        for m in modalities if known else ():
+            if (m.name, m.kind == "labels", m.channels) not in known:
+                held = ", ".join(f"{m.name} ({m.kind}, channels={m.channels})" for m in self.holds)
                 raise UserError(
                     f"modalities.{m.name} is kind={m.kind!r}, channels={m.channels}, but the data set {self.name!r} "
                     f"holds {held}"
                 )
+
+    @property
+    def holds(self) -> tuple[Modality, ...]:
+        """The modalities that the data set is known to hold; what a folder has is seen when it is opened."""
+        return _OF_SCENES if self.name == "scenes" else ()
+
+    @property
+    def judges(self) -> Mapping[str, str]:
+        """Of these, what judges each: see :mod:`mcm_jax.evaluation.judges`."""
+        return _JUDGES_OF_SCENES if self.name == "scenes" else {}
+
+    def classes(self, modality: str) -> tuple[str, ...] | None:
+        """The names of a modality's classes, where the data set knows them."""
+        return tuple(CLASSES) if (self.name, modality) == ("scenes", "segmentation") else None
+
+    def palette(self, modality: str) -> np.ndarray | None:
+        """The colours of a modality's classes, uint8 ``[C, 3]``, where the data set knows them."""
+        return PALETTE if (self.name, modality) == ("scenes", "segmentation") else None
 
     def is_at_hand(self, split: str = "train") -> bool:
         """Whether a split's examples can be read."""

@@ -1,53 +1,68 @@
 """The evaluation of a run: does control work, for every subset of the modalities, and what does it cost in diversity?
 
-Samples for held-out maps are segmented by a net that neither the base nor the MCM has seen (:mod:`.segmenter`).
-Beside the subsets stand two bounds: real images of the same maps, and the base alone, which cannot know the maps.
+What is sampled stands in :mod:`.rows`, what judges in :mod:`.judges`, what is written in :mod:`.report`; this module
+goes through the rows, one after the other, and keeps what each gave, so that the same command goes on.
 """
 
 import dataclasses
+import hashlib
+import io
 import json
 import os
 import pathlib
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import scipy.stats
+import tqdm
 
 from mcm_jax import assets, config, pictures, sampling
 from mcm_jax.data import DataSettings
-from mcm_jax.data.scenes import scene_at
-from mcm_jax.errors import UserError, expect
-from mcm_jax.evaluation import metrics
-from mcm_jax.evaluation.control import ScenesJudge
-from mcm_jax.evaluation.facts import facts_of, load_facts_net
+from mcm_jax.errors import Interrupted, UserError, expect
+from mcm_jax.evaluation import metrics, report
+from mcm_jax.evaluation.held_out import HeldOut
+from mcm_jax.evaluation.judges import Judge, flatten, judges_of
+from mcm_jax.evaluation.rows import Row, Sampler, rows_of, subsets
 from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.mcm import parameter_count
-from mcm_jax.pipeline import Pipeline
+from mcm_jax.pipeline import WEIGHTS, Pipeline
 from mcm_jax.version import __version__
 
-_SHOWN = 10
+_SHOWN = 10  # pictures of a row in samples.png
+_CASES = 8  # best and worst ones
+_BATCH = 32  # pictures through the autoencoder
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
-    """What evaluate.py samples. The config's section ``evaluation``.
+    """What evaluate.py samples, and what judges it. The config's section ``evaluation``.
 
     Attributes:
-      maps: held-out maps.
-      diversity_conditions: of these, how many are sampled several times.
-      diversity_seeds: how often.
+      maps: held-out examples; of a folder at most as many as its test split has.
+      seeds: how often each is sampled; from 2 on, numbers are means with 95% intervals over the seeds.
+      strengths: modality guidance scales beside the sampling's own.
+      judges: what judges a modality, by its name: see mcm_jax/evaluation/judges; for scenes there is a default.
+      diversity_conditions: of the examples, how many are sampled several times for the diversity.
+      diversity_seeds: how often; 0 or 1 leaves it out.
       expected: shown beside the table, by the name of the row.
     """
 
     maps: int = 256
+    seeds: int = 1
+    strengths: tuple[float, ...] = ()
+    judges: Mapping[str, str] = dataclasses.field(default_factory=dict)
     diversity_conditions: int = 16
     diversity_seeds: int = 4
     expected: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"both": "", "base": ""})
 
     def __post_init__(self):
         expect(self.maps >= 1, "maps", "at least 1", self.maps)
+        expect(self.seeds >= 1, "seeds", "at least 1", self.seeds)
+        expect(all(0 < s < float("inf") for s in self.strengths), "strengths", "above 0", self.strengths)
         expect(self.diversity_conditions >= 1, "diversity_conditions", "at least 1", self.diversity_conditions)
         expect(self.diversity_seeds >= 0, "diversity_seeds", "at least 0", self.diversity_seeds)
 
@@ -60,65 +75,47 @@ class _RunSettings:
     evaluation: EvaluationSettings
 
 
-def _subsets(names: list[str]) -> dict[str, list[str]]:
-    """What is given in each run: everything (``both`` where there are two), then each modality alone."""
-    everything = {"both" if len(names) == 2 else "all": names} if len(names) > 1 else {}
-    return everything | {name: [name] for name in names}
-
-
-def _table(result: dict) -> str:
-    expected = result["expected"]
-    texts = f"{'facts':>8}" if result["facts"] else ""
-    lines = [f"{'':16}{'mean IoU':>10}{'sketch F1':>11}{'diversity':>11}{texts}   expected mean IoU"]
-    for name, miou in result["miou"].items():
-        diversity = result["diversity"].get(name)
-        texts = f"{result['facts'][name]['mean']:8.3f}" if result["facts"] else ""
-        lines.append(
-            f"{name:16}{miou:10.3f}{result['edge_f1'][name]['f1']:11.3f}"
-            f"{'' if diversity is None else format(diversity, '.3f'):>11}{texts}   {expected.get(name, '')}"
-        )
-    return "\n".join(lines)
-
-
 def evaluate(
     workdir: str | os.PathLike,
     out: str | os.PathLike,
     *,
     maps: int | None = None,
+    seeds: int | None = None,
     seed: int = 0,
+    judges: Mapping[str, str] | None = None,
     **changes: Any,
 ) -> dict:
-    """Evaluates a trained MCM and writes ``out`` (JSON) and ``samples.png`` beside it.
+    """Evaluates a trained MCM; writes ``out`` (JSON) and, beside it, ``report.md``, ``report.html`` and their pictures.
 
     Args:
       workdir: of a training run, or the name of a shipped MCM.
-      out: file for the metrics.
-      maps: how many held-out maps; None takes ``config.evaluation.maps``.
+      out: file for the metrics. While the evaluation runs, ``OUT.parts/`` keeps what is done.
+      maps: how many held-out examples; None takes ``config.evaluation.maps``.
+      seeds: how often each is sampled; None takes ``config.evaluation.seeds``.
       seed: of the noise.
+      judges: what judges a modality, by its name, in place of the config's.
       changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that shall differ from the config's; None is as
         there.
 
     Returns:
-      What is written: ``miou`` (over all pixels of all maps, mean over classes; keys ``real``, ``base``, ``both``, each
-      modality; ``unprompted``, a text-conditional base that is not told the caption), ``class_iou``, ``edge_f1``
-      (precision, recall and F1 of the samples' edges against the sketches, within one pixel), ``facts`` (for a
-      text-conditional base: in what share of the samples each thing that the caption says holds, by another net),
-      ``diversity`` (mean root-mean-square distance, in units of the [-1, 1] range, between samples of several seeds for
-      one condition) and what it was measured with.
+      What is written: each number by its name and the row (of labels ``miou``, over all pixels of all maps and the mean
+      over classes, and ``class_iou``; of lines ``edge_f1``: precision, recall and F1; ``facts`` of scenes with a text:
+      in what share of the samples each thing that the caption says holds; ``diversity``, the mean root-mean-square
+      distance, in units of the [-1, 1] range, between samples of several seeds for one condition), ``interval`` (half
+      of the 95% interval of the mean over the seeds, laid out the same), ``undefined`` (why a number is null) and what
+      it was measured with. Rows: ``real`` pictures; these through the autoencoder (``autoencoder``); the base that is
+      not told the caption (``unprompted``) and the ``base`` alone; ``shuffled``, the samples of everything judged by
+      another example's conditions, which is what chance gives; each subset of the modalities.
 
     Raises:
       UserError: bad input; nothing was written.
+      Interrupted: Ctrl-C; the same command goes on.
     """
     pipeline = Pipeline.from_folder(workdir)
     run = config.load(_RunSettings, assets.resolve(os.fspath(workdir)), others=True)
-    if run.data.name != "scenes":
-        raise UserError(
-            f"{workdir}: trained on data.name={run.data.name!r}; evaluate.py measures control over scenes, whose "
-            f"segmentation net it has, and over nothing else yet"
-        )
     wanted = run.evaluation
-    maps = wanted.maps if maps is None else maps
-    expect(maps >= 1, "maps", "at least 1", maps)
+    changed = {"maps": maps, "seeds": seeds, "judges": {**wanted.judges, **(judges or {})}}
+    wanted = dataclasses.replace(wanted, **{k: v for k, v in changed.items() if v is not None})
     expect(0 <= seed < 2**32, "seed", "in 0..4294967295", seed)
     settings = pipeline.settings.but(**changes)
     settings.check_for(pipeline.base.schedule)
@@ -127,85 +124,250 @@ def evaluate(
         raise UserError(f"--out {out} is a folder; expected the name of a JSON file")
     check_writable(out.parent, "--out")
     modalities = pipeline.modulator.modalities
-    judge = ScenesJudge(run.data.seed, maps, pipeline.base.card, modalities)
-    examples = judge.examples
-    conditions = {m.name: m.resize_all(examples[m.name], *pipeline.base.latent_shape[:2]) for m in modalities}
-    prompts = np.array([str(caption) for caption in examples["caption"]])
-
-    def sample(
-        given: list[str], scale: float, keys: jax.Array, rows: np.ndarray | slice = slice(None), told: bool = True
-    ) -> np.ndarray:
-        """Samples under some of the modalities, for all maps or for some rows of them, within [-1, 1].
-
-        A text-conditional base is told the captions, or the empty prompt.
-        """
-        text = list(prompts[rows]) if told and pipeline.base.is_text_conditional else None
-        kept = {name: conditions[name][rows] for name in given}
-        how = dataclasses.asdict(settings.but(guidance=scale))
-        return np.clip(pipeline(kept, keys, prompts=text, **how), -1, 1)
-
-    keys = sampling.sample_keys(seed, maps)
-    chosen = min(wanted.diversity_conditions, maps)
-    seeds = wanted.diversity_seeds
-
-    result = {"miou": {}, "class_iou": {}, "edge_f1": {}, "diversity": {}, "facts": {}}
-    facts_net = load_facts_net() if pipeline.base.is_text_conditional else None
-    facts = facts_of([scene_at(run.data.seed, "test", i).facts for i in range(maps)]) if facts_net else {}
-
-    def score(name: str, images: np.ndarray) -> None:
-        for key, value in judge.details(images).items():
-            result[key][name] = value
-        if facts_net:
-            seen = facts_net.predict(judge.reduce(images))
-            right = {fact: float((seen[fact] == facts[fact]).mean()) for fact in facts}
-            result["facts"][name] = right | {"mean": sum(right.values()) / len(right)}
-
-    def spread(name: str, given: list[str], scale: float) -> None:
-        """Diversity over several seeds a condition."""
-        if seeds < 2:
-            return
-        rows = np.repeat(np.arange(chosen)[None], seeds, axis=0).reshape(-1)
-        many = sample(given, scale, sampling.sample_keys(seed + 1, len(rows)), rows)
-        result["diversity"][name] = float(metrics.diversity(many.reshape(seeds, chosen, *many.shape[1:])))
-
-    began = time.perf_counter()
-    score("real", examples["image"])
-    if facts_net:
-        score("unprompted", sample([], 0.0, keys, told=False))
-    alone = sample([], 0.0, keys)
-    score("base", alone)
-    spread("base", [], 0.0)
-    shown = [pictures.show(m, examples[m.name][:_SHOWN]) for m in modalities] + [pictures.to_uint8(alone[:_SHOWN])]
-    for name, given in _subsets([m.name for m in modalities]).items():
-        images = sample(given, settings.guidance, keys)
-        score(name, images)
-        spread(name, given, settings.guidance)
-        shown.append(pictures.to_uint8(images[:_SHOWN]))
-
-    result |= {
-        "expected": dict(wanted.expected),
-        "maps": maps,
+    held_out = HeldOut(run.data, pipeline.base.card, modalities, wanted.maps)
+    of_all = judges_of(held_out, wanted.judges)
+    is_text = pipeline.base.is_text_conditional
+    measured = {
+        "maps": len(held_out),
+        "seeds": wanted.seeds,
         "guidance": settings.guidance,
-        "text_guidance": settings.text_guidance if pipeline.base.is_text_conditional else None,
-        "modulate": settings.modulate if pipeline.base.is_text_conditional else None,
-        "negative_prompt": settings.negative_prompt if pipeline.base.is_text_conditional else None,
+        "text_guidance": settings.text_guidance if is_text else None,
+        "modulate": settings.modulate if is_text else None,
+        "negative_prompt": settings.negative_prompt if is_text else None,
         "sampler": settings.sampler,
         "steps": settings.steps,
         "eta": settings.eta,
         "seed": seed,
-        "diversity_of": {"conditions": chosen, "seeds": seeds},
+        "strengths": list(wanted.strengths),
+        "diversity_of": {
+            "conditions": min(wanted.diversity_conditions, len(held_out)),
+            "seeds": wanted.diversity_seeds,
+        },
+        "judges": {judge.name: judge.how for judge in of_all},
+        "data": dataclasses.asdict(run.data),
         "mcm_parameters": parameter_count(pipeline.params),
         "base_parameters": parameter_count(pipeline.base.params["unet"]),
         "mcm_step": pipeline.step,
         "base": pipeline.base.name,
         "fingerprint": pipeline.base.fingerprint,
-        "seconds": round(time.perf_counter() - began, 1),
         "versions": {"mcm_jax": __version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
     }
-    print(_table(result))
-    pictures.save_png(out.parent / "samples.png", pictures.grid(shown))
+    began = time.perf_counter()
+    weights = hashlib.sha256((assets.resolve(os.fspath(workdir)) / WEIGHTS).read_bytes()).hexdigest()
+    parts = _Parts(out.with_name(out.name + ".parts"), {**measured, "weights": weights})
+    names = [m.name for m in modalities]
+    rows = rows_of(names, settings.guidance, wanted.strengths, is_text)
+    try:
+        found = _measure(rows, Sampler(pipeline, held_out, settings), held_out, of_all, measured, parts, pipeline)
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; what is done is kept in {parts.folder}. The same command goes on") from None
+    result = _summed_up(found) | {"expected": dict(wanted.expected)} | measured
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    print(report.as_text(result, of_all))
+    shown = [pictures.show(m, held_out.conditions[m.name][:_SHOWN]) for m in modalities]
+    drawn = ["base", *subsets(names)]
+    pictures.save_png(out.parent / "samples.png", pictures.grid([*shown, *(found[name].shown for name in drawn)]))
+    cases = _cases(found[drawn[1]], of_all, held_out, names)
+    for name, (_, sheet) in cases.items():
+        pictures.save_png(out.parent / f"cases_{name}.png", sheet)
+    sheets = {"samples.png": f"Rows: {', '.join([*names, 'base alone', *drawn[1:]])}."}
+    sheets |= {f"cases_{name}.png": said for name, (said, _) in cases.items()}
+    report.write(out.parent, result, of_all, sheets, title=os.fspath(workdir))
     write_atomically(out, (json.dumps(result, indent=2) + "\n").encode())
-    rows = ", ".join([*(m.name for m in modalities), "base alone", *_subsets([m.name for m in modalities])])
-    print(f"\n{maps} held-out maps, guidance {settings.guidance:g}. Rows of {out.parent / 'samples.png'}: {rows}")
+    shutil.rmtree(parts.folder, ignore_errors=True)
+    print(
+        f"\n{len(held_out)} held-out maps, guidance {settings.guidance:g}. {out.parent / 'report.html'} has it all; "
+        f"rows of {out.parent / 'samples.png'}: {', '.join([*names, 'base alone', *drawn[1:]])}"
+    )
     return result
+
+
+@dataclasses.dataclass
+class _Measured:
+    """What a row gave: numbers of each seed, and of the first one scores by judge and some pictures."""
+
+    numbers: list[dict[str, float | str]]
+    scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    shown: np.ndarray | None = None
+    cases: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+class _Parts:
+    """The folder that keeps what is measured until all is.
+
+    Args:
+      folder: which.
+      of: what is measured; parts of something else are thrown away.
+    """
+
+    def __init__(self, folder: pathlib.Path, of: Mapping[str, Any]):
+        self.folder, stamp = folder, json.dumps(of, sort_keys=True, default=str)
+        path = folder / "of.json"
+        if folder.is_dir() and not (path.is_file() and path.read_text() == stamp):
+            print(f"{folder} has parts of another evaluation: it begins anew")
+            shutil.rmtree(folder)
+        folder.mkdir(exist_ok=True)
+        write_atomically(path, stamp.encode())
+
+    def _path(self, name: str) -> pathlib.Path:
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
+
+    def get(self, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        """What :meth:`put` was given; None where it was not."""
+        if not self._path(name).is_file():
+            return None
+        with np.load(self._path(name), allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        return json.loads(str(arrays.pop("numbers"))), arrays
+
+    def put(self, name: str, numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        """Keeps numbers and arrays."""
+        data = io.BytesIO()
+        np.savez(data, numbers=np.array(json.dumps(numbers)), **arrays)
+        write_atomically(self._path(name), data.getvalue())
+
+
+def _measure(
+    rows: Sequence[Row],
+    sampler: Sampler,
+    held_out: HeldOut,
+    judges: Sequence[Judge],
+    measured: Mapping[str, Any],
+    parts: _Parts,
+    pipeline: Pipeline,
+) -> dict[str, _Measured]:
+    """Samples and judges every row; what is kept already is not sampled again."""
+    count, everyone = len(held_out), np.arange(len(held_out))
+    seeds, seed, of = measured["seeds"], measured["seed"], measured["diversity_of"]
+    spread = of["conditions"] * of["seeds"] if of["seeds"] >= 2 else 0
+    everything = next(row.name for row in rows if row.given)
+    found: dict[str, _Measured] = {}
+
+    def judged(images: np.ndarray, which: np.ndarray) -> tuple[dict, dict[str, np.ndarray]]:
+        numbers, arrays = {}, {"shown": pictures.to_uint8(images[:_SHOWN])}
+        for judge in judges:
+            judgement = judge(images, which)
+            numbers |= flatten(judgement.numbers)
+            if judgement.scores is not None:
+                arrays[f"scores/{judge.name}"] = judgement.scores
+                arrays[f"cases/{judge.name}"] = pictures.to_uint8(images[_chosen(judgement.scores)])
+        return numbers, arrays
+
+    def add(name: str, numbers: dict, arrays: dict[str, np.ndarray]) -> None:
+        row = found.setdefault(name, _Measured([]))
+        row.numbers.append(numbers)
+        if len(row.numbers) == 1:
+            row.shown = arrays["shown"]
+            row.scores = {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith("scores/")}
+            row.cases = {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith("cases/")}
+
+    add("real", *judged(held_out.images, everyone))
+    if pipeline.base.is_latent:
+        add("autoencoder", *judged(_through_autoencoder(pipeline, held_out.images), everyone))
+    total = len(rows) * (count * seeds + spread)
+    with tqdm.tqdm(total=total, unit="picture", dynamic_ncols=True, disable=None) as bar:
+        for row in rows:
+            bar.set_description(row.name)
+            for number in range(seeds):
+                name = f"{row.name}, seed {number}"
+                kept = parts.get(name)
+                if kept is None:
+                    # The first seed's noise is that of evaluations with one; no other seed's is a sample's elsewhere.
+                    keys = sampling.sample_keys(seed + 2 * number, count)
+                    images = sampler(row, keys, everyone, bar.update)
+                    numbers, arrays = judged(images, everyone)
+                    if row.name == everything and count > 1:
+                        other = judged(images, np.roll(everyone, 1))[0]
+                        numbers = {"own": numbers, "shuffled": other}
+                    else:
+                        numbers = {"own": numbers}
+                    parts.put(name, numbers, arrays)
+                    kept = numbers, arrays
+                else:
+                    bar.update(count)
+                numbers, arrays = kept
+                if "shuffled" in numbers:
+                    add("shuffled", numbers["shuffled"], arrays)
+                add(row.name, numbers["own"], arrays)
+            if spread:
+                name = f"{row.name}, diversity"
+                kept = parts.get(name)
+                if kept is None:
+                    which = np.tile(np.arange(of["conditions"]), of["seeds"])
+                    many = sampler(row, sampling.sample_keys(seed + 1, len(which)), which, bar.update)
+                    many = many.reshape(of["seeds"], of["conditions"], *many.shape[1:])
+                    kept = {"diversity": float(metrics.diversity(many))}, {}
+                    parts.put(name, *kept)
+                else:
+                    bar.update(spread)
+                found[row.name].numbers[0] |= kept[0]
+    order = ["real", "autoencoder", "unprompted", "base", "shuffled"]
+    return {name: found[name] for name in [*filter(found.__contains__, order), *(r.name for r in rows if r.given)]}
+
+
+def _through_autoencoder(pipeline: Pipeline, images: np.ndarray) -> np.ndarray:
+    """Pictures encoded and decoded: no sample of a latent base can be truer to them."""
+    base = pipeline.base
+    both = jax.jit(lambda params, images: base.decode(params, base.encode(params, images)))
+    out = []
+    for start in range(0, len(images), _BATCH):
+        rows = (start + np.arange(_BATCH)) % len(images)
+        out.append(np.clip(np.asarray(both(base.params, images[rows]), np.float32), -1, 1))
+    return np.concatenate(out)[: len(images)]
+
+
+def _chosen(scores: np.ndarray) -> np.ndarray:
+    """Which are shown of a row: the worst ones, then the best ones."""
+    order = np.argsort(np.nan_to_num(scores, nan=-1.0), kind="stable")
+    few = min(_CASES, max(1, len(order) // 2))
+    return np.concatenate([order[:few], order[len(order) - few :]])
+
+
+def _cases(
+    row: _Measured, judges: Sequence[Judge], held_out: HeldOut, names: Sequence[str]
+) -> dict[str, tuple[str, np.ndarray]]:
+    """Sheets of each judge's worst and best samples, below their conditions, with what to say of them."""
+    sheets = {}
+    by_name = {m.name: m for m in held_out.judged}
+    for judge in judges:
+        if judge.name not in row.scores:
+            continue
+        chosen = _chosen(row.scores[judge.name])
+        conditions = [pictures.show(by_name[name], held_out.conditions[name][chosen]) for name in names]
+        real = pictures.to_uint8(held_out.images[chosen])
+        values = ", ".join(f"{row.scores[judge.name][i]:.2f} ({held_out.names[i]})" for i in chosen)
+        said = f"The worst {len(chosen) // 2} by {judge.name}, then the best: {values}."
+        said += f" Rows: {', '.join(names)}, real, sample."
+        sheets[judge.name] = said, pictures.grid([*conditions, real, row.cases[judge.name]])
+    return sheets
+
+
+def _summed_up(found: Mapping[str, _Measured]) -> dict[str, Any]:
+    """Means over the seeds, by number and row, with their intervals; null, and a word on why, for what is undefined."""
+    result: dict[str, Any] = {name: {} for name in ("miou", "class_iou", "edge_f1", "diversity", "facts")}
+    result |= {"interval": {}, "undefined": {}}
+
+    def put(where: dict, path: str, row: str, value: float | None) -> None:
+        name, _, key = path.partition(".")
+        if key:
+            where.setdefault(name, {}).setdefault(row, {})[key] = value
+        else:
+            where.setdefault(name, {})[row] = value
+
+    for row, measured in found.items():
+        for path in measured.numbers[0]:
+            values = [numbers[path] for numbers in measured.numbers if path in numbers]
+            defined = [v for v in values if not isinstance(v, str)]
+            if not defined:
+                result["undefined"][f"{path}.{row}"] = values[0]
+            put(result, path, row, float(np.mean(defined)) if defined else None)
+            if len(defined) > 1:
+                put(result["interval"], path, row, interval(defined))
+    return result
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half of the 95% interval of a mean (Student's t)."""
+    spread = np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(spread * scipy.stats.t.ppf(0.975, len(values) - 1))

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from mcm_jax.data.scenes import TIMES
-from mcm_jax.evaluation import judges
+from mcm_jax.evaluation import nets
 
 ASSET = pathlib.Path(__file__).parents[1] / "assets" / "scenes-facts"
 """The shipped net: ``model.safetensors`` (float16), ``config.json`` and ``training_log.jsonl``."""
@@ -98,17 +98,15 @@ class FactsJudge:
         Raises:
           ValueError: another shape or dtype, values outside [-1, 1] or not finite.
         """
-        return judges.predict(functools.partial(_values, self.net, self.params), images, self.config, self.batch)
+        return nets.predict(functools.partial(_values, self.net, self.params), images, self.config, self.batch)
 
 
 def save_facts_net(path: str | os.PathLike, net: FactsNet, params: Mapping, config: Mapping) -> None:
     """Writes ``model.safetensors`` (float16) and ``config.json`` (``config`` and the net's sizes) into ``path``."""
     sizes = {"facts": dict(net.facts), "widths": list(net.widths), "groups": net.groups}
-    judges.save(path, params, {**config, "net": sizes})
+    nets.save(path, params, {**config, "net": sizes})
 
 
 def load_facts_net(path: str | os.PathLike = ASSET) -> FactsJudge:
-    """Loads a net, by default the shipped one, with float32 weights; raises as :func:`.judges.load` does."""
-    return FactsJudge(
-        *judges.load(path, lambda n: FactsNet(tuple(n["facts"].items()), tuple(n["widths"]), n["groups"]))
-    )
+    """Loads a net, by default the shipped one, with float32 weights; raises as :func:`.nets.load` does."""
+    return FactsJudge(*nets.load(path, lambda n: FactsNet(tuple(n["facts"].items()), tuple(n["widths"]), n["groups"])))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mcm_jax.evaluation import judges
+from mcm_jax.evaluation import nets
 
 ASSET = pathlib.Path(__file__).parents[1] / "assets" / "scenes-segmenter"
 """The shipped segmenter: ``model.safetensors`` (float16), ``config.json`` and ``training_log.jsonl``."""
@@ -94,15 +94,15 @@ class Segmenter:
         Raises:
           ValueError: another shape or dtype, values outside [-1, 1] or not finite.
         """
-        return judges.predict(functools.partial(_labels, self.net, self.params), images, self.config, self.batch)
+        return nets.predict(functools.partial(_labels, self.net, self.params), images, self.config, self.batch)
 
 
 def save_segmenter(path: str | os.PathLike, net: SegmentationNet, params: Mapping, config: Mapping) -> None:
     """Writes ``model.safetensors`` (float16) and ``config.json`` (``config`` and the net's sizes) into ``path``."""
     sizes = {"classes": net.classes, "widths": list(net.widths), "groups": net.groups}
-    judges.save(path, params, {**config, "net": sizes})
+    nets.save(path, params, {**config, "net": sizes})
 
 
 def load_segmenter(path: str | os.PathLike = ASSET) -> Segmenter:
-    """Loads a segmenter, by default the shipped one, with float32 weights; raises as :func:`.judges.load` does."""
-    return Segmenter(*judges.load(path, lambda n: SegmentationNet(n["classes"], tuple(n["widths"]), n["groups"])))
+    """Loads a segmenter, by default the shipped one, with float32 weights; raises as :func:`.nets.load` does."""
+    return Segmenter(*nets.load(path, lambda n: SegmentationNet(n["classes"], tuple(n["widths"]), n["groups"])))

@@ -17,7 +17,9 @@ from mcm_jax import config, distributed, pictures, sampling
 from mcm_jax.base import BaseCard
 from mcm_jax.data.pipeline import to_float
 from mcm_jax.errors import UserError
-from mcm_jax.evaluation.control import Judge
+from mcm_jax.evaluation.held_out import HeldOut
+from mcm_jax.evaluation.judges import Judge
+from mcm_jax.evaluation.rows import Row, Sampler
 from mcm_jax.files import write_atomically
 from mcm_jax.pipeline import Pipeline, save_mcm
 from mcm_jax.training.checkpoints import Checkpoints
@@ -142,23 +144,21 @@ class HeldOutLoss:
 
 
 class Control:
-    """How well samples follow held-out conditions, all modalities given, by a judge.
+    """How well samples follow held-out conditions, all modalities given, by the judges of the evaluation.
 
     Args:
-      log: where its numbers go.
+      log: where their numbers go.
       every: steps; at the end, too.
       pipeline: base and MCM; takes the averaged params of the moment.
-      judge: of the samples.
+      held_out: the examples; always with the same noise.
+      judges: of the samples.
     """
 
-    def __init__(self, log: Log, *, every: int, pipeline: Pipeline, judge: Judge):
-        self._log, self._every, self._pipeline, self._judge = log, every, pipeline, judge
-        height, width, _ = pipeline.base.latent_shape
-        modalities = pipeline.modulator.modalities
-        self._conditions = {m.name: m.resize_all(judge.examples[m.name], height, width) for m in modalities}
-        captions = judge.examples["caption"] if pipeline.base.is_text_conditional else None
-        self._prompts = None if captions is None else list(map(str, captions))
-        self._keys = sampling.sample_keys(0, len(judge.examples["image"]))
+    def __init__(self, log: Log, *, every: int, pipeline: Pipeline, held_out: HeldOut, judges: Sequence[Judge]):
+        self._log, self._every, self._pipeline, self._judges = log, every, pipeline, judges
+        self._sampler = Sampler(pipeline, held_out, pipeline.settings)
+        self._row = Row("all", tuple(m.name for m in pipeline.modulator.modalities), pipeline.settings.guidance)
+        self._keys, self._which = sampling.sample_keys(0, len(held_out)), np.arange(len(held_out))
 
     def __call__(self, now: Moment) -> None:
         """Measures if it is time."""
@@ -166,8 +166,10 @@ class Control:
             return
         with now.clock.pause(now.state):
             self._pipeline.params = now.state.ema_params
-            images = self._pipeline(self._conditions, self._keys, prompts=self._prompts)
-            found = self._judge(np.clip(images, -1, 1))
+            images = self._sampler(self._row, self._keys, self._which)
+            found: dict[str, float] = {}
+            for judge in self._judges:
+                found |= judge.watch(images, self._which)
             now.measured.update(found)
             self._log.write(now.step, found)
             now.show(**{name: f"{value:.3f}" for name, value in found.items()})

@@ -182,12 +182,13 @@ def _last_step(
 
 def _check_best(settings: RunSettings, parts: Parts) -> None:
     """Raises UserError where what shall be best is not measured."""
-    known = [*(HeldOutLoss.names if parts.held_out else ()), *(parts.judge.names if parts.judge else ())]
+    known = list(HeldOutLoss.names) if parts.held_out else []
+    known += [name for judge in (parts.control or (None, []))[1] for name in judge.watched]
     if parts.feed and settings.train.best and settings.train.best not in known:
         raise UserError(
             f"config.train.best={settings.train.best!r}: not measured while training; known here are "
             f"{', '.join(known) or 'none'} (held_out_loss and held_out_mse need a test split, whose predictions "
-            f"precompute.py makes for a cache; scenes' mean_iou and edge_f1 the base: config.cache.load_base)"
+            f"precompute.py makes for a cache; mean_iou and edge_f1 judges and the base: config.cache.load_base)"
         )
 
 
@@ -247,8 +248,10 @@ def _actions(
     actions: list[Action] = [report]
     if parts.held_out:
         actions.append(_held_out_loss(settings, parts, log, mesh))
-    if parts.judge and parts.pipeline:
-        actions.append(Control(log, every=t.evaluate_every, pipeline=parts.pipeline, judge=parts.judge))
+    if parts.control and parts.pipeline:
+        held_out, judges = parts.control
+        control = Control(log, every=t.evaluate_every, pipeline=parts.pipeline, held_out=held_out, judges=judges)
+        actions.append(control)
     actions.append(
         Checkpoint(
             workdir, checkpoints, settings=settings, report=report, card=parts.card, meta=meta, best=pending["best"]

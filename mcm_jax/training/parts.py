@@ -13,7 +13,8 @@ from mcm_jax.base import Base, BaseCard
 from mcm_jax.cache import Cache
 from mcm_jax.data.inputs import prepare
 from mcm_jax.errors import UserError
-from mcm_jax.evaluation.control import Judge, ScenesJudge
+from mcm_jax.evaluation.held_out import HeldOut
+from mcm_jax.evaluation.judges import Judge, judges_of
 from mcm_jax.files import check_writable
 from mcm_jax.mcm import Modulator
 from mcm_jax.pipeline import Pipeline
@@ -36,7 +37,7 @@ class Parts:
       held_out: of held-out examples; None where they are not evaluated.
       pipeline: base and MCM, for what is sampled while training; None where nothing is, or the base is not there.
       examples: held-out ones for pictures, stacked, 8 bits a value.
-      judge: of samples for held-out conditions.
+      control: held-out examples, and what judges samples for them; None where control is not measured.
     """
 
     card: BaseCard
@@ -45,7 +46,7 @@ class Parts:
     held_out: Feed | None = None
     pipeline: Pipeline | None = None
     examples: dict[str, np.ndarray] | None = None
-    judge: Judge | None = None
+    control: tuple[HeldOut, list[Judge]] | None = None
 
 
 def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Parts:
@@ -83,7 +84,7 @@ def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Me
     if base and _samples(settings):
         more["pipeline"] = Pipeline(base, modulator, None, settings.sampling, mesh=mesh)
         more["examples"] = _validation_examples(settings, card, modulator) if settings.train.validate_every else None
-        more["judge"] = _judge(settings, card, modulator) if settings.train.evaluate_every else None
+        more["control"] = _control(settings, card, modulator) if settings.train.evaluate_every else None
     if opened:
         print(f"training from the cache {opened.folder}")
         return Parts(card, modulator, feeds.cached(opened), _held_out_cache(settings, workdir), **more)
@@ -149,13 +150,11 @@ def _validation_examples(settings: RunSettings, card: BaseCard, modulator: Modul
     return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 
 
-def _judge(settings: RunSettings, card: BaseCard, modulator: Modulator) -> Judge | None:
-    """What judges samples while training; None, and a word on why, where nothing can."""
-    if settings.data.name != "scenes":
-        print("control is not measured while training: there is a judge for scenes alone")
-        return None
+def _control(settings: RunSettings, card: BaseCard, modulator: Modulator) -> tuple[HeldOut, list[Judge]] | None:
+    """What samples are judged by while training; None, and a word on why, where nothing can."""
     try:
-        return ScenesJudge(settings.data.seed, settings.train.held_out, card, modulator.modalities)
+        held_out = HeldOut(settings.data, card, modulator.modalities, settings.train.held_out)
+        return held_out, judges_of(held_out, settings.evaluation.judges)
     except UserError as e:
         print(f"control is not measured while training: {e}")
         return None

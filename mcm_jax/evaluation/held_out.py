@@ -1,0 +1,84 @@
+"""Held-out examples: the conditions that samples are drawn for, and real pictures of them."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from mcm_jax.base import BaseCard
+from mcm_jax.data import DataSettings
+from mcm_jax.data.pipeline import to_float
+from mcm_jax.errors import UserError
+from mcm_jax.modalities import Modality
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldOut:
+    """The first examples of a data set's test split, stacked.
+
+    Attributes:
+      data: the data set.
+      card: of the base, whose pictures' size is that of :attr:`images`.
+      modalities: of the MCM; what the data set holds besides is read too.
+      most: how many examples at most; a folder may hold fewer.
+    """
+
+    data: DataSettings
+    card: BaseCard
+    modalities: tuple[Modality, ...]
+    most: int
+
+    def __post_init__(self):
+        if not self.data.has_test_split():
+            raise UserError(
+                f"{self.data.path}: there is no test split, so nothing is held out to evaluate on. Put pairs that "
+                f"training shall not see into {self.data.path}/test, laid out as {self.data.path}/train"
+            )
+
+    @property
+    def judged(self) -> tuple[Modality, ...]:
+        """Every modality of the examples, whether the MCM knows it or not."""
+        own = {m.name for m in self.modalities}
+        return (*(m for m in self.data.holds if m.name not in own), *self.modalities)
+
+    @functools.cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return self._read(self.card)
+
+    def _read(self, card: BaseCard) -> dict[str, np.ndarray]:
+        source = self.data.open("test", self.judged, card, size=self.most)
+        examples = [source[i] for i in range(min(self.most, len(source)))]
+        arrays = {key: np.stack([e[key] for e in examples]) for key in examples[0]}
+        return to_float(arrays, [m.name for m in self.judged if m.kind != "labels"])
+
+    def __len__(self) -> int:
+        return len(self._arrays["image"])
+
+    @property
+    def images(self) -> np.ndarray:
+        """Real pictures, float32 ``[N, H, W, 3]`` in [-1, 1]."""
+        return self._arrays["image"]
+
+    @property
+    def conditions(self) -> dict[str, np.ndarray]:
+        """Of each modality, on the grid of the pictures: labels integers, the others float32 in [0, 1]."""
+        return {m.name: self._arrays[m.name] for m in self.judged}
+
+    @property
+    def captions(self) -> list[str]:
+        """One of each example; where the data set has none, empty texts."""
+        return list(map(str, self._arrays.get("caption", np.full(len(self), ""))))
+
+    @functools.cached_property
+    def names(self) -> Sequence[str]:
+        """What each example is called: of a folder its files' name, else its number."""
+        found = self.data.find("test", self.modalities, self.card, size=self.most)
+        return list(getattr(found, "names", map(str, range(len(self)))))[: len(self)]
+
+    def at(self, height: int, width: int) -> dict[str, np.ndarray]:
+        """:attr:`conditions` on another grid: drawn or read anew for it, rather than resized."""
+        if (height, width) == self.images.shape[1:3]:
+            return self.conditions
+        arrays = self._read(dataclasses.replace(self.card, image_shape=(height, width, 3)))
+        return {m.name: arrays[m.name] for m in self.judged}
