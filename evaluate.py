@@ -21,8 +21,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the noise")
 _JUDGE = flags.DEFINE_multi_string(
     "judge",
     [],
-    "MODALITY=HOW, what judges a modality: palette:FILE.json, module:function, FILE.onnx, a folder of "
-    "`python -m mcm_jax.evaluation.judges train`, edges, none",
+    "MODALITY=HOW, what judges a modality: palette:FILE.json, module:function, the folder of a segmentation net, "
+    "edges, none",
 )
 _SETTINGS = cli.define_flags(SamplingSettings)
 

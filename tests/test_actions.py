@@ -219,6 +219,17 @@ def test_a_profile_is_a_trace_of_the_asked_steps(tmp_path, capsys):
     assert any(n.endswith(".xplane.pb") for n in names) and any("perfetto" in n for n in names), names
 
 
+def test_a_run_that_goes_on_is_profiled_from_where_it_does(tmp_path, capsys):
+    action = Profile(tmp_path / "begun", 0, 8)
+    for step in range(6, 9):
+        action(moment(step, last=9, state=jnp.ones(3)))
+    assert "a trace of steps 7 to 8" in capsys.readouterr().out
+    action = Profile(tmp_path / "over", 2, 4)
+    for step in range(6, 9):
+        action(moment(step, last=9, state=jnp.ones(3)))
+    assert capsys.readouterr().out.count("no trace is written") == 1 and not (tmp_path / "over").exists()
+
+
 def test_a_step_that_is_compiled_again_says_why():
     step = CompiledStep(jax.jit(lambda x: x @ x), jnp.ones((4, 4)))
     assert step.flops and step.flops >= 2 * 4**3 - 16 and step.bytes >= 128

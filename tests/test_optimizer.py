@@ -50,9 +50,17 @@ def test_schedules_by_hand(name, expected):
 def test_schedules_of_short_runs_without_warm_up_and_without_end(name):
     for changes in ({"steps": 1}, {"steps": 2}, {"warmup_steps": 0}):
         schedule = make_schedule(name, **SETTINGS | {"warmup_steps": 100} | changes)
-        last = changes.get("steps", 1) - 1  # the first one at the full rate
-        assert float(schedule(last)) == pytest.approx(1e-3)
+        last = changes.get("steps", 1) - 1
+        # The first one at the full rate; runs that can be made longer stay in the warm-up of the longer one.
+        warming = name in ("constant", "wsd") and "steps" in changes
+        assert float(schedule(last)) == pytest.approx(1e-3 * last / 100 if warming else 1e-3)
     assert float(schedule(10**6)) == pytest.approx(1e-3 if name == "constant" else 0, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["constant", "wsd"])
+def test_a_run_within_its_warm_up_begins_as_a_longer_one(name):
+    short, long = (make_schedule(name, **SETTINGS | {"steps": steps, "decay_steps": 1}) for steps in (5, 100))
+    assert [float(short(i)) for i in range(4)] == [float(long(i)) for i in range(4)]
 
 
 def test_a_decay_longer_than_the_run_begins_after_the_warm_up():

@@ -60,8 +60,12 @@ def test_the_command_trains_on_a_folder_and_samples(script, config, base_path, d
         f"--out={tmp_path / 'out'}",
     )
     assert outcome.status == 0, outcome.err
-    outcome = script("evaluate.py", f"--workdir={workdir}", f"--out={tmp_path / 'metrics.json'}")
-    assert outcome.explains("data.name='folder'", "scenes")
+    command = ["evaluate.py", f"--workdir={workdir}", f"--out={tmp_path / 'metrics.json'}", "--steps=2", "--maps=2"]
+    assert script(*command).explains("no judge of the labels 'segmentation'", "--judge=segmentation=HOW")
+    assert script(*command, "--judge=segmentation").explains("--judge=segmentation", "expected MODALITY=HOW")
+    outcome = script(*command, "--judge=segmentation=none")
+    assert outcome.status == 0, outcome.err
+    assert set(json.loads((tmp_path / "metrics.json").read_text())["edge_f1"]) >= {"real", "base", "sketch"}
 
 
 def test_conditions_are_cut_in_sampling_as_in_training(config, data, base, tmp_path, monkeypatch):

@@ -280,7 +280,9 @@ def describe_damage(folder: pathlib.Path, wrong: Mapping[str, str], total: int) 
 
 def clutter(folder: pathlib.Path) -> Collection[str]:
     """Files in a folder that no cache has."""
-    known = re.compile(rf"{_SHARD.pattern}(\.tmp)?|(manifest|building)\.json(\.tmp)?|building-\d+\.jsonl|{HELD_OUT}")
+    known = re.compile(
+        rf"{_SHARD.pattern}(\.tmp)?|(manifest|building)\.json(\.tmp)?|building-\d+\.jsonl|{HELD_OUT}(-\d+)?"
+    )
     return sorted(p.name for p in folder.iterdir() if not known.fullmatch(p.name) and not p.name.startswith("."))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.stats
+import scipy.special
 import tqdm
 
 from mcm_jax import assets, config, pictures, sampling
@@ -370,4 +370,4 @@ def _summed_up(found: Mapping[str, _Measured]) -> dict[str, Any]:
 def interval(values: Sequence[float]) -> float:
     """Half of the 95% interval of a mean (Student's t)."""
     spread = np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(spread * scipy.stats.t.ppf(0.975, len(values) - 1))
+    return float(spread * scipy.special.stdtrit(len(values) - 1, 0.975))

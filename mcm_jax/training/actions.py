@@ -289,23 +289,30 @@ class Profile:
 
     Args:
       folder: for the trace; each process writes its own.
-      start: the step after which it begins.
+      start: the step after which it begins; a run that goes on from a later one begins at once.
       stop: the step after which it ends.
     """
 
     def __init__(self, folder: pathlib.Path, start: int, stop: int):
         # JAX makes Perfetto's file of the one trace that it finds in a folder.
         self._folder = folder / f"process_{jax.process_index()}" if jax.process_count() > 1 else folder
-        self._start, self._stop, self._on = start, stop, False
+        self._start, self._stop, self._begun = start, stop, None
+        self._over = False
 
     def __call__(self, now: Moment) -> None:
         """Begins and ends the trace."""
-        if now.step == self._start and not self._on:
+        if self._over or now.step < self._start:
+            return
+        if self._begun is None:
+            if now.step >= min(self._stop, now.last):
+                self._over = True
+                print(f"no trace is written: no step is left before step {self._stop}, where it was to end")
+                return
             jax.block_until_ready(now.state)
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
-            self._on = True
-        elif self._on and (now.step >= self._stop or now.step == now.last or now.stopping):
+            self._begun = now.step
+        elif now.step >= self._stop or now.step == now.last or now.stopping:
             jax.block_until_ready(now.state)
             jax.profiler.stop_trace()
-            self._on = False
-            print(f"a trace of steps {self._start + 1} to {now.step} is in {self._folder}")
+            self._over = True
+            print(f"a trace of steps {self._begun + 1} to {now.step} is in {self._folder}")

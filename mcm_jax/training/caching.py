@@ -1,5 +1,6 @@
 """From a config to its cache: built, completed, repaired, or refused if it is something else's."""
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -75,7 +76,7 @@ def build_cache(
     loaded = functools.cache(lambda: settings.base.load(mesh))  # once, and not where all is there
     cache = _build(settings, "train", folder, loaded, check, verify)
     if settings.train.evaluate_every and settings.data.has_test_split():
-        held_out = folder / store.HELD_OUT
+        held_out = _held_out_folder(settings, folder)
         if (held_out / store.MANIFEST).is_file() or os.access(folder, os.W_OK):  # a shared cache may be read-only
             _build(settings.held_out(), "test", held_out, loaded, check, verify)
     loaded.cache_clear()
@@ -171,7 +172,7 @@ def open_held_out(settings: RunSettings, workdir: str | os.PathLike) -> Cache | 
     Raises:
       UserError: it is damaged, or was made of something else than the config says.
     """
-    folder, held_out = settings.cache.folder(workdir) / store.HELD_OUT, settings.held_out()
+    folder, held_out = _held_out_folder(settings, settings.cache.folder(workdir)), settings.held_out()
     if not (folder / store.MANIFEST).is_file():
         print(
             f"the held-out loss is left out: {folder.parent} has no predictions for held-out examples "
@@ -180,6 +181,16 @@ def open_held_out(settings: RunSettings, workdir: str | os.PathLike) -> Cache | 
         return None
     check_made_of(held_out, folder, store.Manifest.read(folder), "test")
     return Cache(folder, verify=settings.cache.verify)
+
+
+def _held_out_folder(settings: RunSettings, cache: pathlib.Path) -> pathlib.Path:
+    """Where a cache keeps the predictions for so many held-out examples; older versions had one name for any number."""
+    folder, before = cache / f"{store.HELD_OUT}-{settings.train.held_out}", cache / store.HELD_OUT
+    if (before / store.MANIFEST).is_file() and not folder.exists():
+        with contextlib.suppress(UserError):  # of another number, or of something else: it stays as it is
+            check_made_of(settings.held_out(), before, store.Manifest.read(before), "test")
+            return before
+    return folder
 
 
 def _size(settings: RunSettings, split: str) -> int | None:

@@ -45,7 +45,8 @@ def make_schedule(
     Raises:
       UserError: an unknown name, or a ``wsd`` without decay.
     """
-    warmup = min(warmup_steps, max(steps - 1, 0))
+    # A run of the first two ends with its warm-up at the latest; one that may be made longer begins as that longer one.
+    warmup = min(warmup_steps, max(steps - 1, 0)) if name in ("cosine", "linear") else warmup_steps
     start = 0.0 if warmup else learning_rate
     end = max(steps, warmup + 1)
     match name:

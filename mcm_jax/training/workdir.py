@@ -64,6 +64,8 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
 def is_disk_error(e: BaseException | None) -> bool:
     """Whether an exception is, or was caused by, a failed write (Orbax and TensorStore wrap them)."""
     while e is not None:
+        if isinstance(e, ConnectionError | TimeoutError):  # somebody else's network
+            return False
         if isinstance(e, OSError) or any(code in str(e) for code in ("Errno", "errno", "os_error_code")):
             return True
         e = e.__cause__ or e.__context__
@@ -78,7 +80,7 @@ def disk_errors(workdir: pathlib.Path) -> Iterator[None]:
     except (UserError, Interrupted):
         raise
     except Exception as e:
-        if not is_disk_error(e) or isinstance(e, BrokenPipeError):
+        if not is_disk_error(e):
             raise
         steps = saved_steps(workdir)
         safe = f"The last complete one is of step {max(steps)}" if steps else "There is no complete checkpoint yet"

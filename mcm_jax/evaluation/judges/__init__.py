@@ -2,8 +2,8 @@
 
 Which judge a modality has is said by a text (``evaluation.judges`` in a config, ``--judge`` of evaluate.py):
 
-* labels: a reader of label maps (:mod:`.readers`): ``scenes``, ``palette:FILE.json``, ``module:function``,
-  ``FILE.onnx``, or a folder of ``python -m mcm_jax.evaluation.judges train``. Judged by intersection over union.
+* labels: a reader of label maps (:mod:`.readers`): ``scenes``, ``palette:FILE.json``, ``module:function``, or a folder
+  that holds a segmentation net. Judged by intersection over union.
 * lines: ``edges``, or with its settings, ``edges:size=64,threshold=0.2,tolerance=2``. Judged by F1.
 * ``none``: the modality is not judged.
 
@@ -22,7 +22,7 @@ from mcm_jax.errors import UserError
 from mcm_jax.evaluation import metrics
 from mcm_jax.evaluation.facts import facts_of, load_facts_net
 from mcm_jax.evaluation.held_out import HeldOut
-from mcm_jax.evaluation.judges.readers import Reader, open_reader, resize_images
+from mcm_jax.evaluation.judges.readers import CAN_BE, Reader, open_reader, resize_images
 from mcm_jax.modalities import Modality
 
 Number = float | str
@@ -122,10 +122,7 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str]) -> list[Judge]:
 
 def _can_be(modality: Modality) -> str:
     if modality.kind == "labels":
-        return (
-            "palette:FILE.json (nearest colour), module:function (pictures to labels), FILE.onnx, or a folder that "
-            "`python -m mcm_jax.evaluation.judges train DATA --out=JUDGE` makes of your own pairs"
-        )
+        return CAN_BE
     return "edges (its lines against the edges of the picture)"
 
 

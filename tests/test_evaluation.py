@@ -1,0 +1,202 @@
+"""The evaluation of any run: its rows, its judges, what it writes, what it refuses, and that it goes on."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from mcm_jax.data.scenes import CLASSES, PALETTE, Scenes
+from mcm_jax.errors import Interrupted, UserError
+from mcm_jax.evaluation import evaluate as module
+from mcm_jax.evaluation.evaluate import evaluate, interval
+from mcm_jax.evaluation.judges import Judgement, flatten
+from mcm_jax.evaluation.judges.readers import open_reader, resize_images, to_lab
+from mcm_jax.evaluation.rows import rows_of, subsets
+
+OLD = tiny.ROOT / "tests/fixtures/v0_1"
+OF_SCENES = {"channels": len(CLASSES), "palette": PALETTE, "names": tuple(CLASSES)}
+
+
+def blocky(images):
+    """A judge of a user's own: the class of the nearest colour of the palette, by plain RGB."""
+    return ((((images[..., None, :] + 1) * 127.5) - PALETTE) ** 2).sum(-1).argmin(-1)
+
+
+def test_rows_are_every_subset():
+    assert list(subsets(["a", "b"])) == ["both", "a", "b"]
+    assert list(subsets(["a", "b", "c"])) == ["all", "a+b", "a+c", "b+c", "a", "b", "c"]
+    assert list(subsets(["a"])) == ["a"]
+    rows = rows_of(["a", "b"], 1.5, [1.5, 2.0], is_text_conditional=True)
+    assert [r.name for r in rows] == ["unprompted", "base", "both", "a", "b", "both@2", "a@2", "b@2"]
+    assert [r.guidance for r in rows] == [0, 0, 1.5, 1.5, 1.5, 2, 2, 2]
+    assert not rows[0].told and rows[1].told
+
+
+def test_lab_is_cielab():
+    """Values of the standard's own primaries and greys, as published with two digits."""
+    found = to_lab(np.array([[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0.5], [0, 0, 0]]))
+    wanted = [
+        [100, 0, 0],
+        [53.24, 80.09, 67.20],
+        [87.73, -86.18, 83.18],
+        [32.30, 79.19, -107.86],
+        [53.39, 0, 0],
+        [0] * 3,
+    ]
+    np.testing.assert_allclose(found, wanted, atol=0.02)
+
+
+def test_pictures_are_resized():
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 12, 8, 3)).astype(np.float32)
+    np.testing.assert_allclose(resize_images(images, 6, 4), images.reshape(2, 6, 2, 4, 2, 3).mean((2, 4)))
+    assert resize_images(images, 5, 7).shape == (2, 5, 7, 3)
+    np.testing.assert_allclose(resize_images(np.full((1, 8, 8, 3), 0.25, np.float32), 12, 20), 0.25, atol=1e-6)
+
+
+def test_readers_read(tmp_path):
+    labels = np.arange(6).reshape(1, 2, 3).repeat(2, 0)
+    images = (PALETTE[labels] / 127.5 - 1).astype(np.float32)
+    colours = tmp_path / "colours.json"
+    colours.write_text(json.dumps(dict(zip("abcdef", PALETTE.tolist(), strict=True))))
+    for spec in ("palette", f"palette:{colours}", "test_evaluation:blocky"):
+        np.testing.assert_array_equal(open_reader(spec, **OF_SCENES)(images), labels, err_msg=spec)
+    assert open_reader(f"palette:{colours}", **OF_SCENES).classes == tuple("abcdef")
+    scenes = Scenes("test", 4, seed=9)
+    pictures, truth = (np.stack([s[key] for s in scenes]) for key in ("image", "segmentation"))
+    folder = shutil.copytree(tiny.ROOT / "mcm_jax/assets/scenes-segmenter", tmp_path / "net")
+    for spec in ("scenes", str(folder)):
+        reader = open_reader(spec, **OF_SCENES)
+        assert reader.size == (32, 32) and (reader(pictures) == truth).mean() > 0.95
+
+
+def _floats(images):
+    return np.zeros(images.shape[:3])
+
+
+def _too_many(images):
+    return np.full(images.shape[:3], 6)
+
+
+NO_FUNCTION = 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "how", "message"),
+    [
+        ("sceens", {}, r"judge 'sceens': there is no such judge of labels; expected scenes .*palette.*module:function"),
+        ("palette", {"palette": None}, "no colours of its classes; give them"),
+        ("palette", {"channels": 4}, "found 6 colours, expected one for each of 4"),
+        ("palette:nowhere.json", {}, "judge palette:nowhere.json: no palette .*expected JSON"),
+        ("scenes", {"channels": 8}, "the net knows 6 classes, the labels here have 8"),
+        ("no_such_module:read", {}, "cannot be imported"),
+        ("test_evaluation:nothing", {}, "cannot be imported"),
+        ("test_evaluation:NO_FUNCTION", {}, "is a int, expected a function"),
+        ("test_evaluation:_floats", {}, r"gave float64\[1, 4, 4\] .*expected a class of each pixel"),
+        ("test_evaluation:_too_many", {}, r"found classes 6 to 6, but the labels here have 0..5"),
+        ("numpy:squeeze", {}, r"gave float32\[4, 4, 3\]"),
+    ],
+)
+def test_bad_readers_are_refused(spec, how, message):
+    with pytest.raises(UserError, match=message):
+        open_reader(spec, **{**OF_SCENES, **how})(np.zeros((1, 4, 4, 3), np.float32))
+
+
+def test_interval_is_students():
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / np.sqrt(3), rel=1e-6)
+
+
+def test_sections_are_flattened():
+    assert flatten({"a": 1.0, "b": {"c": 2.0, "d": "why"}}) == {"a": 1.0, "b.c": 2.0, "b.d": "why"}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A user's folder: twelve scenes as files, half of them held out."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for i, scene in enumerate(Scenes("test", 12, seed=9)):
+        split = folder / ("test" if i % 2 else "train")
+        for name, array in (
+            ("image", (scene["image"] + 1) * 127.5),
+            ("segmentation", scene["segmentation"]),
+            ("sketch", scene["sketch"] * 255),
+        ):
+            (split / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.round(array).astype(np.uint8)).save(split / name / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, pairs):
+    """The MCM of an older version, as if it had been trained on that folder."""
+    folder = shutil.copytree(OLD / "mcm", tmp_path_factory.mktemp("run") / "mcm")
+    config = json.loads((folder / "config.json").read_text())
+    config["data"] |= {"name": "folder", "path": str(pairs)}
+    config["evaluation"] |= {"diversity_conditions": 2, "diversity_seeds": 2, "seeds": 2}
+    config["sampling"]["batch_size"] = 6
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_a_folder_of_ones_own_is_evaluated(workdir, tmp_path, monkeypatch):
+    """Killed after some rows, the same command goes on; its end is that of an evaluation without a pause."""
+    judges = {"segmentation": "scenes"}
+    whole = evaluate(workdir, tmp_path / "whole" / "metrics.json", judges=judges, maps=6)
+    assert whole["maps"] == 6 and whole["seeds"] == 2
+    rows = ["real", "base", "shuffled", "both", "segmentation", "sketch"]
+    assert list(whole["miou"]) == list(whole["edge_f1"]) == rows
+    assert whole["miou"]["real"] > 0.9 > 0.5 > whole["miou"]["both"]
+    assert 0 < whole["interval"]["miou"]["both"] < 0.5 and "real" not in whole["interval"]["miou"]
+    assert set(whole["diversity"]) == {"base", "both", "segmentation", "sketch"}
+    written = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    sheets = ["cases_segmentation.png", "cases_sketch.png", "samples.png"]
+    assert written == sorted([*sheets, "metrics.json", "report.html", "report.md"])
+    report = (tmp_path / "whole" / "report.md").read_text()
+    assert f"| both | {whole['miou']['both']:.3f} ± {whole['interval']['miou']['both']:.3f} |" in report
+    assert (tmp_path / "whole" / "report.html").read_text().count("data:image/png;base64,") == len(sheets)
+
+    drawn, sample = [], module.Sampler.__call__
+
+    def stopping(self, row, *arguments):
+        drawn.append(row.name)
+        if len(drawn) == 5:
+            raise KeyboardInterrupt
+        return sample(self, row, *arguments)
+
+    monkeypatch.setattr(module.Sampler, "__call__", stopping)
+    out = tmp_path / "stopped" / "metrics.json"
+    with pytest.raises(Interrupted, match="same command goes on"):
+        evaluate(workdir, out, judges=judges, maps=6)
+    assert not out.exists()
+    goes_on = evaluate(workdir, out, judges=judges, maps=6)
+    assert drawn == ["base"] * 3 + ["both"] * 2 + ["both"] * 2 + ["segmentation"] * 3 + ["sketch"] * 3
+    times = ("seconds",)
+    assert {k: v for k, v in goes_on.items() if k not in times} == {k: v for k, v in whole.items() if k not in times}
+    assert not out.with_name("metrics.json.parts").exists()
+
+
+@pytest.mark.parametrize(
+    ("judges", "message"),
+    [
+        ({}, r"no judge of the labels 'segmentation'. Give one, --judge=segmentation=HOW: scenes .*=none to leave"),
+        ({"depth": "none"}, "depth is no modality here; expected one of segmentation, sketch"),
+        ({"segmentation": "none", "sketch": "edges:width=3"}, "found 'width=3', expected size"),
+        ({"segmentation": "none", "sketch": "palette"}, "sketch=palette: no judge of"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(workdir, tmp_path, judges, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(workdir, tmp_path / "metrics.json", judges=judges)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_undefined_numbers_are_null_with_the_reason():
+    judgement = Judgement({"miou": 0.5, "class_iou": {"sky": 0.5, "sun": "in no map and in no picture"}})
+    found = module._summed_up({"base": module._Measured([flatten(judgement.numbers)] * 2)})
+    assert found["class_iou"] == {"base": {"sky": 0.5, "sun": None}}
+    assert found["undefined"] == {"class_iou.sun.base": "in no map and in no picture"}
+    assert found["interval"] == {"miou": {"base": 0.0}, "class_iou": {"base": {"sky": 0.0}}}
