@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from mcm_jax.data.scenes import PALETTE
+from mcm_jax.data import emoji, scenes
 from mcm_jax.files import write_atomically
 from mcm_jax.modalities import Modality
 
@@ -22,10 +22,9 @@ def show(modality: Modality, conditions: np.ndarray) -> np.ndarray:
     """A batch of conditions as RGB uint8 ``[B, H, W, 3]``: labels in colours, maps in grey (or as they are)."""
     conditions = np.asarray(conditions)
     if modality.kind == "labels":
-        if modality.channels <= len(PALETTE):
-            return PALETTE[conditions]
         hues = np.random.default_rng(0).integers(0, 256, (modality.channels, 3), dtype=np.uint8)
-        return hues[conditions]
+        palettes = (scenes.PALETTE, emoji.PALETTE, hues)
+        return next(p for p in palettes if modality.channels <= len(p))[conditions]
     values = np.round(conditions * 255).astype(np.uint8)
     if values.ndim == 3:
         values = values[..., None]

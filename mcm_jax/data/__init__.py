@@ -5,15 +5,21 @@ import pathlib
 from collections.abc import Sequence
 
 from mcm_jax.base import BaseCard
+from mcm_jax.data import emoji, scenes
+from mcm_jax.data.emoji import Emoji
 from mcm_jax.data.folder import Folder
 from mcm_jax.data.pipeline import InMemory
-from mcm_jax.data.scenes import CLASSES, Scenes
+from mcm_jax.data.scenes import Scenes
 from mcm_jax.data.views import Views, check_views
 from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality
 
-_SOURCES = ("scenes", "folder")
-_OF_SCENES = {"segmentation": ("labels", len(CLASSES)), "sketch": ("map", 1)}
+# The data sets by name, each with the modalities that it holds; a folder's are seen when it is opened.
+_HELD = {
+    "scenes": {"segmentation": ("labels", len(scenes.CLASSES)), "sketch": ("map", 1)},
+    "emoji": {"segmentation": ("labels", len(emoji.CLASSES)), "sketch": ("map", 1)},
+    "folder": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +27,9 @@ class DataSettings:
     """The data set. The config's section ``data``.
 
     Attributes:
-      name: ``scenes``, procedural landscapes at the base's resolution; or ``folder``: your own pairs.
-      path: of a folder of pairs, see docs/data.md; '' for scenes.
+      name: ``scenes``, procedural landscapes at the base's resolution; ``emoji``, drawn art at 32x32 or 64x64; or
+        ``folder``: your own pairs.
+      path: of a folder of pairs, see docs/data.md; '' for what ships.
       size: training examples of scenes.
       seed: of scenes: another seed is another data set (0 trained the base, 1 the segmentation net); and of crops.
       prompt_drop_rate: how often the base is shown the empty prompt; for text-conditional bases.
@@ -41,7 +48,7 @@ class DataSettings:
     crop: float = 1.0
 
     def __post_init__(self):
-        expect(self.name in _SOURCES, "name", f"one of {', '.join(_SOURCES)}", self.name)
+        expect(self.name in _HELD, "name", f"one of {', '.join(_HELD)}", self.name)
         expect(
             bool(self.path) == (self.name == "folder"),
             "path",
@@ -54,13 +61,14 @@ class DataSettings:
         check_views(self.views, self.flip, self.crop)
 
     def check_holds(self, modalities: Sequence[Modality]) -> None:
-        """Raises UserError where scenes have no such modality; what a folder has is seen when it is opened."""
-        for m in modalities if self.name == "scenes" else ():
-            if ("labels" if m.kind == "labels" else "map", m.channels) != _OF_SCENES.get(m.name):
-                held = ", ".join(f"{n} ({kind}, channels={channels})" for n, (kind, channels) in _OF_SCENES.items())
+        """Raises UserError where a shipped data set has no such modality; a folder's are seen when it is opened."""
+        held = _HELD[self.name]
+        for m in modalities if held else ():
+            if ("labels" if m.kind == "labels" else "map", m.channels) != held.get(m.name):
+                there = ", ".join(f"{n} ({kind}, channels={channels})" for n, (kind, channels) in held.items())
                 raise UserError(
                     f"modalities.{m.name} is kind={m.kind!r}, channels={m.channels}, but the data set {self.name!r} "
-                    f"holds {held}"
+                    f"holds {there}"
                 )
 
     def is_at_hand(self, split: str = "train") -> bool:
@@ -73,11 +81,13 @@ class DataSettings:
 
     def find(
         self, split: str, modalities: Sequence[Modality], card: BaseCard, *, size: int | None = None
-    ) -> Scenes | Folder:
+    ) -> Scenes | Emoji | Folder:
         """What :meth:`open` opens, by the same arguments, but as it is: nothing is rendered or read yet."""
         height, width, _ = card.image_shape
         if self.name == "folder":
             return Folder(self.path, split, modalities, height, width, card.is_text_conditional, size)
+        if self.name == "emoji":
+            return Emoji(split, height, width, size)
         return Scenes(split, size or self.size, height, width, self.seed)
 
     def open(
@@ -89,14 +99,14 @@ class DataSettings:
           split: ``train`` (with its views, :class:`mcm_jax.data.views.Views`) or ``test``.
           modalities: which conditions are read.
           card: of the base.
-          size: how many scenes, in place of :attr:`size`; of a folder at most so many.
+          size: how many scenes, in place of :attr:`size`; of the others at most so many.
 
         Returns:
           Random access to examples of ``image`` (uint8 ``[height, width, 3]``), the modalities on the same grid (labels
-          as integers, maps as value * 255), ``caption`` (a text, if the base takes it; scenes always have it).
+          as integers, maps as value * 255), ``caption`` (a text; of a folder only if the base takes it).
 
         Raises:
-          UserError: a folder that is not as docs/data.md says.
+          UserError: a folder that is not as docs/data.md says, a resolution that the data set does not have.
         """
         found = self.find(split, modalities, card, size=size)
         source = InMemory.render(found) if isinstance(found, Scenes) else found
