@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import os
 import pathlib
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -96,6 +97,8 @@ def run(main: Callable[[list[str]], None]) -> None:
             main(argv)
 
     use_compilation_cache()
+    # A cluster's scheduler stops what it runs by SIGTERM: as Ctrl-C does, until a training run's loop takes it over.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.set_verbosity(logging.WARNING)  # Orbax reports a page for every checkpoint; --verbosity=0 shows it
     try:
         app.run(joined, flags_parser=_parse)
@@ -106,9 +109,9 @@ def run(main: Callable[[list[str]], None]) -> None:
         print(f"\n{e}", file=sys.stderr)
         status = 130
     except KeyboardInterrupt:
-        print(
-            "\nstopped; a training run goes on from its last complete checkpoint with the same command", file=sys.stderr
-        )
+        print("\nstopped; the same command goes on from what is complete", file=sys.stderr)
         status = 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     gc.collect()  # what Orbax left half done on a full disk would print tracebacks while Python shuts down
     sys.exit(status)

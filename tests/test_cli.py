@@ -1,6 +1,7 @@
 """The scripts: every mistake ends in one message that says how to mend it, and a stopped run goes on."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,7 +16,7 @@ import tiny
 from PIL import Image
 
 from mcm_jax.generate import generate
-from mcm_jax.training import train_and_evaluate
+from mcm_jax.training import assembly, train_and_evaluate
 from mcm_jax.training.checkpoints import Checkpoints
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
@@ -354,3 +355,48 @@ def test_a_sketch_that_looks_inverted_is_pointed_out(trained, maps, tmp_path):
     Image.fromarray(np.where(np.eye(31, dtype=bool), 255, 0).astype(np.uint8)).save(file)
     with pytest.warns(UserWarning, match="mostly dark; a sketch is black lines on white"):
         generate(str(trained.workdir), {"sketch": str(file)}, tmp_path, num_samples=1)
+
+
+def test_train_py_killed_while_it_saves_goes_on_to_the_same_end(base_path, tmp_path):
+    """SIGKILL of the script with a checkpoint half written: what comes is bit for bit what would have come."""
+    changes = {"train.steps": 20, "train.checkpoint_every": 1, "train.validate_every": 0}
+    command = [sys.executable, "train.py", *tiny.config_flags(base_path, changes)]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert tiny.run_process([*command, f"--workdir={whole}"], env=tiny.environment()).status == 0
+    command.append(f"--workdir={killed}")
+
+    def half_written():
+        return list((killed / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+    hits = 0
+    for after in (2, 8):  # steps that are whole at least
+        process = subprocess.Popen(
+            command, cwd=tiny.ROOT, env=tiny.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        until = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < until:
+            done = [int(p.name) for p in (killed / "checkpoints").glob("*") if p.name.isdecimal()]
+            if max(done, default=0) >= after and half_written():
+                process.kill()
+        assert process.wait(60) == -signal.SIGKILL
+        hits += bool(half_written())
+    assert hits
+    outcome = tiny.run_process(command, env=tiny.environment())
+    assert outcome.status == 0 and "going on from step" in outcome.out, outcome.err
+    assert (killed / "mcm.safetensors").read_bytes() == (whole / "mcm.safetensors").read_bytes()
+    assert tiny.metrics_of(killed)[-1] == tiny.metrics_of(whole)[-1]
+    assert not half_written()
+
+
+def test_sigterm_before_the_first_step_is_one_message(script, base_path, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def assemble(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)  # Python's handler comes at the next instruction; this is never waited out
+        raise AssertionError("not stopped")
+
+    monkeypatch.setattr(assembly, "assemble", assemble)
+    outcome = script("train.py", *tiny.config_flags(base_path, {}), f"--workdir={tmp_path / 'run'}")
+    assert outcome.status == 130 and outcome.err.count("the same command goes on") == 1, outcome.err
+    assert signal.getsignal(signal.SIGTERM) == before
