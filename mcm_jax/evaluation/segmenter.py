@@ -107,7 +107,7 @@ class Segmenter:
         return nets.predict(functools.partial(_labels, self.net, self.params), images, self.config, self.batch)
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """Float32 ``[B, D]``: mean and maximum of the coarsest level's channels. Takes and raises as :meth:`predict`."""
+        """Mean and maximum of the coarsest channels, float32 ``[B, D]``; takes and raises as :meth:`predict`."""
         return nets.predict(functools.partial(_features, self.net, self.params), images, self.config, self.batch)
 
 

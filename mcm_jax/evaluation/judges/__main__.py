@@ -6,23 +6,10 @@ DATA is a folder of pairs (docs/data.md) or the name of a data set; evaluate.py 
 """
 
 import argparse
-import pathlib
 import sys
 
-from mcm_jax.data import DataSettings
 from mcm_jax.errors import UserError
-from mcm_jax.evaluation.judges.train import RECIPE, train
-
-_NAMED = {"size": 6_000, "seed": 1}  # of a data set that is drawn: not the pairs that bases (0) and MCMs (2) learn from
-
-
-def _data(text: str) -> DataSettings:
-    if pathlib.Path(text).is_dir():
-        return DataSettings("folder", text)
-    try:
-        return DataSettings(text, **_NAMED)
-    except UserError as e:
-        raise UserError(f"{text}: no such folder of pairs (docs/data.md), nor a data set of this name ({e})") from e
+from mcm_jax.evaluation.judges.train import RECIPE, data_of, train
 
 
 def _classes(text: str) -> int | tuple[str, ...]:
@@ -47,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--no-flip", dest="flip", action="store_false", help="mirror nothing: classes know left from right")
     args = vars(parser.parse_args(arguments))
     try:
-        train(_data(args.pop("data")), args.pop("out"), **args)
+        train(data_of(args.pop("data")), args.pop("out"), **args)
     except UserError as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

@@ -45,6 +45,7 @@ RECIPE = {
 
 LOG = "training_log.jsonl"
 
+_NAMED = {"size": 6_000, "seed": 1}  # of a data set that is drawn: not the pairs that bases (0) and MCMs (2) learn from
 _LEAST = 10  # pairs; fewer teach nothing, and leave no tenth to hold out
 _HELD_OUT = 10  # one in so many, where there is no test split
 _WATCHED = 256  # held-out pairs that are looked at while training
@@ -127,11 +128,12 @@ def fit(
         images = images.astype(jnp.float32) / 127.5 - 1
         images, labels = augment(jax.random.fold_in(root, step), images, labels, r["augmentation"])
         loss, grads = jax.value_and_grad(loss_fn, argnums=1)(net, params, images, labels)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with float32
+            updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
     rng, began, log, losses = np.random.default_rng(r["seed"]), time.perf_counter(), [], []
-    order = np.empty(0, np.int64)
+    order, shown = np.empty(0, np.int64), as_float(watched[0])
     for step in range(r["steps"]):
         while len(order) < r["batch"]:
             order = np.concatenate([order, rng.permutation(len(images))])
@@ -139,7 +141,8 @@ def fit(
         params, opt_state, loss = train_step(params, opt_state, np.int32(step), images[pick], labels[pick])
         losses.append(loss)
         if (step + 1) % _LOG_EVERY == 0 or step + 1 == r["steps"]:
-            seen, per_step = score(Segmenter(net, params, config), *watched), (time.perf_counter() - began) / (step + 1)
+            seen = score(Segmenter(net, params, config), shown, watched[1])
+            per_step = (time.perf_counter() - began) / (step + 1)
             log.append(
                 {
                     "step": step + 1,
@@ -157,9 +160,14 @@ def fit(
     return Segmenter(net, params, config), log
 
 
+def as_float(images: np.ndarray) -> np.ndarray:
+    """Pictures of 8 bits a value as float32 in [-1, 1]."""
+    return images.astype(np.float32) / 127.5 - 1
+
+
 def score(segmenter: Segmenter, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """``mean_iou`` over all pixels of uint8 pictures, and ``class_iou`` by class; None for one that is nowhere."""
-    found = segmenter.predict(images.astype(np.float32) / 127.5 - 1)
+    """``mean_iou`` over all pixels of pictures in [-1, 1], and ``class_iou`` by class; None for one that is nowhere."""
+    found = segmenter.predict(images)
     confusion = confusion_matrix(found, labels, len(segmenter.classes))
     values = zip(segmenter.classes, class_iou(confusion), strict=True)
     return {
@@ -172,6 +180,16 @@ def save(folder: pathlib.Path, segmenter: Segmenter, log: list[dict]) -> None:
     """Writes a net's folder: its weights, ``config.json`` and the log."""
     save_segmenter(folder, segmenter.net, segmenter.params, segmenter.config)
     (folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in log))
+
+
+def data_of(text: str) -> DataSettings:
+    """The data set that a command line names: a folder of pairs, or a name. Raises UserError where it is neither."""
+    if pathlib.Path(text).is_dir():
+        return DataSettings("folder", text)
+    try:
+        return DataSettings(text, **_NAMED)
+    except UserError as e:
+        raise UserError(f"{text}: no such folder of pairs (docs/data.md), nor a data set of this name ({e})") from e
 
 
 def train(
@@ -235,7 +253,7 @@ def train(
         new = pathlib.Path(work) / "judge"
         save(new, segmenter, log)
         segmenter = load_segmenter(new)  # the score is that of the float16 weights
-        bound = {**score(segmenter, test.images, test.labels), "images": len(test.names)}
+        bound = {**score(segmenter, as_float(test.images), test.labels), "images": len(test.names)}
         save(new, dataclasses.replace(segmenter, config={**segmenter.config, **about, "held_out": bound}), log)
         new.rename(out)  # an empty folder is replaced
     print(_table(bound))
