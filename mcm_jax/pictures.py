@@ -18,9 +18,14 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return np.round((np.clip(np.asarray(images, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
-def show(modality: Modality, conditions: np.ndarray) -> np.ndarray:
-    """A batch of conditions as RGB uint8 ``[B, H, W, 3]``: labels in colours, maps in grey (or as they are)."""
+def show(modality: Modality, conditions: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
+    """A batch of conditions as RGB uint8 ``[B, H, W, 3]``: labels in colours, maps in grey (or as they are).
+
+    Labels have the colours of `palette`, uint8 ``[channels, 3]``, if it is given.
+    """
     conditions = np.asarray(conditions)
+    if palette is not None:
+        return palette[conditions]
     if modality.kind == "labels":
         if modality.channels <= len(PALETTE):
             return PALETTE[conditions]

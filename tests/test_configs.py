@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 BASES = {
     "scenes-ddpm": ("base_path", (32, 32, 3)),
     "scenes-sd": ("sd_path", (16, 16, 4)),
+    "emoji-ddpm": ("ldm_path", (32, 32, 3)),  # whose pictures are 32x32, as emoji must be
     "google/ddpm-celebahq-256": ("base_path", (256, 256, 3)),
     "CompVis/ldm-celebahq-256": ("ldm_path", (64, 64, 3)),
     "data/mountains_ldm": ("ldm_path", (64, 64, 3)),

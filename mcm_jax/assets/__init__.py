@@ -1,4 +1,4 @@
-"""What ships with the package: trained bases, MCMs and the evaluation's segmenter. Each folder holds its recipe."""
+"""What ships with the package: bases, MCMs, nets that judge, a data set. Each folder holds its recipe."""
 
 import pathlib
 import re

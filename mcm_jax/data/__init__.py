@@ -7,16 +7,38 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mcm_jax.base import BaseCard
+from mcm_jax.data import emoji, scenes
+from mcm_jax.data.emoji import Emoji
 from mcm_jax.data.folder import Folder
 from mcm_jax.data.pipeline import InMemory
-from mcm_jax.data.scenes import CLASSES, PALETTE, Scenes
+from mcm_jax.data.scenes import Scenes
 from mcm_jax.data.views import Views, check_views
 from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality
 
-_SOURCES = ("scenes", "folder")
-_OF_SCENES = (Modality("segmentation", "labels", len(CLASSES)), Modality("sketch", "lines", 1))
-_JUDGES_OF_SCENES = {"segmentation": "scenes", "sketch": "edges:size=32"}
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What is known of a data set before it is opened, by modality: its kind, judge, classes and their colours."""
+
+    holds: tuple[Modality, ...] = ()
+    judges: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    palettes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def _drawn(classes: Sequence[str], palette: np.ndarray, judge: str, edges: str) -> _Known:
+    """A data set of segmentations and sketches."""
+    holds = Modality("segmentation", "labels", len(classes)), Modality("sketch", "lines", 1)
+    judges = {"segmentation": judge, "sketch": edges}
+    return _Known(holds, judges, {"segmentation": tuple(classes)}, {"segmentation": palette})
+
+
+_SOURCES = {
+    "scenes": _drawn(scenes.CLASSES, scenes.PALETTE, "scenes", "edges:size=32"),
+    "emoji": _drawn(emoji.CLASSES, emoji.PALETTE, "palette", "edges:size=32"),
+    "folder": _Known(),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +46,9 @@ class DataSettings:
     """The data set. The config's section ``data``.
 
     Attributes:
-      name: ``scenes``, procedural landscapes at the base's resolution; or ``folder``: your own pairs.
-      path: of a folder of pairs, see docs/data.md; '' for scenes.
+      name: ``scenes``, procedural landscapes at the base's resolution; ``emoji``, drawn art at 32x32 or 64x64; or
+        ``folder``: your own pairs.
+      path: of a folder of pairs, see docs/data.md; '' for the others.
       size: training examples of scenes.
       seed: of scenes: another seed is another data set (0 trained the base, 1 the segmentation net); and of crops.
       prompt_drop_rate: how often the base is shown the empty prompt; for text-conditional bases.
@@ -70,20 +93,20 @@ class DataSettings:
     @property
     def holds(self) -> tuple[Modality, ...]:
         """The modalities that the data set is known to hold; what a folder has is seen when it is opened."""
-        return _OF_SCENES if self.name == "scenes" else ()
+        return _SOURCES[self.name].holds
 
     @property
     def judges(self) -> Mapping[str, str]:
         """Of these, what judges each: see :mod:`mcm_jax.evaluation.judges`."""
-        return _JUDGES_OF_SCENES if self.name == "scenes" else {}
+        return _SOURCES[self.name].judges
 
     def classes(self, modality: str) -> tuple[str, ...] | None:
         """The names of a modality's classes, where the data set knows them."""
-        return tuple(CLASSES) if (self.name, modality) == ("scenes", "segmentation") else None
+        return _SOURCES[self.name].classes.get(modality)
 
     def palette(self, modality: str) -> np.ndarray | None:
         """The colours of a modality's classes, uint8 ``[C, 3]``, where the data set knows them."""
-        return PALETTE if (self.name, modality) == ("scenes", "segmentation") else None
+        return _SOURCES[self.name].palettes.get(modality)
 
     def is_at_hand(self, split: str = "train") -> bool:
         """Whether a split's examples can be read."""
@@ -95,11 +118,13 @@ class DataSettings:
 
     def find(
         self, split: str, modalities: Sequence[Modality], card: BaseCard, *, size: int | None = None
-    ) -> Scenes | Folder:
+    ) -> Scenes | Emoji | Folder:
         """What :meth:`open` opens, by the same arguments, but as it is: nothing is rendered or read yet."""
         height, width, _ = card.image_shape
         if self.name == "folder":
             return Folder(self.path, split, modalities, height, width, card.is_text_conditional, size)
+        if self.name == "emoji":
+            return Emoji(split, height, width, size)
         return Scenes(split, size or self.size, height, width, self.seed)
 
     def open(
@@ -111,7 +136,7 @@ class DataSettings:
           split: ``train`` (with its views, :class:`mcm_jax.data.views.Views`) or ``test``.
           modalities: which conditions are read.
           card: of the base.
-          size: how many scenes, in place of :attr:`size`; of a folder at most so many.
+          size: how many scenes, in place of :attr:`size`; of the others at most so many.
 
         Returns:
           Random access to examples of ``image`` (uint8 ``[height, width, 3]``), the modalities on the same grid (labels

@@ -165,7 +165,7 @@ def evaluate(
     result = _summed_up(found) | {"expected": dict(wanted.expected)} | measured
     result["seconds"] = round(time.perf_counter() - began, 1)
     print(report.as_text(result, of_all))
-    shown = [pictures.show(m, held_out.conditions[m.name][:_SHOWN]) for m in modalities]
+    shown = [pictures.show(m, held_out.conditions[m.name][:_SHOWN], run.data.palette(m.name)) for m in modalities]
     drawn = ["base", *subsets(names)]
     pictures.save_png(out.parent / "samples.png", pictures.grid([*shown, *(found[name].shown for name in drawn)]))
     cases = _cases(found[drawn[1]], of_all, held_out, names)
@@ -334,7 +334,10 @@ def _cases(
         if judge.name not in row.scores:
             continue
         chosen = _chosen(row.scores[judge.name])
-        conditions = [pictures.show(by_name[name], held_out.conditions[name][chosen]) for name in names]
+        conditions = [
+            pictures.show(by_name[name], held_out.conditions[name][chosen], held_out.data.palette(name))
+            for name in names
+        ]
         real = pictures.to_uint8(held_out.images[chosen])
         values = ", ".join(f"{row.scores[judge.name][i]:.2f} ({held_out.names[i]})" for i in chosen)
         said = f"The worst {len(chosen) // 2} by {judge.name}, then the best: {values}."

@@ -18,7 +18,7 @@ from mcm_jax import config as config_lib
 from mcm_jax import distributed, sharding
 from mcm_jax.base import Base, BaseCard
 from mcm_jax.cache import Cache, build, store
-from mcm_jax.data import Folder, Scenes
+from mcm_jax.data import Emoji, Folder, Scenes
 from mcm_jax.data.inputs import PREPROCESSING
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import check_writable
@@ -213,7 +213,7 @@ def _plan(settings: RunSettings, card: BaseCard, rows: int, split: str) -> store
     )
 
 
-def _find(settings: RunSettings, card: BaseCard, split: str) -> Scenes | Folder:
+def _find(settings: RunSettings, card: BaseCard, split: str) -> Scenes | Emoji | Folder:
     return settings.data.find(split, settings.modalities.shown, card, size=_size(settings, split))
 
 

@@ -1,7 +1,6 @@
 """Readers: what finds the labels in a picture, so that they can be compared with those it was drawn for."""
 
 import dataclasses
-import functools
 import importlib
 import json
 import os
@@ -12,8 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mcm_jax.data.colours import nearest
 from mcm_jax.errors import UserError
 from mcm_jax.evaluation.segmenter import ASSET, load_segmenter
+from mcm_jax.pictures import to_uint8
 
 CAN_BE = (
     "scenes (the shipped net), palette (nearest colour, where the data set has colours), palette:FILE.json (a list of "
@@ -106,7 +107,7 @@ def open_reader(
             raise UserError("judge palette: this data set has no colours of its classes; give them, palette:FILE.json")
         if len(palette) != channels:
             raise UserError(f"judge {spec}: found {len(palette)} colours, expected one for each of {channels} classes")
-        return Reader(spec, functools.partial(_nearest, palette), channels, classes=names)
+        return Reader(spec, lambda images: nearest(to_uint8(images), palette), channels, classes=names)
     if kind and rest:
         return Reader(spec, _imported(kind, rest, spec), channels, classes=names)
     raise UserError(f"judge {spec!r}: there is no such judge of labels; expected {CAN_BE}")
@@ -201,26 +202,6 @@ def _read_palette(path: pathlib.Path) -> tuple[np.ndarray, tuple[str, ...] | Non
             f"whole numbers in 0..255, in the order of the classes"
         ) from e
     return colours.astype(np.uint8), tuple(content) if isinstance(content, dict) else None
-
-
-def to_lab(values: np.ndarray) -> np.ndarray:
-    """CIELAB (D65, 2 degrees) of sRGB values in [0, 1], ``[..., 3]``: L in 0..100."""
-    values = np.asarray(values, np.float64)
-    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-    xyz = linear @ np.array(
-        [[0.4124564, 0.2126729, 0.0193339], [0.3575761, 0.7151522, 0.1191920], [0.1804375, 0.0721750, 0.9503041]]
-    )
-    scaled = xyz / (0.95047, 1.0, 1.08883)
-    f = np.where(scaled > (6 / 29) ** 3, np.cbrt(scaled), scaled * (29 / 6) ** 2 / 3 + 4 / 29)
-    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
-
-
-def _nearest(palette: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """The class of the nearest colour in CIELAB."""
-    colours = to_lab(palette / 255)
-    pictures = to_lab((np.clip(images, -1, 1) + 1) / 2)
-    nearest = [((picture[..., None, :] - colours) ** 2).sum(-1).argmin(-1) for picture in pictures]
-    return np.stack(nearest) if nearest else np.zeros(images.shape[:3], np.int64)
 
 
 def _imported(module: str, name: str, spec: str) -> Callable[[np.ndarray], np.ndarray]:
