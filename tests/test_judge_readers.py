@@ -145,7 +145,7 @@ def test_a_judge_is_trained_and_reads(judge, pairs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["DATA/no"], r"no: no such folder of pairs \(docs/data\.md\), nor a data set of this name .*scenes, folder"),
+        (["DATA/no"], r"no: no such folder of pairs \(docs/data\.md\), nor a data set of this name .*scenes, .*folder"),
         (
             ["DATA", "--modality=parts"],
             r"parts: no such folder, .*'parts'; .*train has segmentation, sketch\. Expected",
@@ -190,3 +190,16 @@ def test_what_is_held_out_does_not_depend_on_the_rest(pairs):
     train, test, how = module._split(module.data_of(str(pairs)), module.Modality("segmentation", "labels", 6), SIZE)
     assert not set(train.names) & set(test.names) and len(train.names) + len(test.names) == 20
     assert how.startswith("one in 10")
+
+
+def test_a_named_data_set_has_pairs_and_names():
+    """With their own test split, and names of the classes that fit the labels."""
+    data = module.DataSettings("scenes", size=12, seed=1)
+    labels = module._labels_of(data, "segmentation", None)
+    train, test, how = module._split(data, labels, 32)
+    assert how == "the test split" and train.images.shape[1:] == (32, 32, 3) and len(test.names) > 1
+    assert not {a.tobytes() for a in test.images} & {a.tobytes() for a in train.images}
+    names = module._class_names(data, "segmentation", None, (train.labels, test.labels))
+    assert len(names) == labels.channels > train.labels.max() and names == data.classes("segmentation")
+    with pytest.raises(UserError, match="--classes: found 3, but segmentation of scenes has 6"):
+        module._class_names(data, "segmentation", 3, (train.labels, test.labels))
