@@ -21,7 +21,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the noise")
 _JUDGE = flags.DEFINE_multi_string(
     "judge",
     [],
-    "MODALITY=HOW, what judges a modality: palette:FILE.json, module:function, the folder of a segmentation net, "
+    "MODALITY=HOW, what judges a modality: palette:FILE.json, module:function, FILE.onnx, the folder of a judge, "
     "edges, none",
 )
 _SETTINGS = cli.define_flags(SamplingSettings)

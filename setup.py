@@ -40,12 +40,15 @@ setup(
         "text": ["transformers>=5,<6"],
         "hub": ["huggingface_hub>=0.30,<3"],
         "torch": ["torch>=2.10"],
+        # Judges of labels that are ONNX files.
+        "onnx": ["onnxruntime>=1.20,<2"],
         # Reports of training beside metrics.jsonl and TensorBoard.
         "wandb": ["wandb>=0.19,<1"],
         # PyTorch and diffusers are the oracle that the native networks are held against; mcm_jax imports neither.
         "test": [
-            "mcm-jax[hub,text,torch]",
+            "mcm-jax[hub,onnx,text,torch]",
             "diffusers==0.42.1",
+            "onnx>=1.17,<2",
             "pytest>=8.2,<10",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.17.6,<0.18",

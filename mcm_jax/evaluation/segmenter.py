@@ -1,6 +1,7 @@
-"""A small segmentation net that judges whether generated scenes follow their label maps.
+"""A small segmentation net that judges whether pictures follow the label maps that they were drawn for.
 
-Trained by ``tools/train_scenes_segmenter.py`` on other scenes than the base model, and shipped with the package.
+The shipped one is trained by ``tools/train_scenes_segmenter.py`` on other scenes than the base model; one for your own
+pairs by ``python -m mcm_jax.evaluation.judges train`` (:mod:`.judges.train`).
 """
 
 import dataclasses
@@ -36,7 +37,9 @@ class SegmentationNet(nn.Module):
     groups: int = 8
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, features: bool = False) -> jax.Array:
+        """Logits; or, for ``features``, mean and maximum over the coarsest level: ``[B, 2 * widths[-1]]``."""
+
         def block(x: jax.Array, width: int) -> jax.Array:
             for _ in range(2):
                 x = nn.silu(nn.GroupNorm(self.groups)(nn.Conv(width, (3, 3), use_bias=False)(x)))
@@ -49,6 +52,8 @@ class SegmentationNet(nn.Module):
             # A reshape rather than a strided convolution, whose gradient is slow on CPUs.
             x = skips[-1].reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
         x = block(x, self.widths[-1])
+        if features:
+            return jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], -1)
         for skip in reversed(skips):
             x = nn.Conv(skip.shape[-1], (1, 1))(x)
             x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
@@ -58,7 +63,12 @@ class SegmentationNet(nn.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _labels(net: SegmentationNet, params: Mapping, images: jax.Array) -> jax.Array:
-    return net.apply({"params": params}, images).argmax(-1).astype(jnp.uint8)
+    return net.apply({"params": params}, images).argmax(-1).astype(jnp.uint8 if net.classes <= 256 else jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _features(net: SegmentationNet, params: Mapping, images: jax.Array) -> jax.Array:
+    return net.apply({"params": params}, images, features=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +99,16 @@ class Segmenter:
           images: float ``[B, H, W, 3]`` in [-1, 1], H and W as trained (32); B may be 0.
 
         Returns:
-          uint8 ``[B, H, W]``, indices into :attr:`classes`.
+          uint8 ``[B, H, W]`` (int32 of more than 256 classes), indices into :attr:`classes`.
 
         Raises:
           ValueError: another shape or dtype, values outside [-1, 1] or not finite.
         """
         return nets.predict(functools.partial(_labels, self.net, self.params), images, self.config, self.batch)
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """Mean and maximum of the coarsest channels, float32 ``[B, D]``; takes and raises as :meth:`predict`."""
+        return nets.predict(functools.partial(_features, self.net, self.params), images, self.config, self.batch)
 
 
 def save_segmenter(path: str | os.PathLike, net: SegmentationNet, params: Mapping, config: Mapping) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,8 +18,12 @@ from mcm_jax.pictures import to_uint8
 
 CAN_BE = (
     "scenes (the shipped net), palette (nearest colour, where the data set has colours), palette:FILE.json (a list of "
-    "[r, g, b], or {name: [r, g, b]}), module:function (pictures to labels), or the folder of a segmentation net"
+    "[r, g, b], or {name: [r, g, b]}), module:function (pictures to labels), FILE.onnx (a segmentation net), or a "
+    "folder that python -m mcm_jax.evaluation.judges train has written"
 )
+
+_BATCH = 64  # pictures a call of an ONNX net that takes any number
+_PROBE = 64  # height and width of the picture that tries an ONNX net that takes any size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Reader:
       channels: how many classes there are.
       size: the pictures' ``(H, W)`` that it takes; None for any.
       classes: their names, where it knows them.
+      features: what it sees in pictures before it decides, float32 ``[N, D]``; None where it is no net of ours.
     """
 
     name: str
@@ -38,6 +44,7 @@ class Reader:
     channels: int
     size: tuple[int, int] | None = None
     classes: tuple[str, ...] | None = None
+    features: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Labels of pictures.
@@ -74,7 +81,9 @@ def resize_images(images: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.stack([np.stack([resized(image[..., c]) for c in range(3)], -1) for image in images.astype(np.float32)])
 
 
-def open_reader(spec: str, *, channels: int, palette: np.ndarray | None, names: tuple[str, ...] | None) -> Reader:
+def open_reader(
+    spec: str, *, channels: int, palette: np.ndarray | None = None, names: tuple[str, ...] | None = None
+) -> Reader:
     """The reader that a text describes.
 
     Args:
@@ -86,8 +95,10 @@ def open_reader(spec: str, *, channels: int, palette: np.ndarray | None, names: 
     Raises:
       UserError: it cannot be had, or knows another number of classes.
     """
-    if spec == "scenes" or pathlib.Path(spec, "model.safetensors").is_file():
+    if spec == "scenes" or pathlib.Path(spec).is_dir():
         return _of_net(spec, channels)
+    if spec.endswith(".onnx"):
+        return _of_onnx(spec, channels, names)
     kind, _, rest = spec.partition(":")
     if kind == "palette":
         if rest:
@@ -110,7 +121,71 @@ def _of_net(spec: str, channels: int) -> Reader:
     if len(net.classes) != channels:
         raise UserError(f"judge {spec}: the net knows {len(net.classes)} classes, the labels here have {channels}")
     size = net.config["height"], net.config["width"]
-    return Reader(os.fspath(spec), net.predict, channels, size, net.classes)
+    return Reader(os.fspath(spec), net.predict, channels, size, net.classes, net.features)
+
+
+def _of_onnx(spec: str, channels: int, names: tuple[str, ...] | None) -> Reader:
+    """A net of another framework. Which axis is which is found by its shapes, and tried with one picture at once."""
+    try:
+        import onnxruntime
+    except ImportError as e:
+        raise UserError(f"judge {spec}: ONNX files need onnxruntime; pip install 'mcm-jax[onnx]'") from e
+    if not pathlib.Path(spec).is_file():
+        raise UserError(f"judge {spec}: no such file")
+    try:
+        session = onnxruntime.InferenceSession(spec, providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime has a class for each way to fail, which share no other base
+        raise UserError(f"judge {spec}: onnxruntime cannot load it ({e})") from e
+    inputs = session.get_inputs()
+    shape = list(inputs[0].shape) if inputs else []
+    floats = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    if len(inputs) != 1 or len(shape) != 4 or 3 not in (shape[1], shape[3]) or inputs[0].type not in floats:
+        found = ", ".join(f"{i.name}: {i.type}{i.shape}" for i in inputs)
+        raise UserError(
+            f"judge {spec}: it takes {found or 'nothing'}; expected one batch of pictures in [-1, 1], float "
+            f"[N, 3, H, W] or [N, H, W, 3]"
+        )
+    channels_first = shape[1] == 3
+    size = tuple(shape[2:] if channels_first else shape[1:3])
+    fixed = tuple(isinstance(side, int) for side in size)
+    if any(fixed) != all(fixed):
+        raise UserError(f"judge {spec}: it takes pictures {shape}; expected height and width both fixed, or neither")
+    size = size if all(fixed) else None
+    batch = shape[0] if isinstance(shape[0], int) else None  # a fixed one must be filled
+
+    def read(images: np.ndarray) -> np.ndarray:
+        found = [np.zeros((0, *images.shape[1:3]), np.int64)]
+        for start in range(0, len(images), batch or _BATCH):
+            part = images[start : start + (batch or _BATCH)]
+            padded = np.concatenate([part, np.repeat(part[-1:], (batch or len(part)) - len(part), axis=0)])
+            given = padded.transpose(0, 3, 1, 2) if channels_first else padded
+            try:
+                out = session.run(None, {inputs[0].name: np.ascontiguousarray(given, floats[inputs[0].type])})[0]
+            except Exception as e:  # as above
+                raise UserError(f"judge {spec}: it fails on pictures {list(given.shape)} ({e})") from e
+            found.append(_labels_of(spec, out, padded.shape[:3], channels, channels_first)[: len(part)])
+        return np.concatenate(found)
+
+    reader = Reader(spec, read, channels, size, names)
+    reader(np.zeros((1, *(size or (_PROBE, _PROBE)), 3), np.float32))  # what is wrong with it shows before any sample
+    return reader
+
+
+def _labels_of(spec: str, out: Any, pixels: tuple[int, ...], channels: int, channels_first: bool) -> np.ndarray:
+    """Labels ``[N, H, W]`` from what a net gave: these, or logits ``[N, C, H, W]`` or ``[N, H, W, C]``."""
+    out, n, h, w = np.asarray(out), *pixels
+    if np.issubdtype(out.dtype, np.integer):
+        if out.shape in ((n, h, w), (n, 1, h, w), (n, h, w, 1)):
+            return out.reshape(n, h, w).astype(np.int64)
+    elif out.ndim == 4:
+        first, last = (out.shape == shape for shape in ((n, channels, h, w), (n, h, w, channels)))
+        if first or last:
+            return out.argmax(1 if first and (channels_first or not last) else 3)
+    raise UserError(
+        f"judge {spec}: it gave {out.dtype}{list(out.shape)} for pictures {[n, h, w, 3]}; expected a class of each "
+        f"pixel, integers {[n, h, w]}, or logits of the {channels} classes here, {[n, channels, h, w]} or "
+        f"{[n, h, w, channels]}"
+    )
 
 
 def _read_palette(path: pathlib.Path) -> tuple[np.ndarray, tuple[str, ...] | None]:
