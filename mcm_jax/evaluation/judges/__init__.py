@@ -2,8 +2,8 @@
 
 Which judge a modality has is said by a text (``evaluation.judges`` in a config, ``--judge`` of evaluate.py):
 
-* labels: a reader of label maps (:mod:`.readers`): ``scenes``, ``palette:FILE.json``, ``module:function``, ``FILE.onnx``,
-  or a folder that ``python -m mcm_jax.evaluation.judges train`` has written. Judged by intersection over union.
+* labels: a reader of label maps (:mod:`.readers`): ``scenes``, ``palette:FILE.json``, ``module:function``,
+  ``FILE.onnx``, or a folder of ``python -m mcm_jax.evaluation.judges train``. Judged by intersection over union.
 * lines: ``edges``, or with its settings, ``edges:size=64,threshold=0.2,tolerance=2``. Judged by F1.
 * ``none``: the modality is not judged.
 
