@@ -26,7 +26,7 @@ from mcm_jax.data.pipeline import InMemory, training_batches
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.draws import Draws
 from mcm_jax.errors import Interrupted, UserError
-from mcm_jax.training import RunSettings, loop, state, step, train_and_evaluate
+from mcm_jax.training import RunSettings, caching, loop, state, step, train_and_evaluate
 from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.logs import Log
@@ -397,6 +397,26 @@ def test_a_resumed_run_is_the_uninterrupted_one_from_a_cache(base_path, tmp_path
     resumed = train_and_evaluate(config, tmp_path / "resumed")
     tiny.assert_same_bits(jax.device_get(resumed), jax.device_get(whole))
     assert tiny.metrics_of(tmp_path / "resumed") == tiny.metrics_of(tmp_path / "whole")
+
+
+def test_another_number_of_held_out_examples_on_the_way(base_path, tmp_path, capsys):
+    """Each number has its own predictions in the cache; those of a time when folders had no number still count."""
+
+    def make(held_out):
+        changes = {"train.held_out": held_out, "train.evaluate_every": 2, "draws.count": 1}
+        config = tiny.make_config(base_path, changes)
+        caching.precompute(config, tmp_path)
+        found = caching.open_held_out(tiny.settings_of(config), tmp_path)
+        return found.folder.name, len(found), {p.name for p in (tmp_path / "cache").glob("held_out*")}
+
+    assert make(4) == ("held_out-4", 4, {"held_out-4"})
+    (tmp_path / "cache/held_out-4").rename(tmp_path / "cache/held_out")
+    assert make(4) == ("held_out", 4, {"held_out"})
+    assert make(2) == ("held_out-2", 2, {"held_out", "held_out-2"})
+    capsys.readouterr()
+    settings = tiny.settings_of(tiny.make_config(base_path, {"train.held_out": 3}))
+    assert caching.open_held_out(settings, tmp_path) is None
+    assert "no predictions for 3 held-out examples" in capsys.readouterr().out
 
 
 def test_killed_between_its_two_files_a_run_still_ends_with_both(trained, tmp_path, monkeypatch):
