@@ -223,6 +223,16 @@ def test_a_profile_is_a_trace_of_the_asked_steps(tmp_path, capsys):
     assert any(n.endswith(".xplane.pb") for n in names) and any("perfetto" in n for n in names), names
 
 
+def test_a_profile_begins_with_the_first_step_that_runs(tmp_path, capsys):
+    for first, start in ((0, 0), (5, 2)):  # a fresh run; one that goes on
+        action = Profile(tmp_path / str(first), start, first + 1)
+        action.begin(first)
+        for step in range(first + 1, first + 4):
+            action(moment(step, state=jnp.ones(3)))
+        assert f"a trace of steps {first + 1} to {first + 1} is in" in capsys.readouterr().out
+        assert list((tmp_path / str(first)).rglob("*.xplane.pb"))
+
+
 def test_a_step_that_is_compiled_again_says_why():
     step = CompiledStep(jax.jit(lambda x: x @ x), jnp.ones((4, 4)))
     assert step.flops and step.flops >= 2 * 4**3 - 16 and step.bytes >= 128

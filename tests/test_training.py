@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import signal
 import types
 
@@ -445,6 +446,15 @@ def test_a_finished_run_stays_as_it_is(trained, tmp_path, capsys):
     assert "is finished: 6 of 6 steps" in capsys.readouterr().out
     assert tiny.contents(workdir) == before
     tiny.assert_same_bits(jax.device_get(end), jax.device_get(trained.state))
+
+
+def test_a_profile_of_steps_that_are_done_is_refused(trained, tmp_path):
+    workdir = trained.copy(tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints/6")
+    before = tiny.contents(workdir)
+    with pytest.raises(UserError, match="--profile=1:3: none of these .*: 3 of 6 are done"):
+        train_and_evaluate(trained.config, workdir, profile=(1, 3))
+    assert tiny.contents(workdir) == before
 
 
 def test_a_checkpoint_that_was_cut_off_does_not_count(trained, tmp_path):
