@@ -253,6 +253,16 @@ def test_weights_and_biases_are_an_extra(tmp_path, monkeypatch):
         Log(tmp_path, 0, wandb="mine")
 
 
+def test_weights_and_biases_that_do_not_begin_are_explained(tmp_path, monkeypatch):
+    def init(**_):
+        raise ConnectionError("no route to the host\nand a page more")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))  # an extra: not in the tests' own
+    words = r"^config.train.wandb='mine': .* cannot begin its run \(no route to the host\).*WANDB_MODE=offline"
+    with pytest.raises(UserError, match=words):
+        Log(tmp_path, 0, wandb="mine")
+
+
 def test_a_process_that_is_not_the_first_writes_nothing(tmp_path):
     log = Log(tmp_path, 0, active=False)
     log.write(1, {"loss": 1.0})

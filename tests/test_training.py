@@ -1,5 +1,6 @@
 """Laws of a training run: nothing reaches the base, a resumed run is the uninterrupted one, devices do not matter."""
 
+import errno
 import inspect
 import json
 import os
@@ -307,9 +308,24 @@ def test_a_full_disk_is_told_from_a_full_accelerator():
     wrapped = RuntimeError("checkpoint failed")
     wrapped.__cause__ = OSError(28, "No space left on device")
     assert all(workdirs.is_disk_error(e) for e in (ValueError(full), OSError(27, "File too large"), wrapped))
+    assert workdirs.is_disk_error(RuntimeError(f"cannot write: [Errno {errno.EDQUOT}] Disk quota exceeded"))
     assert not workdirs.is_disk_error(
         RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        TimeoutError("timed out"),
+        RuntimeError("<urlopen error [Errno 111] Connection refused>"),
+    ],
+)
+def test_a_full_disk_is_told_from_a_network(error, tmp_path):
+    with pytest.raises(type(error)), workdirs.disk_errors(tmp_path):
+        raise error
 
 
 def test_a_full_disk_stops_the_log_at_once(tmp_path):
