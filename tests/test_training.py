@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import types
 
 import jax
@@ -532,3 +535,40 @@ def test_what_is_hidden_does_not_depend_on_the_noise(base, modulator):
     first_values = out["noise"].reshape(count, -1)[:, :8]
     correlation = np.abs(shown.T @ first_values) / count
     assert correlation.max() < 0.1  # the error that was here once gave 0.4
+
+
+HANGS = """
+import sys, threading
+from mcm_jax import cli, distributed
+from mcm_jax.errors import UserError
+from mcm_jax.training import assembly
+
+def main(_):
+    distributed.synchronise("begun")
+    if distributed.is_first():
+        distributed.synchronise("never")
+    with assembly._closed(threading.Event().wait):
+        raise UserError("a picture is damaged")
+
+distributed._SILENCE = 4
+cli.define_distributed_flags()
+cli.run(main)
+"""
+
+
+def test_an_error_is_told_though_closing_hangs(tmp_path):
+    """As a checkpoint's does where another process does not come."""
+    (tmp_path / "program.py").write_text(HANGS)
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, tmp_path / "program.py", f"--coordinator=localhost:{port}", "--num_processes=2"]
+    how = dict(cwd=tiny.ROOT, env=os.environ | {"PYTHONPATH": str(tiny.ROOT)}, stderr=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen([*command, f"--process_id={i}"], **how) for i in range(2)]
+    try:
+        said = [process.communicate(timeout=120)[1].strip() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [1, 1]
+    assert said[0].startswith("error: process 1 failed: a picture is damaged; all processes have stopped"), said[0]
+    assert said[1] == "error: a picture is damaged"
