@@ -19,6 +19,7 @@ import os
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -260,6 +261,15 @@ def _first_line(error: BaseException) -> str:
     return text if isinstance(error, UserError | SystemExit) else f"{type(error).__name__}: {text}"
 
 
+def _in_full(error: BaseException) -> str:
+    """An error as the process that has it prints it."""
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        return _first_line(error)
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
 def _may_follow(error: BaseException | None) -> bool:
     """Whether an error may be what another process' end looks like from here, e.g. a collective's lost connection."""
     while error is not None:
@@ -347,6 +357,7 @@ class _Watch:
             relay.watched = True
         self._left = threading.Event()
         self._failed: int | None = None  # the exit status, once this process has failed by itself
+        self._said = ""  # and by what, until it comes to its end, where that is printed
         self._ending = threading.Lock()
         self._awaited = set(range(1, self._count))  # by the first process, at its end
         self._unanswered = 0
@@ -373,6 +384,7 @@ class _Watch:
         if _may_follow(error):
             with contextlib.suppress(KeyboardInterrupt):
                 self._left.wait(_SILENCE * _BEAT + 10)  # meanwhile the threads find out, and end the process
+        self._said = _in_full(error)
         if isinstance(error, SystemExit) and isinstance(error.code, int):
             self._failed = error.code
         else:
@@ -457,8 +469,9 @@ class _Watch:
             self._unanswered += 1
             if self._failed is not None:
                 failed += 1
+                # What it does on its way out hangs, or at its own end, after its error was printed.
                 if failed > _SILENCE:
-                    _exit("", self._failed)  # what it does at its own end hangs
+                    _exit("" if self._ending.locked() else self._said, self._failed)
             elif self._lost.is_set():
                 self._end(f"error: process 0 is gone: its connection was closed; {_STOPPED}", heard=False)
             elif self._unanswered > _SILENCE and self._process:

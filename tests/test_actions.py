@@ -219,15 +219,14 @@ def test_a_profile_is_a_trace_of_the_asked_steps(tmp_path, capsys):
     assert any(n.endswith(".xplane.pb") for n in names) and any("perfetto" in n for n in names), names
 
 
-def test_a_run_that_goes_on_is_profiled_from_where_it_does(tmp_path, capsys):
-    action = Profile(tmp_path / "begun", 0, 8)
-    for step in range(6, 9):
-        action(moment(step, last=9, state=jnp.ones(3)))
-    assert "a trace of steps 7 to 8" in capsys.readouterr().out
-    action = Profile(tmp_path / "over", 2, 4)
-    for step in range(6, 9):
-        action(moment(step, last=9, state=jnp.ones(3)))
-    assert capsys.readouterr().out.count("no trace is written") == 1 and not (tmp_path / "over").exists()
+def test_a_profile_begins_with_the_first_step_that_runs(tmp_path, capsys):
+    for first, start in ((0, 0), (5, 2)):  # a fresh run; one that goes on
+        action = Profile(tmp_path / str(first), start, first + 1)
+        action.begin(first)
+        for step in range(first + 1, first + 4):
+            action(moment(step, state=jnp.ones(3)))
+        assert f"a trace of steps {first + 1} to {first + 1} is in" in capsys.readouterr().out
+        assert list((tmp_path / str(first)).rglob("*.xplane.pb"))
 
 
 def test_a_step_that_is_compiled_again_says_why():
@@ -247,6 +246,16 @@ def test_a_step_that_is_compiled_again_says_why():
 def test_weights_and_biases_are_an_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     with pytest.raises(UserError, match=r"config.train.wandb='mine' needs the package wandb.*mcm-jax\[wandb\]"):
+        Log(tmp_path, 0, wandb="mine")
+
+
+def test_weights_and_biases_that_do_not_begin_are_explained(tmp_path, monkeypatch):
+    def init(**_):
+        raise ConnectionError("no route to the host\nand a page more")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))  # an extra: not in the tests' own
+    words = r"^config.train.wandb='mine': .* cannot begin its run \(no route to the host\).*WANDB_MODE=offline"
+    with pytest.raises(UserError, match=words):
         Log(tmp_path, 0, wandb="mine")
 
 

@@ -48,19 +48,26 @@ def test_schedules_by_hand(name, expected):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_of_short_runs_without_warm_up_and_without_end(name):
-    for changes in ({"steps": 1}, {"steps": 2}, {"warmup_steps": 0}):
+    shorter = () if name in ("constant", "wsd") else ({"steps": 1}, {"steps": 2})
+    for changes in (*shorter, {"warmup_steps": 0}):
         schedule = make_schedule(name, **SETTINGS | {"warmup_steps": 100} | changes)
-        last = changes.get("steps", 1) - 1
-        # The first one at the full rate; runs that can be made longer stay in the warm-up of the longer one.
-        warming = name in ("constant", "wsd") and "steps" in changes
-        assert float(schedule(last)) == pytest.approx(1e-3 * last / 100 if warming else 1e-3, rel=1e-5)
+        last = changes.get("steps", 1) - 1  # the first one at the full rate
+        assert float(schedule(last)) == pytest.approx(1e-3)
     assert float(schedule(10**6)) == pytest.approx(1e-3 if name == "constant" else 0, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["constant", "wsd"])
-def test_a_run_within_its_warm_up_begins_as_a_longer_one(name):
-    short, long = (make_schedule(name, **SETTINGS | {"steps": steps, "decay_steps": 1}) for steps in (5, 100))
-    assert [float(short(i)) for i in range(4)] == [float(long(i)) for i in range(4)]
+@pytest.mark.parametrize("name, same", [("constant", 40), ("wsd", 20)])
+@pytest.mark.parametrize("warmup", [30, 40, 60])
+def test_a_run_that_ends_in_its_warm_up_is_that_of_a_longer_one(name, same, warmup):
+    """Up to its decay, where there is one; which still reaches zero with the step after the last one."""
+    changes = {"warmup_steps": warmup, "decay_steps": 20}
+    short, long = (make_schedule(name, **SETTINGS | changes | {"steps": steps}) for steps in (40, 400))
+    assert [float(short(i)) for i in range(same)] == [float(long(i)) for i in range(same)]
+    assert float(short(same - 1)) > 0 and float(long(warmup)) == pytest.approx(1e-3)
+    if name == "wsd":
+        rates = np.array([short(i) for i in range(20, 42)])
+        assert rates.dtype == np.float32 and (rates[:-2] > 0).all() and (rates[-2:] == 0).all()
+        assert (rates <= 1e-3 * np.minimum(1, np.arange(20, 42) / warmup) + 1e-9).all()
 
 
 def test_a_decay_longer_than_the_run_begins_after_the_warm_up():

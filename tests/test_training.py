@@ -1,9 +1,14 @@
 """Laws of a training run: nothing reaches the base, a resumed run is the uninterrupted one, devices do not matter."""
 
+import errno
 import inspect
 import json
 import os
+import shutil
 import signal
+import socket
+import subprocess
+import sys
 import types
 
 import jax
@@ -26,7 +31,7 @@ from mcm_jax.data.pipeline import InMemory, training_batches
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.draws import Draws
 from mcm_jax.errors import Interrupted, UserError
-from mcm_jax.training import RunSettings, loop, state, step, train_and_evaluate
+from mcm_jax.training import RunSettings, caching, loop, state, step, train_and_evaluate
 from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.logs import Log
@@ -306,9 +311,24 @@ def test_a_full_disk_is_told_from_a_full_accelerator():
     wrapped = RuntimeError("checkpoint failed")
     wrapped.__cause__ = OSError(28, "No space left on device")
     assert all(workdirs.is_disk_error(e) for e in (ValueError(full), OSError(27, "File too large"), wrapped))
+    assert workdirs.is_disk_error(RuntimeError(f"cannot write: [Errno {errno.EDQUOT}] Disk quota exceeded"))
     assert not workdirs.is_disk_error(
         RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        TimeoutError("timed out"),
+        RuntimeError("<urlopen error [Errno 111] Connection refused>"),
+    ],
+)
+def test_a_full_disk_is_told_from_a_network(error, tmp_path):
+    with pytest.raises(type(error)), workdirs.disk_errors(tmp_path):
+        raise error
 
 
 def test_a_full_disk_stops_the_log_at_once(tmp_path):
@@ -399,6 +419,26 @@ def test_a_resumed_run_is_the_uninterrupted_one_from_a_cache(base_path, tmp_path
     assert tiny.metrics_of(tmp_path / "resumed") == tiny.metrics_of(tmp_path / "whole")
 
 
+def test_another_number_of_held_out_examples_on_the_way(base_path, tmp_path, capsys):
+    """Each number has its own predictions in the cache; those of a time when folders had no number still count."""
+
+    def make(held_out):
+        changes = {"train.held_out": held_out, "train.evaluate_every": 2, "draws.count": 1}
+        config = tiny.make_config(base_path, changes)
+        caching.precompute(config, tmp_path)
+        found = caching.open_held_out(tiny.settings_of(config), tmp_path)
+        return found.folder.name, len(found), {p.name for p in (tmp_path / "cache").glob("held_out*")}
+
+    assert make(4) == ("held_out-4", 4, {"held_out-4"})
+    (tmp_path / "cache/held_out-4").rename(tmp_path / "cache/held_out")
+    assert make(4) == ("held_out", 4, {"held_out"})
+    assert make(2) == ("held_out-2", 2, {"held_out", "held_out-2"})
+    capsys.readouterr()
+    settings = tiny.settings_of(tiny.make_config(base_path, {"train.held_out": 3}))
+    assert caching.open_held_out(settings, tmp_path) is None
+    assert "no predictions for 3 held-out examples" in capsys.readouterr().out
+
+
 def test_killed_between_its_two_files_a_run_still_ends_with_both(trained, tmp_path, monkeypatch):
     """The last checkpoint is there or not, mcm.safetensors is there or not: the same command completes the workdir."""
     workdir = trained.copy(tmp_path / "run")
@@ -425,6 +465,15 @@ def test_a_finished_run_stays_as_it_is(trained, tmp_path, capsys):
     assert "is finished: 6 of 6 steps" in capsys.readouterr().out
     assert tiny.contents(workdir) == before
     tiny.assert_same_bits(jax.device_get(end), jax.device_get(trained.state))
+
+
+def test_a_profile_of_steps_that_are_done_is_refused(trained, tmp_path):
+    workdir = trained.copy(tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints/6")
+    before = tiny.contents(workdir)
+    with pytest.raises(UserError, match="--profile=1:3: none of these .*: 3 of 6 are done"):
+        train_and_evaluate(trained.config, workdir, profile=(1, 3))
+    assert tiny.contents(workdir) == before
 
 
 def test_a_checkpoint_that_was_cut_off_does_not_count(trained, tmp_path):
@@ -486,3 +535,40 @@ def test_what_is_hidden_does_not_depend_on_the_noise(base, modulator):
     first_values = out["noise"].reshape(count, -1)[:, :8]
     correlation = np.abs(shown.T @ first_values) / count
     assert correlation.max() < 0.1  # the error that was here once gave 0.4
+
+
+HANGS = """
+import sys, threading
+from mcm_jax import cli, distributed
+from mcm_jax.errors import UserError
+from mcm_jax.training import assembly
+
+def main(_):
+    distributed.synchronise("begun")
+    if distributed.is_first():
+        distributed.synchronise("never")
+    with assembly._closed(threading.Event().wait):
+        raise UserError("a picture is damaged")
+
+distributed._SILENCE = 4
+cli.define_distributed_flags()
+cli.run(main)
+"""
+
+
+def test_an_error_is_told_though_closing_hangs(tmp_path):
+    """As a checkpoint's does where another process does not come."""
+    (tmp_path / "program.py").write_text(HANGS)
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, tmp_path / "program.py", f"--coordinator=localhost:{port}", "--num_processes=2"]
+    how = dict(cwd=tiny.ROOT, env=os.environ | {"PYTHONPATH": str(tiny.ROOT)}, stderr=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen([*command, f"--process_id={i}"], **how) for i in range(2)]
+    try:
+        said = [process.communicate(timeout=120)[1].strip() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [1, 1]
+    assert said[0].startswith("error: process 1 failed: a picture is damaged; all processes have stopped"), said[0]
+    assert said[1] == "error: a picture is damaged"

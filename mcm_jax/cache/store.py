@@ -31,7 +31,7 @@ JOURNAL = "building-{}.jsonl"
 """One line for each shard that is written, by each process that builds."""
 
 HELD_OUT = "held_out"
-"""A cache within a cache: of held-out examples, whose loss a training watches."""
+"""A cache within a cache: of held-out examples, whose loss a training watches, and with its number in newer ones."""
 
 _SHARD = re.compile(r"shard-\d{5,}\.safetensors")
 _DTYPES = {
@@ -280,9 +280,8 @@ def describe_damage(folder: pathlib.Path, wrong: Mapping[str, str], total: int) 
 
 def clutter(folder: pathlib.Path) -> Collection[str]:
     """Files in a folder that no cache has."""
-    known = re.compile(
-        rf"{_SHARD.pattern}(\.tmp)?|(manifest|building)\.json(\.tmp)?|building-\d+\.jsonl|{HELD_OUT}(-\d+)?"
-    )
+    ours = rf"{_SHARD.pattern}(\.tmp)?|(manifest|building)\.json(\.tmp)?|building-\d+\.jsonl|{HELD_OUT}(-\d+)?"
+    known = re.compile(ours)
     return sorted(p.name for p in folder.iterdir() if not known.fullmatch(p.name) and not p.name.startswith("."))
 
 

@@ -289,30 +289,35 @@ class Profile:
 
     Args:
       folder: for the trace; each process writes its own.
-      start: the step after which it begins; a run that goes on from a later one begins at once.
+      start: the step after which it begins; a run that goes on from a later one begins it there.
       stop: the step after which it ends.
     """
 
     def __init__(self, folder: pathlib.Path, start: int, stop: int):
         # JAX makes Perfetto's file of the one trace that it finds in a folder.
         self._folder = folder / f"process_{jax.process_index()}" if jax.process_count() > 1 else folder
-        self._start, self._stop, self._begun = start, stop, None
-        self._over = False
+        self._start, self._stop = start, stop
+        self._began: int | None = None  # after which step, while a trace is on
+
+    def begin(self, step: int, pending: Any = None) -> None:
+        """Begins the trace if it is time; to be asked before the first step, too.
+
+        Args:
+          step: how many are done.
+          pending: what the device may not have done of them yet.
+        """
+        if self._began is None and self._start <= step < self._stop:
+            jax.block_until_ready(pending)
+            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+            self._began = step
 
     def __call__(self, now: Moment) -> None:
         """Begins and ends the trace."""
-        if self._over or now.step < self._start:
-            return
-        if self._begun is None:
-            if now.step >= min(self._stop, now.last):
-                self._over = True
-                print(f"no trace is written: no step is left before step {self._stop}, where it was to end")
-                return
-            jax.block_until_ready(now.state)
-            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
-            self._begun = now.step
-        elif now.step >= self._stop or now.step == now.last or now.stopping:
+        ends = now.step == now.last or now.stopping
+        if self._began is not None and (ends or now.step >= self._stop):
             jax.block_until_ready(now.state)
             jax.profiler.stop_trace()
-            self._over = True
-            print(f"a trace of steps {self._begun + 1} to {now.step} is in {self._folder}")
+            print(f"a trace of steps {self._began + 1} to {now.step} is in {self._folder}")
+            self._began = None
+        elif not ends:
+            self.begin(now.step, now.state)

@@ -43,7 +43,8 @@ def train_and_evaluate(
       workdir: gets ``config.json``, ``checkpoints/``, ``mcm.safetensors`` (what samples), ``metrics.jsonl``,
         ``tensorboard/`` and ``validation/``; ``best/`` where the config names what is best. One that holds another
         run's config is refused.
-      profile: (start, stop): a trace of the steps between is written into ``profile/``.
+      profile: (start, stop): a trace of the steps between, as far as they are not done yet, is written into
+        ``profile/``.
 
     Returns:
       The final state.
@@ -97,12 +98,18 @@ def _run(
     with _closed(checkpoints.close):
         at = _last_step(checkpoints, settings, before, workdir)
         state, pending = _state(settings, parts, optimizer, checkpoints, meta, mesh, at)
+        first = int(state.step)
         _check_best(settings, parts)
+        if profile and parts.feed and not (profile[0] < t.steps and first < profile[1]):
+            raise UserError(
+                f"--profile={profile[0]}:{profile[1]}: none of these steps is left to trace: {first} of {t.steps} are "
+                f"done. Take others, between these two numbers"
+            )
         # Nothing of the workdir has changed so far. Checkpoints first: without them the old config still goes on.
         checkpoints.drop([step for step in checkpoints.steps() if step > (at or 0)])
         if distributed.is_first() and before != settings:
             config_lib.save(settings, workdir)
-        first, size = int(state.step), parameter_count(state.params)
+        size = parameter_count(state.params)
         share = size / card.unet_parameters
         print(f"MCM of {size:,} parameters ({share:.1%} of the U-Net of {card.name!r}), on {mesh.size} device(s)")
         if feed is None or first >= t.steps:
@@ -130,7 +137,8 @@ def _run(
         with _closed(log.close):
             actions = _actions(settings, workdir, parts, log, jax.jit(schedule), checkpoints, meta, pending, mesh)
             if profile:
-                actions.append(Profile(workdir / "profile", *profile))
+                actions.append(trace := Profile(workdir / "profile", *profile))
+                trace.begin(first)
             try:
                 return train(state, _Ahead(train_step, t.accumulate), records, steps, actions, clock)
             except Interrupted as e:

@@ -1,6 +1,5 @@
 """From a config to its cache: built, completed, repaired, or refused if it is something else's."""
 
-import contextlib
 import dataclasses
 import functools
 import gc
@@ -76,7 +75,7 @@ def build_cache(
     loaded = functools.cache(lambda: settings.base.load(mesh))  # once, and not where all is there
     cache = _build(settings, "train", folder, loaded, check, verify)
     if settings.train.evaluate_every and settings.data.has_test_split():
-        held_out = _held_out_folder(settings, folder)
+        held_out = held_out_folder(settings, workdir)
         if (held_out / store.MANIFEST).is_file() or os.access(folder, os.W_OK):  # a shared cache may be read-only
             _build(settings.held_out(), "test", held_out, loaded, check, verify)
     loaded.cache_clear()
@@ -166,31 +165,38 @@ def open_cache(
     return Cache(folder, verify=settings.cache.verify)
 
 
+def held_out_folder(settings: RunSettings, workdir: str | os.PathLike) -> pathlib.Path:
+    """Where the predictions for a run's held-out examples are, or are to be: ``held_out-N`` in its cache.
+
+    So ``train.held_out`` may change on the way. Where ``held_out``, as it was called first, holds what the config says,
+    that is it.
+
+    Raises:
+      UserError: the old one's manifest is damaged.
+    """
+    folder = settings.cache.folder(workdir)
+    named, old = folder / f"{store.HELD_OUT}-{settings.train.held_out}", folder / store.HELD_OUT
+    if (named / store.MANIFEST).is_file() or not (there := store.Manifest.find(old)):
+        return named
+    return old if there.made_of == _wanted(settings.held_out(), there, "test") else named
+
+
 def open_held_out(settings: RunSettings, workdir: str | os.PathLike) -> Cache | None:
     """The cache of held-out examples beside a run's; None, and a word on why, where there is none.
 
     Raises:
       UserError: it is damaged, or was made of something else than the config says.
     """
-    folder, held_out = _held_out_folder(settings, settings.cache.folder(workdir)), settings.held_out()
+    folder, held_out = held_out_folder(settings, workdir), settings.held_out()
     if not (folder / store.MANIFEST).is_file():
+        why = "precompute.py makes them" if settings.data.has_test_split() else "the data have no test split"
         print(
-            f"the held-out loss is left out: {folder.parent} has no predictions for held-out examples "
-            f"({'the data have no test split' if not settings.data.has_test_split() else 'precompute.py makes them'})"
+            f"the held-out loss is left out: {folder.parent} has no predictions for {settings.train.held_out} held-out "
+            f"examples ({why})"
         )
         return None
     check_made_of(held_out, folder, store.Manifest.read(folder), "test")
     return Cache(folder, verify=settings.cache.verify)
-
-
-def _held_out_folder(settings: RunSettings, cache: pathlib.Path) -> pathlib.Path:
-    """Where a cache keeps the predictions for so many held-out examples; older versions had one name for any number."""
-    folder, before = cache / f"{store.HELD_OUT}-{settings.train.held_out}", cache / store.HELD_OUT
-    if (before / store.MANIFEST).is_file() and not folder.exists():
-        with contextlib.suppress(UserError):  # of another number, or of something else: it stays as it is
-            check_made_of(settings.held_out(), before, store.Manifest.read(before), "test")
-            return before
-    return folder
 
 
 def _size(settings: RunSettings, split: str) -> int | None:
@@ -251,6 +257,19 @@ def known_card(settings: RunSettings, workdir: str | os.PathLike) -> BaseCard:
     return settings.base.outline().card
 
 
+def _wanted(settings: RunSettings, there: store.Manifest, split: str) -> dict[str, str]:
+    """What a cache is to be made of, as far as base and data are at hand; else as it says itself."""
+    card, stamp = there.card, settings.base.stamp()
+    changed = stamp != there.stamps.get("base") or settings.base.dtype != there.made_of.get("base.dtype")
+    if stamp is not None and changed:
+        card = settings.base.outline().card
+    data = there.data
+    if settings.data.is_at_hand(split):
+        source = _find(settings, card, split)
+        data = data if source.stamp() == there.stamps.get("data") else source.fingerprints()
+    return made_of(settings, card, data)
+
+
 def check_made_of(settings: RunSettings, folder: pathlib.Path, there: store.Manifest, split: str = "train") -> None:
     """Compares what a cache was made of with the config, the base's files and the data.
 
@@ -260,20 +279,11 @@ def check_made_of(settings: RunSettings, folder: pathlib.Path, there: store.Mani
     Raises:
       UserError: the cache is of something else; lists what differs.
     """
-    card = there.card
-    stamp = settings.base.stamp()
-    if stamp is None:
-        print(f"base {settings.base.path!r} is not at hand: the cache says that it is of {card.name!r}")
-    elif stamp != there.stamps.get("base") or settings.base.dtype != there.made_of.get("base.dtype"):
-        card = settings.base.outline().card
-    known = there.data
+    if settings.base.stamp() is None:
+        print(f"base {settings.base.path!r} is not at hand: the cache says that it is of {there.card.name!r}")
     if not settings.data.is_at_hand(split):
         print(f"data {settings.data.path!r} are not at hand: the cache is taken at its word")
-        data = known
-    else:
-        source = _find(settings, card, split)
-        data = known if source.stamp() == there.stamps.get("data") else source.fingerprints()
-    wanted = made_of(settings, card, data)
+    wanted = _wanted(settings, there, split)
     if lines := store.differences(there.made_of, wanted):
         if [line.split(":")[0].strip() for line in lines] == ["draws.numbers"]:
             raise UserError(

@@ -35,7 +35,7 @@ class Log:
       active: whether this process writes; the others' reports go nowhere.
 
     Raises:
-      UserError: Weights & Biases is asked for and not installed.
+      UserError: Weights & Biases is asked for and not installed, or cannot begin.
     """
 
     def __init__(
@@ -128,9 +128,17 @@ class WandB:
         if not name_file.exists():
             write_atomically(name_file, secrets.token_hex(4).encode())
         run_id = name_file.read_text().strip()
-        self._run = wandb.init(
-            project=project, id=run_id, name=workdir.name, dir=str(workdir), config=dict(config), resume="allow"
-        )
+        try:
+            self._run = wandb.init(
+                project=project, id=run_id, name=workdir.name, dir=str(workdir), config=dict(config), resume="allow"
+            )
+        except Exception as e:  # its own errors, and whatever a network has
+            reason = (str(e).strip() or repr(e)).splitlines()[0]
+            raise UserError(
+                f"config.train.wandb={project!r}: Weights & Biases cannot begin its run ({reason}). Log in (wandb "
+                f"login), or set WANDB_MODE=offline and send it later (wandb sync), or leave it '': metrics.jsonl and "
+                f"tensorboard/ have the same numbers"
+            ) from e
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Sends a report."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -20,14 +21,16 @@ def make_schedule(
 ) -> optax.Schedule:
     """The learning rate of each step.
 
-    All begin with a linear warm-up from zero, which is cut off before the last step. What follows is
+    All begin with a linear warm-up from zero. In ``cosine`` and ``linear`` runs that are shorter it ends with the last
+    step; ``constant`` and ``wsd`` runs, which can be made longer, warm up as any longer one does. What follows is
 
     ============ ========================================================================================
     ``cosine``   half a cosine to zero (Loshchilov & Hutter 2017, without restarts)
     ``linear``   a straight line to zero
     ``constant`` no decay: where a run shall end need not be known when it begins
     ``wsd``      warm-up, stable, decay: constant, then a straight line to zero over the last ``decay_steps``
-                 (Hu et al. 2024, MiniCPM; they let it fall exponentially)
+                 (Hu et al. 2024, MiniCPM; they let it fall exponentially). In a run that ends within its warm-up
+                 that line cuts off what is above it
     ============ ========================================================================================
 
     Those that decay reach zero with the step after the last one.
@@ -45,8 +48,7 @@ def make_schedule(
     Raises:
       UserError: an unknown name, or a ``wsd`` without decay.
     """
-    # A run of the first two ends with its warm-up at the latest; one that may be made longer begins as that longer one.
-    warmup = min(warmup_steps, max(steps - 1, 0)) if name in ("cosine", "linear") else warmup_steps
+    warmup = warmup_steps if name in ("constant", "wsd") else min(warmup_steps, max(steps - 1, 0))
     start = 0.0 if warmup else learning_rate
     end = max(steps, warmup + 1)
     match name:
@@ -61,6 +63,11 @@ def make_schedule(
                 raise UserError(
                     f"train.decay_steps: found {decay_steps}, expected at least 1, the last steps over which "
                     f"train.schedule=wsd decays; train.schedule=constant does not decay"
+                )
+            if warmup >= steps:
+                rise = optax.linear_schedule(start, learning_rate, warmup)
+                return lambda count: jnp.minimum(
+                    rise(count), learning_rate * jnp.maximum(steps - count, 0) / decay_steps
                 )
             decay = min(decay_steps, end - warmup)
             after = optax.linear_schedule(learning_rate, 0.0, decay, transition_begin=end - warmup - decay)

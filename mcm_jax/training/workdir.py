@@ -1,6 +1,8 @@
 """A run's folder: whose it is, what in it is safe, and what is said when it cannot be written."""
 
+import errno
 import pathlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +18,8 @@ _FREE = {
     *("train.log_every", "train.checkpoint_every", "train.keep", "train.best", "train.validate_every"),
     *("train.evaluate_every", "train.held_out", "train.wandb"),
 }
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+_ERRNO = re.compile(r"(?i)(?:errno|os.error(?:_code)?)\W{1,3}(\d+)")
 _FREE_SECTIONS = ("sampling.", "evaluation.")
 
 
@@ -62,11 +66,10 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
 
 
 def is_disk_error(e: BaseException | None) -> bool:
-    """Whether an exception is, or was caused by, a failed write (Orbax and TensorStore wrap them)."""
+    """Whether an exception is, or was caused by, a failed write (Orbax and TensorStore wrap them in their texts)."""
     while e is not None:
-        if isinstance(e, ConnectionError | TimeoutError):  # somebody else's network
-            return False
-        if isinstance(e, OSError) or any(code in str(e) for code in ("Errno", "errno", "os_error_code")):
+        found = [e.errno] if isinstance(e, OSError) else map(int, _ERRNO.findall(str(e)))
+        if not _OF_DISKS.isdisjoint(found):
             return True
         e = e.__cause__ or e.__context__
     return False
