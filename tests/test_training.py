@@ -25,13 +25,14 @@ from safetensors.numpy import load_file
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mcm_jax import config as config_lib
-from mcm_jax import sharding
+from mcm_jax import distributed, sharding
 from mcm_jax.base import load_base
 from mcm_jax.data.pipeline import InMemory, training_batches
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.draws import Draws
 from mcm_jax.errors import Interrupted, UserError
-from mcm_jax.training import RunSettings, caching, loop, state, step, train_and_evaluate
+from mcm_jax.pipeline import Pipeline
+from mcm_jax.training import RunSettings, caching, loop, parts, state, step, train_and_evaluate
 from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.logs import Log
@@ -520,6 +521,21 @@ def test_a_loss_that_is_not_finite_ends_the_run(trained, tmp_path, monkeypatch):
     batch = json.loads((tmp_path / "run/diverged.json").read_text())
     assert batch["step"] == 1 and batch["loss"] == "nan"
     assert batch["examples"] == training_batches(lambda i, d: {}, 12, 4, 0)[0]["index"].tolist()
+
+
+def test_the_base_for_pictures_must_fit_in_every_process_split_as_it_is(base_path, monkeypatch):
+    if jax.device_count() != 2:
+        pytest.skip("as conftest.py sets it up, there are two devices")
+    settings = tiny.settings_of(tiny.make_config(base_path, {"mesh.fsdp": 2}))
+    mesh, shapes = sharding.make_mesh(settings.mesh), settings.base.outline()
+    modulator = parts.fitting_modulator(settings, shapes.card)
+    needed = Pipeline(shapes, modulator, None, settings.sampling, mesh=mesh).sampling_bytes(8)
+    assert needed != Pipeline(shapes, modulator, None, settings.sampling).sampling_bytes(8)  # whole on each device
+    for free, fits in (({0: needed}, True), ({0: needed, 1: None}, True), ({0: needed, 1: needed - 1}, False)):
+        monkeypatch.setattr(distributed, "everyones", lambda own, free=free: free)
+        base = parts._base_for_pictures(settings, modulator, mesh)
+        assert (base is not None) == fits
+        assert not fits or sharding.mesh_of(base.params) == mesh
 
 
 def test_what_is_hidden_does_not_depend_on_the_noise(base, modulator):

@@ -162,13 +162,17 @@ def _judge(settings: RunSettings, card: BaseCard, modulator: Modulator) -> Judge
 
 
 def _base_for_pictures(settings: RunSettings, modulator: Modulator, mesh: jax.sharding.Mesh) -> Base | None:
-    """The base, beside a training that does without it; None, and a word on why, where it does not fit."""
-    shapes = Pipeline(settings.base.outline(), modulator, None, settings.sampling)
+    """The base, beside a training that does without it; None, and a word on why, where it does not fit.
+
+    All processes of a cluster have it or none: they sample together.
+    """
+    shapes = Pipeline(settings.base.outline(), modulator, None, settings.sampling, mesh=mesh)
     needed, free = shapes.sampling_bytes(_VALIDATION_IMAGES), sharding.free_memory()
-    if free is not None and needed > free:
+    known = [bytes_ for bytes_ in distributed.everyones(free).values() if bytes_ is not None]
+    if known and needed > min(known):
         print(
             f"validation pictures are left to sample.py: the base and its sampling need {needed / 2**30:.1f} GiB of "
-            f"memory, {free / 2**30:.1f} GiB are free (config.cache.load_base)"
+            f"memory on each device, {min(known) / 2**30:.1f} GiB are free (config.cache.load_base)"
         )
         return None
     return settings.base.load(mesh)
