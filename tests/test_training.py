@@ -523,6 +523,21 @@ def test_a_loss_that_is_not_finite_ends_the_run(trained, tmp_path, monkeypatch):
     assert batch["examples"] == training_batches(lambda i, d: {}, 12, 4, 0)[0]["index"].tolist()
 
 
+def test_the_files_of_a_batch_are_known_with_a_cache_too(base_path, tmp_path):
+    names = ("ash", "birch", "cedar")
+    pictures = {"image": (tiny.SIZE, tiny.SIZE, 3), "segmentation": (tiny.SIZE,) * 2, "sketch": (tiny.SIZE,) * 2}
+    for folder, shape in pictures.items():
+        (tmp_path / "train" / folder).mkdir(parents=True)
+        for name in names:
+            Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / "train" / folder / f"{name}.png")
+    changes = {"data.name": "folder", "data.path": str(tmp_path), "cache.mode": "build", "draws.count": 1}
+    settings = tiny.settings_of(tiny.make_config(base_path, changes | {"train.validate_every": 0}))
+    assembled = parts.assemble(settings, tmp_path / "run", sharding.make_mesh())
+    assert assembled.feed.repeat == 1 and assembled.feed.names == names  # what diverged.json names examples by
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    assert parts.assemble(settings, tmp_path / "run", sharding.make_mesh()).feed.names == ()
+
+
 def test_the_base_for_pictures_must_fit_in_every_process_split_as_it_is(base_path, monkeypatch):
     if jax.device_count() != 2:
         pytest.skip("as conftest.py sets it up, there are two devices")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -86,7 +87,8 @@ def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Me
         more["judge"] = _judge(settings, card, modulator) if settings.train.evaluate_every else None
     if opened:
         print(f"training from the cache {opened.folder}")
-        return Parts(card, modulator, feeds.cached(opened), _held_out_cache(settings, workdir), **more)
+        feed = dataclasses.replace(feeds.cached(opened), names=_names(settings, card))
+        return Parts(card, modulator, feed, _held_out_cache(settings, workdir), **more)
     feed = _online(settings, base, modulator, "train", mesh)
     held_out = None
     if settings.train.evaluate_every:
@@ -121,6 +123,13 @@ def _online(settings: RunSettings, base: Base, modulator: Modulator, split: str,
         accumulate=settings.train.accumulate,
         names=getattr(found, "names", ()),
     )
+
+
+def _names(settings: RunSettings, card: BaseCard) -> Sequence[str]:
+    """Of the training examples, where they are files that are at hand: a cache, checked against them, has none."""
+    if not settings.data.is_at_hand("train"):
+        return ()
+    return getattr(settings.data.find("train", settings.modalities.shown, card), "names", ())
 
 
 def _held_out_cache(settings: RunSettings, workdir: pathlib.Path) -> Feed | None:
