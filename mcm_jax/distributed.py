@@ -265,7 +265,7 @@ def _detect() -> tuple[str, int, int, Any]:
 def _first_line(error: BaseException) -> str:
     """An error in a line, for another process' message."""
     if isinstance(error, KeyboardInterrupt):
-        return "it was stopped by Ctrl-C"
+        return "it was stopped by a signal"
     text = next(iter(str(error).splitlines()), "").rstrip(" .;:")
     return text if isinstance(error, UserError | SystemExit) else f"{type(error).__name__}: {text}"
 

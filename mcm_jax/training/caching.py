@@ -67,7 +67,7 @@ def build_cache(
 
     Raises:
       UserError: bad input, another cache in the folder, a full disk: see its message. Complete shards stay.
-      Interrupted: Ctrl-C; complete shards stay.
+      Interrupted: Ctrl-C, or SIGTERM in a script; complete shards stay.
     """
     folder = settings.cache.folder(workdir)
     mesh = sharding.local_mesh(settings.mesh)
