@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mcm_jax import config as config_lib
-from mcm_jax import distributed, sharding
+from mcm_jax import distributed, sharding, version
 from mcm_jax.base import load_base
 from mcm_jax.data.pipeline import InMemory, training_batches
 from mcm_jax.data.scenes import Scenes
@@ -566,6 +566,23 @@ def test_what_is_hidden_does_not_depend_on_the_noise(base, modulator):
     first_values = out["noise"].reshape(count, -1)[:, :8]
     correlation = np.abs(shown.T @ first_values) / count
     assert correlation.max() < 0.1  # the error that was here once gave 0.4
+
+
+def test_processes_compare_their_source_files(base_path, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(distributed, "agree", said.append)
+    caching.agree_on(tiny.settings_of(tiny.make_config(base_path)))
+    package = tmp_path / "mcm_jax"
+    shutil.copytree(tiny.ROOT / "mcm_jax", package, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    (package / "assets").mkdir()
+    shutil.copy(tiny.ROOT / "mcm_jax/assets/__init__.py", package / "assets")
+    digest = version.source_digest(package)
+    assert said[0]["source files of mcm-jax"] == digest[:16] and said[0]["config.seed"] == "0"
+    with (package / "training/step.py").open("a") as file:
+        file.write("# edited\n")
+    edited = version.source_digest(package)
+    (package / "training/step.py").rename(package / "training/steps.py")
+    assert len({digest, edited, version.source_digest(package)}) == 3
 
 
 HANGS = """
