@@ -8,7 +8,7 @@ import pathlib
 import signal
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -81,11 +81,21 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache / "mcm_jax" / "compiled"))
 
 
+@contextlib.contextmanager
+def _stops_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does. The training loop has a handler of its own, which saves first."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a script's main under absl, as one of several processes where its flags say so.
 
-    Exit status: 0 done, 1 or 2 bad input, or another process failed (one message on stderr), 130 stopped by a signal
-    with the state saved.
+    Exit status: 0 done, 1 or 2 bad input, or another process failed (one message on stderr), 130 stopped by SIGINT or
+    SIGTERM, with the state saved where there is one.
     """
 
     def joined(argv: list[str]) -> None:
@@ -97,11 +107,10 @@ def run(main: Callable[[list[str]], None]) -> None:
             main(argv)
 
     use_compilation_cache()
-    # A cluster's scheduler stops what it runs by SIGTERM: as Ctrl-C does, until a training run's loop takes it over.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.set_verbosity(logging.WARNING)  # Orbax reports a page for every checkpoint; --verbosity=0 shows it
     try:
-        app.run(joined, flags_parser=_parse)
+        with _stops_by_sigterm():
+            app.run(joined, flags_parser=_parse)
         return
     except UserError as e:
         status = f"error: {e}"
@@ -111,7 +120,5 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from what is complete", file=sys.stderr)
         status = 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     gc.collect()  # what Orbax left half done on a full disk would print tracebacks while Python shuts down
     sys.exit(status)

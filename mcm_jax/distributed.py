@@ -110,12 +110,7 @@ def agree(facts: Mapping[str, str]) -> None:
     Raises:
       UserError: on every process, with each key whose values differ, and who has which.
     """
-    if (client := _client()) is None:
-        return
-    folder = f"{_ROOT}/facts/{_rounds['facts']}/"
-    client.key_value_set(folder + str(_jax_distributed.global_state.process_id), json.dumps(dict(facts)))
-    synchronise("facts")
-    said = {process: json.loads(text) for process, text in sorted(_numbered(client, folder).items())}
+    said = everyones(dict(facts))
     lines = {}
     for key in dict.fromkeys(key for known in said.values() for key in known):
         having: dict[Any, list[int]] = {}
@@ -129,6 +124,20 @@ def agree(facts: Mapping[str, str]) -> None:
                 (f"the processes do not agree on {', '.join(lines)}. All of them need the same:", *lines.values())
             )
         )
+
+
+def everyones(value: Any) -> dict[int, Any]:
+    """What each process gives, by its number. All of them call it, and wait for each other.
+
+    Args:
+      value: this process' own; anything that JSON holds.
+    """
+    if (client := _client()) is None:
+        return {0: value}
+    folder = f"{_ROOT}/said/{_rounds['said']}/"
+    client.key_value_set(folder + str(_jax_distributed.global_state.process_id), json.dumps(value))
+    synchronise("said")
+    return {process: json.loads(text) for process, text in sorted(_numbered(client, folder).items())}
 
 
 def any_process(flag: bool) -> bool:
@@ -256,7 +265,7 @@ def _detect() -> tuple[str, int, int, Any]:
 def _first_line(error: BaseException) -> str:
     """An error in a line, for another process' message."""
     if isinstance(error, KeyboardInterrupt):
-        return "it was stopped by Ctrl-C"
+        return "it was stopped by a signal"
     text = next(iter(str(error).splitlines()), "").rstrip(" .;:")
     return text if isinstance(error, UserError | SystemExit) else f"{type(error).__name__}: {text}"
 

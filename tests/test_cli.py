@@ -15,6 +15,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from mcm_jax.cache import store
 from mcm_jax.generate import generate
 from mcm_jax.training import assembly, train_and_evaluate
 from mcm_jax.training.checkpoints import Checkpoints
@@ -192,6 +193,40 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(base_path, tmp_path):
     assert "orbax" not in outcome.err.lower() and "Warning" not in outcome.err
     assert [line["step"] for line in tiny.metrics_of(workdir)] == list(range(5, 151, 5))
     assert _steps(workdir)[-1] == "150"
+
+
+def _terminate():
+    """Only under a handler: it would end the tests."""
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_before_the_first_step_stops_with_one_message(script, base_path, tmp_path, monkeypatch):
+    before, assemble = signal.getsignal(signal.SIGTERM), assembly.assemble
+    monkeypatch.setattr(assembly, "assemble", lambda *args: _terminate() or assemble(*args))
+    outcome = script("train.py", *tiny.config_flags(base_path), f"--workdir={tmp_path / 'run'}")
+    assert outcome.status == 130 and outcome.explains("stopped", "same command")
+    assert not (tmp_path / "run").exists() and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_build_that_sigterm_stops_goes_on(script, base_path, tmp_path, monkeypatch):
+    write = store.write_shard
+
+    def write_and_stop(path, tensors):
+        entry = write(path, tensors)
+        if path.name == store.shard_name(1):
+            _terminate()
+        return entry
+
+    flags = tiny.config_flags(base_path, {"cache.shard_draws": 2, "draws.count": 1})
+    monkeypatch.setattr(store, "write_shard", write_and_stop)
+    outcome = script("precompute.py", *flags, f"--workdir={tmp_path}")
+    assert outcome.status == 130 and "Traceback" not in outcome.err
+    assert "stopped; the same command goes on from the shards that are complete" in outcome.err
+    monkeypatch.undo()
+    kept = len(list((tmp_path / "cache").glob("shard-*")))
+    outcome = script("precompute.py", *flags, f"--workdir={tmp_path}")
+    assert outcome.status == 0 and 2 <= kept < 6 and f"{6 - kept} shard(s) built now" in outcome.out
 
 
 def _steps(workdir):

@@ -25,13 +25,14 @@ from safetensors.numpy import load_file
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mcm_jax import config as config_lib
-from mcm_jax import sharding
+from mcm_jax import distributed, sharding, version
 from mcm_jax.base import load_base
 from mcm_jax.data.pipeline import InMemory, training_batches
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.draws import Draws
 from mcm_jax.errors import Interrupted, UserError
-from mcm_jax.training import RunSettings, caching, loop, state, step, train_and_evaluate
+from mcm_jax.pipeline import Pipeline
+from mcm_jax.training import RunSettings, caching, loop, parts, state, step, train_and_evaluate
 from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.logs import Log
@@ -522,6 +523,36 @@ def test_a_loss_that_is_not_finite_ends_the_run(trained, tmp_path, monkeypatch):
     assert batch["examples"] == training_batches(lambda i, d: {}, 12, 4, 0)[0]["index"].tolist()
 
 
+def test_the_files_of_a_batch_are_known_with_a_cache_too(base_path, tmp_path):
+    names = ("ash", "birch", "cedar")
+    pictures = {"image": (tiny.SIZE, tiny.SIZE, 3), "segmentation": (tiny.SIZE,) * 2, "sketch": (tiny.SIZE,) * 2}
+    for folder, shape in pictures.items():
+        (tmp_path / "train" / folder).mkdir(parents=True)
+        for name in names:
+            Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / "train" / folder / f"{name}.png")
+    changes = {"data.name": "folder", "data.path": str(tmp_path), "cache.mode": "build", "draws.count": 1}
+    settings = tiny.settings_of(tiny.make_config(base_path, changes | {"train.validate_every": 0}))
+    assembled = parts.assemble(settings, tmp_path / "run", sharding.make_mesh())
+    assert assembled.feed.repeat == 1 and assembled.feed.names == names  # what diverged.json names examples by
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    assert parts.assemble(settings, tmp_path / "run", sharding.make_mesh()).feed.names == ()
+
+
+def test_the_base_for_pictures_must_fit_in_every_process_split_as_it_is(base_path, monkeypatch):
+    if jax.device_count() != 2:
+        pytest.skip("as conftest.py sets it up, there are two devices")
+    settings = tiny.settings_of(tiny.make_config(base_path, {"mesh.fsdp": 2}))
+    mesh, shapes = sharding.make_mesh(settings.mesh), settings.base.outline()
+    modulator = parts.fitting_modulator(settings, shapes.card)
+    needed = Pipeline(shapes, modulator, None, settings.sampling, mesh=mesh).sampling_bytes(8)
+    assert needed != Pipeline(shapes, modulator, None, settings.sampling).sampling_bytes(8)  # whole on each device
+    for free, fits in (({0: needed}, True), ({0: needed, 1: None}, True), ({0: needed, 1: needed - 1}, False)):
+        monkeypatch.setattr(distributed, "everyones", lambda own, free=free: free)
+        base = parts._base_for_pictures(settings, modulator, mesh)
+        assert (base is not None) == fits
+        assert not fits or sharding.mesh_of(base.params) == mesh
+
+
 def test_what_is_hidden_does_not_depend_on_the_noise(base, modulator):
     """Keys of different streams are different: `fold_in(k, 1)` is `split(k)[1]`, so one key must not serve both."""
     count = 1024
@@ -535,6 +566,23 @@ def test_what_is_hidden_does_not_depend_on_the_noise(base, modulator):
     first_values = out["noise"].reshape(count, -1)[:, :8]
     correlation = np.abs(shown.T @ first_values) / count
     assert correlation.max() < 0.1  # the error that was here once gave 0.4
+
+
+def test_processes_compare_their_source_files(base_path, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(distributed, "agree", said.append)
+    caching.agree_on(tiny.settings_of(tiny.make_config(base_path)))
+    package = tmp_path / "mcm_jax"
+    shutil.copytree(tiny.ROOT / "mcm_jax", package, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    (package / "assets").mkdir()
+    shutil.copy(tiny.ROOT / "mcm_jax/assets/__init__.py", package / "assets")
+    digest = version.source_digest(package)
+    assert said[0]["source files of mcm-jax"] == digest[:16] and said[0]["config.seed"] == "0"
+    with (package / "training/step.py").open("a") as file:
+        file.write("# edited\n")
+    edited = version.source_digest(package)
+    (package / "training/step.py").rename(package / "training/steps.py")
+    assert len({digest, edited, version.source_digest(package)}) == 3
 
 
 HANGS = """

@@ -19,7 +19,7 @@ class CacheSettings:
       path: a folder; '' is the workdir's own.
       dtype: of the predictions on disk: ``float16``, ``bfloat16``, ``float32``, ``int8``.
       shard_draws: predictions in a file: what a kill can lose.
-      batch_size: predictions at a time, over all devices of a process.
+      batch_size: predictions at a time, over all devices of a process: each builds shards of its own.
       verify: whether all checksums are compared before training.
       load_base: whether the base is loaded all the same, for validation pictures and control while training.
     """

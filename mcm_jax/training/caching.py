@@ -22,7 +22,7 @@ from mcm_jax.data.inputs import PREPROCESSING
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import check_writable
 from mcm_jax.training.settings import RunSettings
-from mcm_jax.version import __version__
+from mcm_jax.version import __version__, source_digest
 
 
 def precompute(config: Any, workdir: str | os.PathLike, *, verify: bool = True) -> Cache:
@@ -39,9 +39,9 @@ def precompute(config: Any, workdir: str | os.PathLike, *, verify: bool = True) 
 
 
 def agree_on(settings: RunSettings) -> None:
-    """Refuses processes of a cluster that do not run the same: config, version, data. Raises UserError on all."""
-    flat = config_lib.flatten(settings)
-    distributed.agree({f"config.{k}": repr(v) for k, v in flat.items()} | {"version of mcm-jax": __version__})
+    """Refuses processes of a cluster that do not run the same config by the same code. Raises UserError on all."""
+    code = {"version of mcm-jax": __version__, "source files of mcm-jax": source_digest()[:16]}
+    distributed.agree({f"config.{k}": repr(v) for k, v in config_lib.flatten(settings).items()} | code)
 
 
 def build_cache(
@@ -67,7 +67,7 @@ def build_cache(
 
     Raises:
       UserError: bad input, another cache in the folder, a full disk: see its message. Complete shards stay.
-      Interrupted: Ctrl-C; complete shards stay.
+      Interrupted: Ctrl-C, or SIGTERM in a script; complete shards stay.
     """
     folder = settings.cache.folder(workdir)
     mesh = sharding.local_mesh(settings.mesh)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -87,7 +88,8 @@ def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Me
         more["control"] = _control(settings, card, modulator) if settings.train.evaluate_every else None
     if opened:
         print(f"training from the cache {opened.folder}")
-        return Parts(card, modulator, feeds.cached(opened), _held_out_cache(settings, workdir), **more)
+        feed = dataclasses.replace(feeds.cached(opened), names=_names(settings, card))
+        return Parts(card, modulator, feed, _held_out_cache(settings, workdir), **more)
     feed = _online(settings, base, modulator, "train", mesh)
     held_out = None
     if settings.train.evaluate_every:
@@ -122,6 +124,13 @@ def _online(settings: RunSettings, base: Base, modulator: Modulator, split: str,
         accumulate=settings.train.accumulate,
         names=getattr(found, "names", ()),
     )
+
+
+def _names(settings: RunSettings, card: BaseCard) -> Sequence[str]:
+    """Of the training examples, where they are files that are at hand: a cache, checked against them, has none."""
+    if not settings.data.is_at_hand("train"):
+        return ()
+    return getattr(settings.data.find("train", settings.modalities.shown, card), "names", ())
 
 
 def _held_out_cache(settings: RunSettings, workdir: pathlib.Path) -> Feed | None:
@@ -161,13 +170,17 @@ def _control(settings: RunSettings, card: BaseCard, modulator: Modulator) -> tup
 
 
 def _base_for_pictures(settings: RunSettings, modulator: Modulator, mesh: jax.sharding.Mesh) -> Base | None:
-    """The base, beside a training that does without it; None, and a word on why, where it does not fit."""
-    shapes = Pipeline(settings.base.outline(), modulator, None, settings.sampling)
+    """The base, beside a training that does without it; None, and a word on why, where it does not fit.
+
+    All processes of a cluster have it or none: they sample together.
+    """
+    shapes = Pipeline(settings.base.outline(), modulator, None, settings.sampling, mesh=mesh)
     needed, free = shapes.sampling_bytes(_VALIDATION_IMAGES), sharding.free_memory()
-    if free is not None and needed > free:
+    known = [bytes_ for bytes_ in distributed.everyones(free).values() if bytes_ is not None]
+    if known and needed > min(known):
         print(
             f"validation pictures are left to sample.py: the base and its sampling need {needed / 2**30:.1f} GiB of "
-            f"memory, {free / 2**30:.1f} GiB are free (config.cache.load_base)"
+            f"memory on each device, {min(known) / 2**30:.1f} GiB are free (config.cache.load_base)"
         )
         return None
     return settings.base.load(mesh)
