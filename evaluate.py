@@ -17,6 +17,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of train.py, or the nam
 _OUT = flags.DEFINE_string("out", None, "JSON file for the metrics")
 _MAPS = flags.DEFINE_integer("maps", None, "Held-out examples; default: the config's evaluation.maps")
 _SEEDS = flags.DEFINE_integer("seeds", None, "How often each is sampled; default: the config's evaluation.seeds")
+_REFERENCES = flags.DEFINE_integer(
+    "references", None, "Training pictures for FID and KID; default: the config's evaluation.references"
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise")
 _JUDGE = flags.DEFINE_multi_string(
     "judge",
@@ -39,6 +42,7 @@ def main(argv: list[str]) -> None:
         seeds=_SEEDS.value,
         seed=_SEED.value,
         judges=judges,
+        references=_REFERENCES.value,
         **_SETTINGS(),
     )
 

@@ -146,13 +146,16 @@ def workdir(tmp_path_factory, pairs):
 def test_a_folder_of_ones_own_is_evaluated(workdir, tmp_path, monkeypatch):
     """Killed after some rows, the same command goes on; its end is that of an evaluation without a pause."""
     judges = {"segmentation": "scenes"}
-    whole = evaluate(workdir, tmp_path / "whole" / "metrics.json", judges=judges, maps=6)
+    whole = evaluate(workdir, tmp_path / "whole" / "metrics.json", judges=judges, maps=6, references=6)
     assert whole["maps"] == 6 and whole["seeds"] == 2
     rows = ["real", "base", "shuffled", "both", "segmentation", "sketch"]
     assert list(whole["miou"]) == list(whole["edge_f1"]) == rows
     assert whole["miou"]["real"] > 0.9 > 0.5 > whole["miou"]["both"]
     assert 0 < whole["interval"]["miou"]["both"] < 0.5 and "real" not in whole["interval"]["miou"]
     assert set(whole["diversity"]) == {"base", "both", "segmentation", "sketch"}
+    assert whole["fid"]["both"] is None and "at least 129 pictures" in whole["undefined"]["fid.both"]
+    assert whole["kid"]["both"] > whole["kid"]["real"] and whole["nearest"]["both"] > whole["nearest"]["real"] > 0
+    assert whole["interval"]["kid"]["both"] > 0
     written = sorted(path.name for path in (tmp_path / "whole").iterdir())
     sheets = ["cases_segmentation.png", "cases_sketch.png", "samples.png"]
     assert written == sorted([*sheets, "metrics.json", "report.html", "report.md"])
@@ -171,9 +174,9 @@ def test_a_folder_of_ones_own_is_evaluated(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(module.Sampler, "__call__", stopping)
     out = tmp_path / "stopped" / "metrics.json"
     with pytest.raises(Interrupted, match="same command goes on"):
-        evaluate(workdir, out, judges=judges, maps=6)
+        evaluate(workdir, out, judges=judges, maps=6, references=6)
     assert not out.exists()
-    goes_on = evaluate(workdir, out, judges=judges, maps=6)
+    goes_on = evaluate(workdir, out, judges=judges, maps=6, references=6)
     assert drawn == ["base"] * 3 + ["both"] * 2 + ["both"] * 2 + ["segmentation"] * 3 + ["sketch"] * 3
     times = ("seconds",)
     assert {k: v for k, v in goes_on.items() if k not in times} == {k: v for k, v in whole.items() if k not in times}

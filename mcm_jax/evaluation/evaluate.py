@@ -46,6 +46,7 @@ class EvaluationSettings:
       seeds: how often each is sampled; from 2 on, numbers are means with 95% intervals over the seeds.
       strengths: modality guidance scales beside the sampling's own.
       judges: what judges a modality, by its name: see mcm_jax/evaluation/judges; for scenes there is a default.
+      references: training pictures that samples are compared with, as sets (FID, KID, the nearest); 0 leaves it out.
       diversity_conditions: of the examples, how many are sampled several times for the diversity.
       diversity_seeds: how often; 0 or 1 leaves it out.
       expected: shown beside the table, by the name of the row.
@@ -55,6 +56,7 @@ class EvaluationSettings:
     seeds: int = 1
     strengths: tuple[float, ...] = ()
     judges: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    references: int = config.setting(1_000, before=0)
     diversity_conditions: int = 16
     diversity_seeds: int = 4
     expected: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"both": "", "base": ""})
@@ -63,6 +65,7 @@ class EvaluationSettings:
         expect(self.maps >= 1, "maps", "at least 1", self.maps)
         expect(self.seeds >= 1, "seeds", "at least 1", self.seeds)
         expect(all(0 < s < float("inf") for s in self.strengths), "strengths", "above 0", self.strengths)
+        expect(self.references >= 0, "references", "at least 0", self.references)
         expect(self.diversity_conditions >= 1, "diversity_conditions", "at least 1", self.diversity_conditions)
         expect(self.diversity_seeds >= 0, "diversity_seeds", "at least 0", self.diversity_seeds)
 
@@ -83,6 +86,7 @@ def evaluate(
     seeds: int | None = None,
     seed: int = 0,
     judges: Mapping[str, str] | None = None,
+    references: int | None = None,
     **changes: Any,
 ) -> dict:
     """Evaluates a trained MCM; writes ``out`` (JSON) and, beside it, ``report.md``, ``report.html`` and their pictures.
@@ -94,18 +98,25 @@ def evaluate(
       seeds: how often each is sampled; None takes ``config.evaluation.seeds``.
       seed: of the noise.
       judges: what judges a modality, by its name, in place of the config's.
+      references: training pictures that samples are compared with; None takes ``config.evaluation.references``.
       changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that shall differ from the config's; None is as
         there.
 
     Returns:
-      What is written: each number by its name and the row (of labels ``miou``, over all pixels of all maps and the mean
-      over classes, and ``class_iou``; of lines ``edge_f1``: precision, recall and F1; ``facts`` of scenes with a text:
-      in what share of the samples each thing that the caption says holds; ``diversity``, the mean root-mean-square
-      distance, in units of the [-1, 1] range, between samples of several seeds for one condition), ``interval`` (half
-      of the 95% interval of the mean over the seeds, laid out the same), ``undefined`` (why a number is null) and what
-      it was measured with. Rows: ``real`` pictures; these through the autoencoder (``autoencoder``); the base that is
-      not told the caption (``unprompted``) and the ``base`` alone; ``shuffled``, the samples of everything judged by
-      another example's conditions, which is what chance gives; each subset of the modalities.
+      What is written, each number by its name and the row:
+
+      * of labels ``miou`` (over all pixels of all maps, mean over classes) and ``class_iou``; of lines ``edge_f1``
+        (precision, recall and F1);
+      * ``facts`` of scenes with a text: in what share of the samples each thing that the caption says holds;
+      * ``fid``, ``kid`` and ``nearest``, where a judge of labels has features: see :mod:`.fidelity`;
+      * ``diversity``: the mean root-mean-square distance, in units of the [-1, 1] range, between samples of several
+        seeds for one condition;
+      * ``interval``, laid out the same: half of the 95% interval, of the mean over the seeds, or of FID and KID of one
+        seed by the pictures; ``undefined``: why a number is null; and what it was measured with.
+
+      Rows are ``real`` pictures; these through the ``autoencoder``; the base that is not told the caption
+      (``unprompted``) and the ``base`` alone; ``shuffled``, the samples of everything judged by another example's
+      conditions, which is what chance gives; and each subset of the modalities.
 
     Raises:
       UserError: bad input; nothing was written.
@@ -114,7 +125,7 @@ def evaluate(
     pipeline = Pipeline.from_folder(workdir)
     run = config.load(_RunSettings, assets.resolve(os.fspath(workdir)), others=True)
     wanted = run.evaluation
-    changed = {"maps": maps, "seeds": seeds, "judges": {**wanted.judges, **(judges or {})}}
+    changed = {"maps": maps, "seeds": seeds, "references": references, "judges": {**wanted.judges, **(judges or {})}}
     wanted = dataclasses.replace(wanted, **{k: v for k, v in changed.items() if v is not None})
     expect(0 <= seed < 2**32, "seed", "in 0..4294967295", seed)
     settings = pipeline.settings.but(**changes)
@@ -125,7 +136,7 @@ def evaluate(
     check_writable(out.parent, "--out")
     modalities = pipeline.modulator.modalities
     held_out = HeldOut(run.data, pipeline.base.card, modalities, wanted.maps)
-    of_all = judges_of(held_out, wanted.judges)
+    of_all = judges_of(held_out, wanted.judges, wanted.references)
     is_text = pipeline.base.is_text_conditional
     measured = {
         "maps": len(held_out),
@@ -185,9 +196,10 @@ def evaluate(
 
 @dataclasses.dataclass
 class _Measured:
-    """What a row gave: numbers of each seed, and of the first one scores by judge and some pictures."""
+    """What a row gave: numbers of each seed, and of the first one intervals, scores by judge and some pictures."""
 
     numbers: list[dict[str, float | str]]
+    within: dict[str, float] = dataclasses.field(default_factory=dict)
     scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     shown: np.ndarray | None = None
     cases: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -244,20 +256,22 @@ def _measure(
     everything = next(row.name for row in rows if row.given)
     found: dict[str, _Measured] = {}
 
-    def judged(images: np.ndarray, which: np.ndarray) -> tuple[dict, dict[str, np.ndarray]]:
-        numbers, arrays = {}, {"shown": pictures.to_uint8(images[:_SHOWN])}
+    def judged(images: np.ndarray, which: np.ndarray) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
+        numbers, within, arrays = {}, {}, {"shown": pictures.to_uint8(images[:_SHOWN])}
         for judge in judges:
             judgement = judge(images, which)
             numbers |= flatten(judgement.numbers)
+            within |= judgement.within
             if judgement.scores is not None:
                 arrays[f"scores/{judge.name}"] = judgement.scores
                 arrays[f"cases/{judge.name}"] = pictures.to_uint8(images[_chosen(judgement.scores)])
-        return numbers, arrays
+        return {"numbers": numbers, "within": within}, arrays
 
-    def add(name: str, numbers: dict, arrays: dict[str, np.ndarray]) -> None:
+    def add(name: str, found_by: dict, arrays: dict[str, np.ndarray]) -> None:
         row = found.setdefault(name, _Measured([]))
-        row.numbers.append(numbers)
+        row.numbers.append(found_by["numbers"])
         if len(row.numbers) == 1:
+            row.within = found_by["within"]
             row.shown = arrays["shown"]
             row.scores = {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith("scores/")}
             row.cases = {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith("cases/")}
@@ -367,6 +381,8 @@ def _summed_up(found: Mapping[str, _Measured]) -> dict[str, Any]:
             put(result, path, row, float(np.mean(defined)) if defined else None)
             if len(defined) > 1:
                 put(result["interval"], path, row, interval(defined))
+            elif path in measured.within:
+                put(result["interval"], path, row, measured.within[path])
     return result
 
 

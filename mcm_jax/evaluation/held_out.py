@@ -76,6 +76,14 @@ class HeldOut:
         found = self.data.find("test", self.modalities, self.card, size=self.most)
         return list(getattr(found, "names", map(str, range(len(self)))))[: len(self)]
 
+    def training_images(self, height: int, width: int, most: int) -> np.ndarray:
+        """The first training pictures, as they are, at most so many: float32 ``[N, height, width, 3]`` in [-1, 1]."""
+        data = dataclasses.replace(self.data, views=1, flip=False, crop=1.0)
+        card = dataclasses.replace(self.card, image_shape=(height, width, 3))
+        source = data.open("train", self.judged, card, size=most)
+        images = np.stack([source[i]["image"] for i in range(min(most, len(source)))])
+        return to_float({"image": images}, [])["image"]
+
     def at(self, height: int, width: int) -> dict[str, np.ndarray]:
         """:attr:`conditions` on another grid: drawn or read anew for it, rather than resized."""
         if (height, width) == self.images.shape[1:3]:

@@ -81,7 +81,9 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
     how += [
         f"{key} {result[key]}" for key in ("sampler", "guidance", "text_guidance", "seed") if result[key] is not None
     ]
-    around = " ± is half of the 95% interval of the mean over seeds (Student's t)." if result["seeds"] > 1 else ""
+    around = " ± is half of a 95% interval: over seeds (Student's t)" if result["seeds"] > 1 else ""
+    if result["interval"]:
+        around = (around or " ± is half of a 95% interval:") + ", of FID and KID of one seed over pictures (jackknife)."
     lines = [
         f"MCM of {result['mcm_parameters']:,} parameters ({share:.1%} of {result['base']}), trained for "
         f"{result['mcm_step']:,} steps.",

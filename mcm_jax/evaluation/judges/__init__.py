@@ -10,6 +10,7 @@ Which judge a modality has is said by a text (``evaluation.judges`` in a config,
 A judge compares on the grid that its reader takes, with conditions that were read or drawn anew for it.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ import numpy as np
 
 from mcm_jax.data.scenes import scene_at
 from mcm_jax.errors import UserError
-from mcm_jax.evaluation import metrics
+from mcm_jax.evaluation import fidelity, metrics
 from mcm_jax.evaluation.facts import facts_of, load_facts_net
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges.readers import CAN_BE, Reader, open_reader, resize_images
@@ -36,10 +37,12 @@ class Judgement:
     Attributes:
       numbers: by name; a section of numbers, too.
       scores: of each picture, ``[N]``, more is better; NaN where undefined. None where a judge has none.
+      within: half of the 95% interval of a number by the pictures at hand, by its name, where it is known.
     """
 
     numbers: Mapping[str, Number | Mapping[str, Number]]
     scores: np.ndarray | None = None
+    within: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +85,13 @@ def flatten(numbers: Mapping[str, Any]) -> dict[str, Number]:
     return flat
 
 
-def judges_of(held_out: HeldOut, specs: Mapping[str, str]) -> list[Judge]:
-    """The judges of a data set's modalities.
+def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) -> list[Judge]:
+    """The judges of a data set's modalities, and of how like its training pictures samples are.
 
     Args:
       held_out: the examples, whose data set says which judges its modalities have by themselves.
       specs: others, by modality.
+      references: training pictures that samples are compared with; 0 for no such comparison.
 
     Raises:
       UserError: a modality without a judge, or a judge that cannot be had: lists what can be given.
@@ -99,7 +103,7 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str]) -> list[Judge]:
         )
     chosen = {name: specs.get(name) or held_out.data.judges.get(name, "") for name in known}
     chosen |= {name: "edges" for name, m in known.items() if m.kind == "lines" and not chosen[name]}
-    made = []
+    made, readers = [], []
     for name, spec in chosen.items():
         modality = known[name]
         if spec == "none":
@@ -112,11 +116,20 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str]) -> list[Judge]:
         if spec.partition(":")[0] == "edges":
             made.append(_edges(modality, spec, held_out))
         elif modality.kind == "labels":
-            made.append(_labels(modality, spec, held_out))
+            reader = open_reader(
+                spec,
+                channels=modality.channels,
+                palette=held_out.data.palette(name),
+                names=held_out.data.classes(name),
+            )
+            readers.append(reader)
+            made.append(_labels(modality, reader, held_out))
         else:
             raise UserError(f"--judge={name}={spec}: no judge of {modality.kind}; expected {_can_be(modality)}")
     if held_out.card.is_text_conditional and held_out.data.name == "scenes":
         made.append(_facts(held_out))
+    if references and (seeing := [reader for reader in readers if reader.features]):
+        made.append(_fidelity(seeing[0], held_out, references))
     return _distinct(made)
 
 
@@ -144,13 +157,9 @@ def _distinct(judges: list[Judge]) -> list[Judge]:
     return out
 
 
-def _labels(modality: Modality, spec: str, held_out: HeldOut) -> Judge:
+def _labels(modality: Modality, reader: Reader, held_out: HeldOut) -> Judge:
     """Intersection over union of the labels that a reader finds."""
-    names = held_out.data.classes(modality.name)
-    reader: Reader = open_reader(
-        spec, channels=modality.channels, palette=held_out.data.palette(modality.name), names=names
-    )
-    names = reader.classes or names or tuple(map(str, range(modality.channels)))
+    names = reader.classes or tuple(map(str, range(modality.channels)))
     size = reader.size or held_out.images.shape[1:3]
     targets = held_out.at(*size)[modality.name]
 
@@ -220,3 +229,31 @@ def _facts(held_out: HeldOut) -> Judge:
         return Judgement({"facts": numbers}, np.mean(list(right.values()), axis=0))
 
     return Judge("caption", "share of the caption's facts, read by a net", judge, ("facts.mean",), ("facts",))
+
+
+def _fidelity(reader: Reader, held_out: HeldOut, references: int) -> Judge:
+    """How like the training pictures samples are, as sets, by the features of a net that reads labels."""
+    size = reader.size or held_out.images.shape[1:3]
+    real = reader.features(held_out.training_images(*size, references))
+    parts = {"fid": fidelity.fid, "kid": fidelity.kid}
+
+    def judge(images: np.ndarray, which: np.ndarray) -> Judgement:
+        found = reader.features(resize_images(images, *size))
+        numbers: dict[str, Number] = {}
+        within = {}
+        for name, distance in parts.items():
+            try:
+                numbers[name] = distance(found, real)
+            except ValueError as e:  # too few pictures: how many are needed
+                numbers[name] = str(e)
+                continue
+            with contextlib.suppress(ValueError):  # enough for the number, but not for what a jackknife leaves
+                within[name] = fidelity.interval(distance, found, real)
+        numbers["nearest"] = float(np.median(fidelity.nearest(found, real)))
+        return Judgement(numbers, within=within)
+
+    how = (
+        f"FID and KID against {len(real)} training pictures, and the median distance to the nearest of these, by "
+        f"{real.shape[1]} features of the judge {reader.name}, not of Inception: they compare with each other alone"
+    )
+    return Judge("fidelity", how, judge, ("fid", "kid", "nearest"), ("fid", "kid", "nearest"))
