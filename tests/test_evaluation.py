@@ -186,7 +186,7 @@ def test_a_folder_of_ones_own_is_evaluated(workdir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("judges", "message"),
     [
-        ({}, r"no judge of the labels 'segmentation'. Give one, --judge=segmentation=HOW: scenes .*=none to leave"),
+        ({}, r"no judge of the labels 'segmentation'. Give one, --judge=segmentation=HOW .*scenes .*=none to leave"),
         ({"depth": "none"}, "depth is no modality here; expected one of segmentation, sketch"),
         ({"segmentation": "none", "sketch": "edges:width=3"}, "found 'width=3', expected size"),
         ({"segmentation": "none", "sketch": "palette"}, "sketch=palette: no judge of"),

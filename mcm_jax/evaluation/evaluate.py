@@ -45,7 +45,7 @@ class EvaluationSettings:
       maps: held-out examples; of a folder at most as many as its test split has.
       seeds: how often each is sampled; from 2 on, numbers are means with 95% intervals over the seeds.
       strengths: modality guidance scales beside the sampling's own.
-      judges: what judges a modality, by its name: see mcm_jax/evaluation/judges; for scenes there is a default.
+      judges: what judges a modality, by its name (docs/evaluation.md); '' is the data set's own, or for lines `edges`.
       references: training pictures that samples are compared with, as sets (FID, KID, the nearest); 0 leaves it out.
       diversity_conditions: of the examples, how many are sampled several times for the diversity.
       diversity_seeds: how often; 0 or 1 leaves it out.
@@ -55,7 +55,7 @@ class EvaluationSettings:
     maps: int = 256
     seeds: int = 1
     strengths: tuple[float, ...] = ()
-    judges: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    judges: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"segmentation": "", "sketch": ""})
     references: int = config.setting(1_000, before=0)
     diversity_conditions: int = 16
     diversity_seeds: int = 4

@@ -97,6 +97,7 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
       UserError: a modality without a judge, or a judge that cannot be had: lists what can be given.
     """
     known = {m.name: m for m in held_out.judged}
+    specs = {name: spec for name, spec in specs.items() if spec}
     if unknown := sorted(set(specs) - set(known)):
         raise UserError(
             f"evaluation.judges: {', '.join(unknown)} is no modality here; expected one of {', '.join(known)}"
@@ -110,7 +111,8 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
             continue
         if not spec:
             raise UserError(
-                f"there is no judge of the {modality.kind} {name!r}. Give one, --judge={name}=HOW: "
+                f"there is no judge of the {modality.kind} {name!r}. Give one, --judge={name}=HOW (while training, "
+                f"config.evaluation.judges.{name}): "
                 f"{_can_be(modality)}; or --judge={name}=none to leave it out"
             )
         if spec.partition(":")[0] == "edges":
