@@ -59,7 +59,7 @@ RECIPES = {
 RECIPES["emoji"] = RECIPES["scenes"] | {
     "images": "the training split of emoji",
     "shift": 2,
-    "steps": 5_000,
+    "steps": 4_000,
     "batch": 32,
     "ema": 0.999,
     "autocast": "none",

@@ -10,79 +10,24 @@ Which judge a modality has is said by a text (``evaluation.judges`` in a config,
 A judge compares on the grid that its reader takes, with conditions that were read or drawn anew for it.
 """
 
-import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
-from mcm_jax.data.scenes import scene_at
 from mcm_jax.errors import UserError
-from mcm_jax.evaluation import fidelity, metrics
-from mcm_jax.evaluation.facts import facts_of, load_facts_net
 from mcm_jax.evaluation.held_out import HeldOut
-from mcm_jax.evaluation.judges.readers import CAN_BE, Reader, open_reader, resize_images
-from mcm_jax.modalities import Modality
+from mcm_jax.evaluation.judges import lines, readers
+from mcm_jax.evaluation.judges.captions import facts
+from mcm_jax.evaluation.judges.judge import Judge, Judgement, Number, flatten
+from mcm_jax.evaluation.judges.labels import labels
+from mcm_jax.evaluation.judges.lines import edges
+from mcm_jax.evaluation.judges.readers import open_reader
+from mcm_jax.evaluation.judges.sets import likeness
 
-Number = float | str
-"""A number, or in its place a text that says why it is undefined."""
+__all__ = ["Judge", "Judgement", "Number", "flatten", "judges_of"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Judgement:
-    """What a judge says of some pictures.
-
-    Attributes:
-      numbers: by name; a section of numbers, too.
-      scores: of each picture, ``[N]``, more is better; NaN where undefined. None where a judge has none.
-      within: half of the 95% interval of a number by the pictures at hand, by its name, where it is known.
-    """
-
-    numbers: Mapping[str, Number | Mapping[str, Number]]
-    scores: np.ndarray | None = None
-    within: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Judge:
-    """Judges how well pictures follow what they were drawn for.
-
-    Attributes:
-      name: of what it judges, e.g. a modality.
-      how: by what, for the report.
-      judge: gives a :class:`Judgement` of pictures ``[N, H, W, 3]`` in [-1, 1] and, int ``[N]``, the held-out example
-        that each was drawn for.
-      headline: names of the numbers that stand for all, the most important first, e.g. ``edge_f1.f1``.
-      watched: what training's log calls them.
-    """
-
-    name: str
-    how: str
-    judge: Callable[[np.ndarray, np.ndarray], Judgement]
-    headline: tuple[str, ...]
-    watched: tuple[str, ...]
-
-    def __call__(self, images: np.ndarray, which: np.ndarray) -> Judgement:
-        """See :attr:`judge`."""
-        return self.judge(images, which)
-
-    def watch(self, images: np.ndarray, which: np.ndarray) -> dict[str, float]:
-        """The headline's numbers, as training logs them; what is undefined is NaN."""
-        found = flatten(self(images, which).numbers)
-        return {
-            name: np.nan if isinstance(found[path], str) else found[path]
-            for name, path in zip(self.watched, self.headline, strict=True)
-        }
-
-
-def flatten(numbers: Mapping[str, Any]) -> dict[str, Number]:
-    """``{"edge_f1.f1": 0.9, ...}`` of numbers in sections."""
-    flat = {}
-    for name, value in numbers.items():
-        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
-    return flat
+_CAN_BE = {"labels": readers.CAN_BE, "lines": lines.CAN_BE, "map": lines.CAN_BE}
 
 
 def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) -> list[Judge]:
@@ -104,7 +49,7 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
         )
     chosen = {name: specs.get(name) or held_out.data.judges.get(name, "") for name in known}
     chosen |= {name: "edges" for name, m in known.items() if m.kind == "lines" and not chosen[name]}
-    made, readers = [], []
+    made, seeing = [], []
     for name, spec in chosen.items():
         modality = known[name]
         if spec == "none":
@@ -113,10 +58,10 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
             raise UserError(
                 f"there is no judge of the {modality.kind} {name!r}. Give one, --judge={name}=HOW (while training, "
                 f"config.evaluation.judges.{name}): "
-                f"{_can_be(modality)}; or --judge={name}=none to leave it out"
+                f"{_CAN_BE[modality.kind]}; or --judge={name}=none to leave it out"
             )
         if spec.partition(":")[0] == "edges":
-            made.append(_edges(modality, spec, held_out))
+            made.append(edges(modality, spec, held_out))
         elif modality.kind == "labels":
             reader = open_reader(
                 spec,
@@ -124,21 +69,15 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
                 palette=held_out.data.palette(name),
                 names=held_out.data.classes(name),
             )
-            readers.append(reader)
-            made.append(_labels(modality, reader, held_out))
+            seeing.append(reader)
+            made.append(labels(modality, reader, held_out))
         else:
-            raise UserError(f"--judge={name}={spec}: no judge of {modality.kind}; expected {_can_be(modality)}")
+            raise UserError(f"--judge={name}={spec}: no judge of {modality.kind}; expected {_CAN_BE[modality.kind]}")
     if held_out.card.is_text_conditional and held_out.data.name == "scenes":
-        made.append(_facts(held_out))
-    if references and (seeing := [reader for reader in readers if reader.features]):
-        made.append(_fidelity(seeing[0], held_out, references))
+        made.append(facts(held_out))
+    if references and (seeing := [reader for reader in seeing if reader.features]):
+        made.append(likeness(seeing[0], held_out, references))
     return _distinct(made)
-
-
-def _can_be(modality: Modality) -> str:
-    if modality.kind == "labels":
-        return CAN_BE
-    return "edges (its lines against the edges of the picture)"
 
 
 def _distinct(judges: list[Judge]) -> list[Judge]:
@@ -152,110 +91,9 @@ def _distinct(judges: list[Judge]) -> list[Judge]:
 
         def renamed(images: np.ndarray, which: np.ndarray, judge: Judge = judge) -> Judgement:
             found = judge(images, which)
-            return Judgement({f"{judge.name}/{k}": v for k, v in found.numbers.items()}, found.scores)
+            numbers, within = ({f"{judge.name}/{k}": v for k, v in of.items()} for of in (found.numbers, found.within))
+            return Judgement(numbers, found.scores, within)
 
         more = {key: tuple(f"{judge.name}/{n}" for n in getattr(judge, key)) for key in ("headline", "watched")}
         out.append(dataclasses.replace(judge, judge=renamed, **more))
     return out
-
-
-def _labels(modality: Modality, reader: Reader, held_out: HeldOut) -> Judge:
-    """Intersection over union of the labels that a reader finds."""
-    names = reader.classes or tuple(map(str, range(modality.channels)))
-    size = reader.size or held_out.images.shape[1:3]
-    targets = held_out.at(*size)[modality.name]
-
-    def judge(images: np.ndarray, which: np.ndarray) -> Judgement:
-        found = reader(resize_images(images, *size))
-        each = [
-            metrics.confusion_matrix(labels, targets[i], modality.channels)
-            for labels, i in zip(found, which, strict=True)
-        ]
-        total = np.sum(each, axis=0)
-        values = zip(names, metrics.class_iou(total), strict=True)
-        numbers = {
-            "miou": float(metrics.mean_iou(total)),
-            "class_iou": {n: "in no map and in no picture" if np.isnan(v) else float(v) for n, v in values},
-        }
-        return Judgement(numbers, np.array([metrics.mean_iou(confusion) for confusion in each]))
-
-    how = f"mean IoU of {modality.channels} classes, read by {reader.name} at {size[0]}x{size[1]}"
-    return Judge(modality.name, how, judge, ("miou",), ("mean_iou",))
-
-
-_EDGES = {"size": 0, "threshold": metrics.EDGE_THRESHOLD, "tolerance": 1}
-
-
-def _edges(modality: Modality, spec: str, held_out: HeldOut) -> Judge:
-    """F1 of the pictures' edges against the lines."""
-    how = dict(_EDGES)
-    for part in filter(None, spec.partition(":")[2].split(",")):
-        key, _, value = part.partition("=")
-        try:
-            how[key] = type(_EDGES[key])(value)
-        except (KeyError, ValueError) as e:
-            raise UserError(
-                f"--judge={modality.name}={spec}: found {part!r}, expected size (of the shorter side, in pixels), "
-                f"threshold (least gradient of an edge) or tolerance (pixels), as in edges:size=64,threshold=0.2"
-            ) from e
-    height, width = held_out.images.shape[1:3]
-    if how["size"]:
-        factor = how["size"] / min(height, width)
-        height, width = round(height * factor), round(width * factor)
-    lines = held_out.at(height, width)[modality.name]
-    measure = functools.partial(metrics.edge_f1, tolerance=how["tolerance"], threshold=how["threshold"])
-
-    def judge(images: np.ndarray, which: np.ndarray) -> Judgement:
-        images = resize_images(images, height, width)
-        numbers = {k: float(v) for k, v in measure(images, lines[which]).items()}
-        scores = [measure(images[i : i + 1], lines[j : j + 1])["f1"] for i, j in enumerate(which)]
-        return Judgement({"edge_f1": numbers}, np.array(scores))
-
-    said = (
-        f"F1 of edges within {how['tolerance']} pixel(s), gradient at least {how['threshold']:g}, at {height}x{width}"
-    )
-    return Judge(modality.name, said, judge, ("edge_f1.f1",), ("edge_f1",))
-
-
-def _facts(held_out: HeldOut) -> Judge:
-    """Whether scenes show what their captions say."""
-    net = load_facts_net()
-    size = net.config["height"], net.config["width"]
-    told = facts_of([scene_at(held_out.data.seed, "test", i).facts for i in range(len(held_out))])
-
-    def judge(images: np.ndarray, which: np.ndarray) -> Judgement:
-        seen = net.predict(resize_images(images, *size))
-        right = {fact: seen[fact] == told[fact][which] for fact in told}
-        shares = {fact: float(holds.mean()) for fact, holds in right.items()}
-        numbers = shares | {"mean": sum(shares.values()) / len(shares)}
-        return Judgement({"facts": numbers}, np.mean(list(right.values()), axis=0))
-
-    return Judge("caption", "share of the caption's facts, read by a net", judge, ("facts.mean",), ("facts",))
-
-
-def _fidelity(reader: Reader, held_out: HeldOut, references: int) -> Judge:
-    """How like the training pictures samples are, as sets, by the features of a net that reads labels."""
-    size = reader.size or held_out.images.shape[1:3]
-    real = reader.features(held_out.training_images(*size, references))
-    parts = {"fid": fidelity.fid, "kid": fidelity.kid}
-
-    def judge(images: np.ndarray, which: np.ndarray) -> Judgement:
-        found = reader.features(resize_images(images, *size))
-        numbers: dict[str, Number] = {}
-        within = {}
-        for name, distance in parts.items():
-            try:
-                numbers[name] = distance(found, real)
-            except ValueError as e:  # too few pictures: how many are needed
-                numbers[name] = str(e)
-                continue
-            with contextlib.suppress(ValueError):  # enough for the number, but not for what a jackknife leaves
-                within[name] = fidelity.interval(distance, found, real)
-        numbers["nearest"] = float(np.median(fidelity.nearest(found, real)))
-        return Judgement(numbers, within=within)
-
-    how = (
-        f"FID and KID against {len(real)} training pictures, and the median distance to the nearest of these, by "
-        f"{real.shape[1]} features of the judge {reader.name}, not of Inception: they compare with each other alone"
-    )
-    return Judge("fidelity", how, judge, ("fid", "kid", "nearest"), ("fid", "kid", "nearest"))

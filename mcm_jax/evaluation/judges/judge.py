@@ -1,0 +1,65 @@
+"""What a judge is, and what it gives."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+Number = float | str
+"""A number, or in its place a text that says why it is undefined."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What a judge says of some pictures.
+
+    Attributes:
+      numbers: by name; a section of numbers, too.
+      scores: of each picture, ``[N]``, more is better; NaN where undefined. None where a judge has none.
+      within: half of the 95% interval of a number by the pictures at hand, by its name, where it is known.
+    """
+
+    numbers: Mapping[str, Number | Mapping[str, Number]]
+    scores: np.ndarray | None = None
+    within: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Judges how well pictures follow what they were drawn for.
+
+    Attributes:
+      name: of what it judges, e.g. a modality.
+      how: by what, for the report.
+      judge: gives a :class:`Judgement` of pictures ``[N, H, W, 3]`` in [-1, 1] and, int ``[N]``, the held-out example
+        that each was drawn for.
+      headline: names of the numbers that stand for all, the most important first, e.g. ``edge_f1.f1``.
+      watched: what training's log calls them.
+    """
+
+    name: str
+    how: str
+    judge: Callable[[np.ndarray, np.ndarray], Judgement]
+    headline: tuple[str, ...]
+    watched: tuple[str, ...]
+
+    def __call__(self, images: np.ndarray, which: np.ndarray) -> Judgement:
+        """See :attr:`judge`."""
+        return self.judge(images, which)
+
+    def watch(self, images: np.ndarray, which: np.ndarray) -> dict[str, float]:
+        """The headline's numbers, as training logs them; what is undefined is NaN."""
+        found = flatten(self(images, which).numbers)
+        return {
+            name: np.nan if isinstance(found[path], str) else found[path]
+            for name, path in zip(self.watched, self.headline, strict=True)
+        }
+
+
+def flatten(numbers: Mapping[str, Any]) -> dict[str, Number]:
+    """``{"edge_f1.f1": 0.9, ...}`` of numbers in sections."""
+    flat = {}
+    for name, value in numbers.items():
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat
