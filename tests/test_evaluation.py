@@ -8,12 +8,15 @@ import pytest
 import tiny
 from PIL import Image
 
+from mcm_jax.base import BaseCard
+from mcm_jax.data import DataSettings
 from mcm_jax.data.colours import to_lab
 from mcm_jax.data.scenes import CLASSES, PALETTE, Scenes
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.evaluation import evaluate as module
 from mcm_jax.evaluation.evaluate import evaluate, interval
-from mcm_jax.evaluation.judges import Judgement, flatten
+from mcm_jax.evaluation.held_out import HeldOut
+from mcm_jax.evaluation.judges import Judge, Judgement, flatten, judges_of
 from mcm_jax.evaluation.judges.readers import open_reader, resize_images
 from mcm_jax.evaluation.rows import rows_of, subsets
 
@@ -181,6 +184,24 @@ def test_a_folder_of_ones_own_is_evaluated(workdir, tmp_path, monkeypatch):
     times = ("seconds",)
     assert {k: v for k, v in goes_on.items() if k not in times} == {k: v for k, v in whole.items() if k not in times}
     assert not out.with_name("metrics.json.parts").exists()
+
+
+def test_interiors_leave_borders_out():
+    """Of emoji a pixel that a border runs through has the mean colour of two areas, which is neither's."""
+
+    def judged(spec: str, size: int = 32) -> tuple[Judge, Judgement]:
+        held_out = HeldOut(
+            DataSettings(name="emoji"), BaseCard("", "", None, (size, size, 3), (size, size, 3), False, 1, 1), (), 1_000
+        )
+        judge = judges_of(held_out, {"segmentation": spec, "sketch": "none"})[0]
+        return judge, judge(held_out.images, np.arange(len(held_out)))
+
+    (plain, everywhere), (judge, inside) = judged("palette"), judged("")
+    assert "over the 85% of the pixels that no border runs through" in judge.how and "border" not in plain.how
+    assert everywhere.numbers["miou"] < 0.8 and inside.numbers["miou"] > 0.95
+    assert min(inside.numbers["class_iou"].values()) > 0.9
+    with pytest.raises(UserError, match=r"twice its resolution, 128x128, .*--judge=segmentation=palette"):
+        judged("", 64)
 
 
 @pytest.mark.parametrize(

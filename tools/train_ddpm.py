@@ -134,6 +134,7 @@ def main() -> None:
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         start, log = state["step"], state["log"]
+    compiled = torch.compile(net)  # half the time of a step
     began, losses = time.time(), []
     for step in range(start, r["steps"]):
         rng = torch.Generator().manual_seed(1_000_003 * (r["seed"] + 1) + step)
@@ -145,7 +146,7 @@ def main() -> None:
         t = torch.randint(len(abar), (len(x),), generator=rng)
         noise = torch.randn(x.shape, generator=rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=r["autocast"] == "bfloat16"):
-            eps = net(scheduler.add_noise(x, noise, t), t).sample
+            eps = compiled(scheduler.add_noise(x, noise, t), t).sample
         weight = snr[t].clamp(max=5) / snr[t]
         loss = (weight[:, None, None, None] * (eps.float() - noise) ** 2).mean()
         rate = min((step + 1) / r["warmup"], 0.5 + 0.5 * math.cos(math.pi * step / r["steps"]))

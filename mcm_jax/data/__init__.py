@@ -36,7 +36,7 @@ def _drawn(classes: Sequence[str], palette: np.ndarray, judge: str, edges: str) 
 
 _SOURCES = {
     "scenes": _drawn(scenes.CLASSES, scenes.PALETTE, "scenes", "edges:size=32"),
-    "emoji": _drawn(emoji.CLASSES, emoji.PALETTE, "palette", "edges:size=32"),
+    "emoji": _drawn(emoji.CLASSES, emoji.PALETTE, "interior:palette", "edges:size=32"),
     "folder": _Known(),
 }
 

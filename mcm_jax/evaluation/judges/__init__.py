@@ -3,7 +3,8 @@
 Which judge a modality has is said by a text (``evaluation.judges`` in a config, ``--judge`` of evaluate.py):
 
 * labels: a reader of label maps (:mod:`.readers`): ``scenes``, ``palette:FILE.json``, ``module:function``,
-  ``FILE.onnx``, or a folder of ``python -m mcm_jax.evaluation.judges train``. Judged by intersection over union.
+  ``FILE.onnx``, or a folder of ``python -m mcm_jax.evaluation.judges train``. Judged by intersection over union; with
+  ``interior:`` before it without the pixels that a border runs through.
 * lines: ``edges``, or with its settings, ``edges:size=64,threshold=0.2,tolerance=2``. Judged by F1.
 * ``none``: the modality is not judged.
 
@@ -20,7 +21,7 @@ from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import lines, readers
 from mcm_jax.evaluation.judges.captions import facts
 from mcm_jax.evaluation.judges.judge import Judge, Judgement, Number, flatten
-from mcm_jax.evaluation.judges.labels import labels
+from mcm_jax.evaluation.judges.labels import INTERIOR, labels
 from mcm_jax.evaluation.judges.lines import edges
 from mcm_jax.evaluation.judges.readers import open_reader
 from mcm_jax.evaluation.judges.sets import likeness
@@ -64,13 +65,13 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
             made.append(edges(modality, spec, held_out))
         elif modality.kind == "labels":
             reader = open_reader(
-                spec,
+                spec.removeprefix(INTERIOR),
                 channels=modality.channels,
                 palette=held_out.data.palette(name),
                 names=held_out.data.classes(name),
             )
             seeing.append(reader)
-            made.append(labels(modality, reader, held_out))
+            made.append(labels(modality, reader, held_out, spec.startswith(INTERIOR)))
         else:
             raise UserError(f"--judge={name}={spec}: no judge of {modality.kind}; expected {_CAN_BE[modality.kind]}")
     if held_out.card.is_text_conditional and held_out.data.name == "scenes":
