@@ -11,6 +11,13 @@ t is the u-quantile of the density. So every example sees early, middle and late
 **Density and importance.** For timesteps drawn with probability p(t), the loss is weighted by ``1 / (T p(t))``: its
 mean stays that over uniform timesteps, and only its variance changes. What the loss shall stress is for its weighting
 to say. Timesteps of density 0 are never drawn, so no weight can speak for them.
+
+**Offset noise.** In training the low frequencies of x_t are the picture's own, so the base's estimate of a large area's
+colour is right before the MCM acts: it never learns to contradict it. In sampling they are those of the starting noise.
+With ``offset`` s above 0 the noise is ``eps + s u min(1, alpha / sigma) n``, with u ~ U[0, 1) and smooth n of variance
+up to 1: where there is more noise than signal that shows x0 off by -s u n, elsewhere less. The target is this noise, so the
+MCM learns to lead back to what the conditions say. (After the offset noise that bases are fine-tuned with, which is
+constant over the picture and does not depend on t.)
 """
 
 import dataclasses
@@ -26,7 +33,8 @@ import numpy as np
 from mcm_jax.errors import UserError, expect
 from mcm_jax.schedules import Schedule
 
-_NOISE, MODALITY_DROP, _PROMPT_DROP, _TIME, _STRATUM = range(5)  # streams of keys; they never share one
+_NOISE, MODALITY_DROP, _PROMPT_DROP, _TIME, _STRATUM, _OFFSET = range(6)  # streams of keys; they never share one
+_GRIDS = (1, 2, 4)  # of offset noise: cells along each side
 
 
 def example_keys(seed: int, stream: int, index: jax.Array, draw: jax.Array) -> jax.Array:
@@ -53,15 +61,19 @@ class DrawsSettings:
       seed: apart from the run's: a cache serves any ``config.seed``.
       density: of timesteps over equal parts of 0..T-1, relative to each other; importance weights keep the loss
         unbiased.
+      offset: strength of offset noise, smooth over the picture; 0 is none, about 0.5 makes the MCM lead large areas to
+        their conditions where the base is free to choose (mcm_jax/draws.py).
     """
 
     count: int = 5
     seed: int = 0
     density: tuple[float, ...] = (1.0,)
+    offset: float = 0.0
 
     def __post_init__(self):
         expect(self.count >= 1, "count", "at least 1", self.count)
         expect_seed(self.seed)
+        expect(0 <= self.offset < float("inf"), "offset", "at least 0", self.offset)
         try:
             check_density(self.density, 2**31)  # how many timesteps there are is the base's to say
         except ValueError:
@@ -71,7 +83,8 @@ class DrawsSettings:
     def of(self, schedule: Schedule, prompt_drop_rate: float) -> "Draws":
         """The draws for a base. Raises UserError where the density has more parts than the base has timesteps."""
         try:
-            return Draws(self.seed, self.count, self.density, schedule.num_train_timesteps, prompt_drop_rate)
+            total = schedule.num_train_timesteps
+            return Draws(self.seed, self.count, self.density, total, prompt_drop_rate, self.offset)
         except ValueError as e:
             raise UserError(f"config.draws.density: {e}") from e
 
@@ -93,6 +106,7 @@ class Draws:
         times as dense in the noisier half; T numbers are any density.
       total: T.
       prompt_drop_rate: how often the empty prompt takes an example's prompt's place.
+      offset: strength of offset noise.
     """
 
     seed: int
@@ -100,6 +114,7 @@ class Draws:
     density: tuple[float, ...]
     total: int
     prompt_drop_rate: float = 0.0
+    offset: float = 0.0
 
     def __post_init__(self):
         check_density(self.density, self.total)
@@ -129,6 +144,17 @@ class Draws:
         keys = example_keys(self.seed, _NOISE, index, draw)
         return jax.vmap(lambda key: jax.random.normal(key, tuple(shape)))(keys)
 
+    def smooth_noise(self, index: jax.Array, draw: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """Normals on coarse grids, interpolated and summed up, each draw times its own u ~ U[0, 1): ``[B, *shape]``."""
+
+        def one(key: jax.Array) -> jax.Array:
+            amount, *grids = jax.random.split(key, 1 + len(_GRIDS))
+            each = (jax.random.normal(k, (n, n, shape[-1])) for k, n in zip(grids, _GRIDS, strict=True))
+            total = sum(jax.image.resize(cells, tuple(shape), "linear") for cells in each)
+            return jax.random.uniform(amount) * total / math.sqrt(len(_GRIDS))
+
+        return jax.vmap(one)(example_keys(self.seed, _OFFSET, index, draw))
+
     def prompt_is_dropped(self, index: jax.Array, draw: jax.Array) -> jax.Array:
         """bool ``[B]``."""
         keys = example_keys(self.seed, _PROMPT_DROP, index, draw)
@@ -140,6 +166,9 @@ class Draws:
         """``(x_t, noise, t)`` of clean images or latents ``[B, H, W, C]``."""
         t = self.timesteps(index, draw)
         noise = self.noise(index, draw, x0.shape[1:])
+        if self.offset:
+            share = jnp.minimum(1.0, schedule.alpha(t) / schedule.sigma(t))[:, None, None, None]
+            noise += self.offset * share * self.smooth_noise(index, draw, x0.shape[1:])
         return schedule.add_noise(x0, noise, t), noise, t
 
     def importance(self, t: jax.Array) -> jax.Array:

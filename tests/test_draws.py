@@ -7,6 +7,7 @@ import pytest
 
 from mcm_jax import draws as module
 from mcm_jax.draws import Draws, check_density, example_keys
+from mcm_jax.schedules import Schedule
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -66,6 +67,25 @@ def test_a_draw_does_not_depend_on_its_batch():
     for function in (draws.timesteps, draws.prompt_is_dropped, lambda i, d: draws.noise(i, d, (4, 3, 2))):
         whole, some = jax.jit(function)(index, draw), jax.jit(function)(index[order], draw[order])
         np.testing.assert_array_equal(np.asarray(whole)[order], some)
+
+
+def test_offset_noise_is_smooth_and_fades_with_the_noise():
+    """A change of x0 that large areas share, at high noise; the target holds it, so the picture stays what it is."""
+    schedule = Schedule.from_config({"_class_name": "DDPMScheduler"})
+    (index, draw), shape = grid(2), (8, 12, 3)
+    draws = Draws(0, 2, (1,), 1000, offset=0.6)
+    n = np.asarray(jax.jit(lambda i, d: draws.smooth_noise(i, d, shape))(index, draw))
+    assert n.shape == (len(index), *shape) and abs(n.mean()) < 0.05
+    assert abs(n[:, 0, 0].var() - 1 / 3) < 0.05  # the mean of the square of u ~ U[0, 1)
+    assert np.abs(np.diff(n, axis=1)).mean() < 0.4 * np.abs(n).mean()
+    x0 = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (len(index), *shape)), jnp.float32)
+    noised = jax.jit(lambda d: d.noised(schedule, x0, index, draw), static_argnums=0)
+    x_t, noise, t = noised(draws)
+    plain = noised(Draws(0, 2, (1,), 1000))
+    np.testing.assert_array_equal(t, plain[2])
+    alpha, sigma = (np.asarray(f(t))[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
+    np.testing.assert_allclose(noise - plain[1], 0.6 * np.minimum(1, alpha / sigma) * n, atol=1e-5)
+    np.testing.assert_allclose(alpha * x0 + sigma * noise, x_t, atol=1e-5)
 
 
 def test_seeds_examples_and_draws_differ():

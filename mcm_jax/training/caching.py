@@ -231,6 +231,7 @@ def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict
     views += f", seed {d.seed}" if d.crop < 1 else ""
     density = [float(part) / sum(settings.draws.density) for part in settings.draws.density]
     text = {"prompt_drop_rate": f"{float(d.prompt_drop_rate)}"} if card.is_text_conditional else {}
+    offset = {"draws.offset": f"{float(settings.draws.offset)}"} if settings.draws.offset else {}
     return {
         "format": str(store.FORMAT),
         "preprocessing": str(PREPROCESSING),
@@ -244,6 +245,7 @@ def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict
         "draws.count": str(settings.draws.count),
         "draws.seed": str(settings.draws.seed),
         "draws.density": str(density),
+        **offset,
         "draws.numbers": settings.draws_for(card).fingerprint(),
         "cache.dtype": settings.cache.dtype,
     }
