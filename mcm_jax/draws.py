@@ -15,8 +15,8 @@ to say. Timesteps of density 0 are never drawn, so no weight can speak for them.
 **Offset noise.** In training the low frequencies of x_t are the picture's own, so the base's estimate of a large area's
 colour is right before the MCM acts: it never learns to contradict it. In sampling they are those of the starting noise.
 With ``offset`` s above 0 the noise is ``eps + s u min(1, alpha / sigma) n``, with u ~ U[0, 1) and smooth n of variance
-up to 1: where there is more noise than signal that shows x0 off by -s u n, elsewhere less. The target is this noise, so the
-MCM learns to lead back to what the conditions say. (After the offset noise that bases are fine-tuned with, which is
+up to 1: where there is more noise than signal that shows x0 off by s u n, elsewhere less. The target is this noise, so
+the MCM learns to lead back to what the conditions say. (After the offset noise that bases are fine-tuned with, which is
 constant over the picture and does not depend on t.)
 """
 
