@@ -112,15 +112,15 @@ def save_tokenizer(folder, length=20):
     return CLIPTokenizer.from_pretrained(folder, model_max_length=length)
 
 
-def save_clip(folder, text=None, vision=None, seed=0, **config):
+def save_clip(folder, text=None, vision=None, length=20, seed=0, **config):
     """Writes a random CLIP with its image processor and tokenizer, no parameter left at 0 or 1; returns the CLIP."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    tokenizer = save_tokenizer(folder / "letters")
+    tokenizer = save_tokenizer(folder / "letters", length)
     depth = {"num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
-    words = {"vocab_size": len(tokenizer), "max_position_embeddings": 20, "hidden_size": 12}
+    words = {"vocab_size": len(tokenizer), "max_position_embeddings": length, "hidden_size": 12}
     words |= {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
     config = {"projection_dim": 7, **config}
     config["text_config"] = {**depth, **words, **(text or {})}
