@@ -35,7 +35,7 @@ def captions(spec: str, held_out: HeldOut) -> list[Judge]:
 
 
 def clip_score(folder: str, held_out: HeldOut) -> Judge:
-    """CLIP score (Hessel et al. 2021, eq. 1, with w = 100): how well pictures belong to their captions.
+    """CLIP score (Hessel et al. 2021, with w = 100 for its 2.5): how well pictures belong to their captions.
 
     It is torchmetrics' ``CLIPScore`` but for negative cosines, which are 0 here picture by picture, as in the paper;
     there the mean alone is held above 0. A picture's score is the cosine itself.
