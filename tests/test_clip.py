@@ -1,4 +1,4 @@
-"""The text encoder equals transformers' on random weights, read from what its ``save_pretrained`` writes."""
+"""The text encoder and both towers equal transformers' on random weights, read from what ``save_pretrained`` writes."""
 
 import json
 
@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from mcm_jax.base.clip import CLIPText, CLIPTextConfig, normalise_names
+from mcm_jax.base.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig, CLIPVisionConfig, normalise_names
 from mcm_jax.base.weights import params_from_torch, torch_name, torch_shape
+from mcm_jax.evaluation.clip import load_clip
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
@@ -208,4 +210,93 @@ def test_ids_that_do_not_fit_are_refused(ids):
 def test_unsupported_options_are_named(options, words):
     with pytest.raises(ValueError) as error:
         CLIPTextConfig.from_dict(TINY | options)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+# label -> (text, vision, rest) of a CLIP; pictures of 13x13 in patches of 4x4 leave a row and a column unseen
+CLIPS = {
+    "patches that do not divide": ({}, {"num_attention_heads": 5}, {}),
+    "gelu, one layer, wide projection, the end by its number": (
+        {"hidden_act": "gelu", "num_hidden_layers": 1, "eos_token_id": 2},
+        {"hidden_act": "gelu", "num_hidden_layers": 1, "image_size": 12, "patch_size": 3, "layer_norm_eps": 1e-2},
+        {"projection_dim": 31},
+    ),
+    "one patch, as many heads as channels": (
+        {"num_attention_heads": 1, "intermediate_size": 7},
+        {"num_attention_heads": 15, "image_size": 9, "patch_size": 9, "num_hidden_layers": 3},
+        {"projection_dim": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("label", CLIPS)
+def test_features_equal_transformers(label, tmp_path):
+    text, vision, rest = CLIPS[label]
+    net = tiny.save_clip(tmp_path, text, vision, **rest)
+    clip = load_clip(tmp_path)
+    size = clip.net.config.vision_config.image_size
+    pixels = np.random.default_rng(0).normal(size=(3, size, size, 3)).astype(np.float32)
+    ids = clip.tokenizer(["a lake", "sunset with two trees and moon", ""])
+    with torch.no_grad():
+        images = net.get_image_features(torch.tensor(pixels.transpose(0, 3, 1, 2))).pooler_output.numpy()
+        texts = net.get_text_features(torch.tensor(ids)).pooler_output.numpy()
+    for found, reference in zip(
+        jax.jit(clip.net.apply)({"params": clip.params}, pixels, ids), (images, texts), strict=True
+    ):
+        scale = np.abs(reference).max()
+        error = np.abs(np.asarray(found) - reference).max() / scale
+        print(f"{label}: error {error:.1e} of the output's scale")
+        assert found.shape == (3, net.config.projection_dim) and found.dtype == jnp.float32
+        assert scale > 0.1 and np.abs(reference - reference[:1]).max() > 0.1  # each has its own
+        assert error <= 1e-5
+
+
+def test_tensors_of_a_published_clip():
+    """OpenAI's CLIP ViT-L/14, by its sizes in the config.json on the Hub."""
+    wide = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
+    wider = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+    config = transformers.CLIPConfig(text_config=wide, vision_config=wider | {"patch_size": 14}, projection_dim=768)
+    model = CLIP(CLIPConfig.from_dict(config.to_dict()))
+    shapes = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    leaves = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), *shapes)["params"])
+    with torch.device("meta"):
+        net = transformers.CLIPModel(config)
+    found = {torch_name(path): torch_shape(path[-1], leaf.shape) for path, leaf in leaves.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items() if name != "logit_scale"}
+    assert found == wanted
+    assert sum(leaf.size for leaf in leaves.values()) == 427_616_512
+
+
+def test_every_key_of_a_whole_clip_is_known():
+    theirs = transformers.CLIPConfig()
+    config = CLIPConfig.from_dict(theirs.to_dict())
+    assert config == CLIPConfig()
+    for name in ("text_config", "vision_config"):
+        assert all(getattr(getattr(theirs, name), k) == v for k, v in vars(getattr(config, name)).items())
+    # As in files of older versions: what the longer name says counts alone, filled up by defaults.
+    old = {"model_type": "clip", "text_config": {"hidden_size": 24}, "text_config_dict": {"eos_token_id": 2}}
+    old |= {"vision_config": {"hidden_size": 24}, "vision_config_dict": None, "_commit_hash": "a"}
+    assert CLIPConfig.from_dict(old) == CLIPConfig(vision_config=CLIPVisionConfig(hidden_size=24), eos_token_id=2)
+    theirs = transformers.CLIPConfig(**{key: value for key, value in old.items() if not key.startswith("_")})
+    assert CLIPConfig.from_dict(theirs.to_dict()) == CLIPConfig.from_dict(old)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"model_type": "siglip"}, ["model_type: found 'siglip', supported: clip"]),
+        ({"model_type": None}, ["model_type: found None, supported: clip"]),
+        ({"projection_dim": 0}, ["projection_dim: found 0", "above 0"]),
+        ({"text_config": {"hidden_act": "relu"}}, ["text_config: hidden_act: found 'relu'"]),
+        ({"text_config": {"eos_token_id": [2, 3]}}, ["eos_token_id: found", "whole number"]),
+        ({"text_config": 3}, ["text_config: "]),
+        ({"vision_config": {"num_channels": 1}}, ["vision_config: num_channels: found 1, supported: 3"]),
+        ({"vision_config": {"patch_size": 225}}, ["vision_config: patch_size: found 225", "at most image_size 224"]),
+        ({"vision_config": {"image_size": [224, 224]}}, ["vision_config: image_size", "whole number"]),
+        ({"quantization_config": {}}, ["unknown keys: found quantization_config;"]),
+    ],
+)
+def test_unsupported_options_of_a_whole_clip_are_named(options, words):
+    with pytest.raises(ValueError) as error:
+        CLIPConfig.from_dict({"model_type": "clip"} | options)
     assert all(word in str(error.value) for word in words), error.value

@@ -129,6 +129,8 @@ def pairs(tmp_path_factory):
         ):
             (split / name).mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.round(array).astype(np.uint8)).save(split / name / f"{i:02d}.png")
+        (split / "caption").mkdir(exist_ok=True)
+        (split / "caption" / f"{i:02d}.txt").write_text(scene["caption"])
     return folder
 
 
@@ -148,11 +150,13 @@ def workdir(tmp_path_factory, pairs):
 @pytest.mark.usefixtures("quick")
 def test_a_folder_of_ones_own_is_evaluated(workdir, tmp_path, monkeypatch):
     """Killed after some rows, the same command goes on; its end is that of an evaluation without a pause."""
-    judges = {"segmentation": "scenes"}
+    tiny.save_clip(tmp_path / "clip")
+    judges = {"segmentation": "scenes", "caption": f"clip:{tmp_path / 'clip'}"}
     whole = evaluate(workdir, tmp_path / "whole" / "metrics.json", judges=judges, maps=6, references=6)
     assert whole["maps"] == 6 and whole["seeds"] == 2
     rows = ["real", "base", "shuffled", "both", "segmentation", "sketch"]
-    assert list(whole["miou"]) == list(whole["edge_f1"]) == rows
+    assert list(whole["miou"]) == list(whole["edge_f1"]) == list(whole["clip_score"]) == rows
+    assert all(0 <= score <= 100 for score in whole["clip_score"].values()) and any(whole["clip_score"].values())
     assert whole["miou"]["real"] > 0.9 > 0.5 > whole["miou"]["both"]
     assert 0 < whole["interval"]["miou"]["both"] < 0.5 and "real" not in whole["interval"]["miou"]
     assert set(whole["diversity"]) == {"base", "both", "segmentation", "sketch"}
@@ -160,7 +164,7 @@ def test_a_folder_of_ones_own_is_evaluated(workdir, tmp_path, monkeypatch):
     assert whole["kid"]["both"] > whole["kid"]["real"] and whole["nearest"]["both"] > whole["nearest"]["real"] > 0
     assert whole["interval"]["kid"]["both"] > 0
     written = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    sheets = ["cases_segmentation.png", "cases_sketch.png", "samples.png"]
+    sheets = ["cases_caption.png", "cases_segmentation.png", "cases_sketch.png", "samples.png"]
     assert written == sorted([*sheets, "metrics.json", "report.html", "report.md"])
     report = (tmp_path / "whole" / "report.md").read_text()
     assert f"| both | {whole['miou']['both']:.3f} ± {whole['interval']['miou']['both']:.3f} |" in report

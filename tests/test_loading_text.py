@@ -243,7 +243,7 @@ def test_contexts_equal_diffusers(base, stable):
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(base, stable):
-    with pytest.warns(UserWarning, match=r"the base takes 9; cut off: 'e f g'"):
+    with pytest.warns(UserWarning, match=r"the text encoder takes 9; cut off: 'e f g'"):
         tokens = base.tokenize(["the the a b c d x e f g"])
     expected, _ = embeddings(stable[1], ["the the a b c d x"])
     np.testing.assert_array_equal(tokens, expected)

@@ -205,7 +205,7 @@ def test_a_data_set_has_one_warning_of_prompts_that_are_too_long(short_path, con
     tokens = list(map(len, CLIPTokenizer.from_pretrained(short_path / "tokenizer")(captions)["input_ids"]))
     long = [caption for caption, number in zip(captions, tokens, strict=True) if number > 12]
     assert 8 < len(set(long)) < len(long) < count  # more than a call of the text encoder takes, and some twice
-    first = f"'{long[0]}' has {tokens[captions.index(long[0])]} tokens, the base takes 12; cut off: '"
+    first = f"'{long[0]}' has {tokens[captions.index(long[0])]} tokens, the text encoder takes 12; cut off: '"
     expected = f"prompts: {len(long)} of {count} are too long and were cut. The first: {first}"
 
     replicated = dataclasses.replace(base, params=replicate(base.params, mesh))
@@ -224,7 +224,9 @@ def test_samples_have_one_warning_of_prompts_that_are_too_long(workdir):
         return prompts_warned_of(lambda: pipeline({}, keys, prompts=prompts, steps=1, batch_size=4, **kwargs))
 
     (of_one,) = sample(long[:1] * 4, text_guidance=2.0)
-    assert of_one.startswith(f"prompts: '{long[0]}' has 29 tokens, the base takes 20; cut off: 'two trees and two")
+    assert of_one.startswith(
+        f"prompts: '{long[0]}' has 29 tokens, the text encoder takes 20; cut off: 'two trees and two"
+    )
     (of_several,) = sample(["night", *long, long[0]])
     assert of_several.startswith(f"prompts: 2 of 3 are too long and were cut. The first: '{long[0]}' has 29 tokens")
     assert sample(["night", "day"]) == []

@@ -112,6 +112,30 @@ def save_tokenizer(folder, length=20):
     return CLIPTokenizer.from_pretrained(folder, model_max_length=length)
 
 
+def save_clip(folder, text=None, vision=None, length=20, seed=0, **config):
+    """Writes a random CLIP with its image processor and tokenizer, no parameter left at 0 or 1; returns the CLIP."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    tokenizer = save_tokenizer(folder / "letters", length)
+    depth = {"num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
+    words = {"vocab_size": len(tokenizer), "max_position_embeddings": length, "hidden_size": 12}
+    words |= {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
+    config = {"projection_dim": 7, **config}
+    config["text_config"] = {**depth, **words, **(text or {})}
+    config["vision_config"] = {**depth, "hidden_size": 15, "image_size": 13, "patch_size": 4, **(vision or {})}
+    net = transformers.CLIPModel(transformers.CLIPConfig(**config)).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    net.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = config["vision_config"]["image_size"]
+    transformers.CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size).save_pretrained(folder)
+    return net
+
+
 def save_sd_base(folder, version=1, seed=0):
     """Writes a random Stable Diffusion, 1.x or 2.x: pictures of 32x32, latents of 16x16x4."""
     import diffusers

@@ -92,7 +92,7 @@ def _in_words(kind: Any) -> str:
     if inner:
         number = "" if inner[-1] is ... else f"{len(inner)} "
         return f"a list of {number}{_WORDS[inner[0]][1]}"
-    return _WORDS[kind][0]
+    return _WORDS.get(kind, ("a section",))[0]
 
 
 def sinusoidal(t: jax.Array, width: int, flip_sin_to_cos: bool, freq_shift: float) -> jax.Array:

@@ -1,6 +1,6 @@
-"""A text-conditional base's tokenizer: CLIP's, run by transformers and held against what the text encoder expects.
+"""CLIP's tokenizer, run by transformers and held against what the text encoder expects.
 
-transformers comes with the extra ``text`` and is imported when such a base is loaded, not before.
+transformers comes with the extra ``text`` and is imported when a tokenizer is loaded, not before.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Tokenizer:
     """Prompts to tokens, all of one length.
 
     Args:
-        folder: the base's ``tokenizer`` folder.
+        folder: the tokenizer's folder.
         vocab_size: the text encoder's; all tokens are below it.
         max_length: the most tokens that the text encoder takes.
         encoder: the text encoder's config file, named in messages.
@@ -118,7 +118,9 @@ class Tokenizer:
         for prompt, ids in zip(prompts, self._tokenizer(prompts, verbose=False)["input_ids"], strict=True):
             if len(ids) > self.length:
                 lost = self._tokenizer.decode(ids[self.length - 1 : -1])
-                found[prompt] = f"{prompt!r} has {len(ids)} tokens, the base takes {self.length}; cut off: {lost!r}"
+                found[prompt] = (
+                    f"{prompt!r} has {len(ids)} tokens, the text encoder takes {self.length}; cut off: {lost!r}"
+                )
         if cut is None:
             cuts = Cuts()
             cuts.add(prompts, found)
@@ -135,7 +137,7 @@ def _clip_tokenizer(folder: Path) -> Any:
         from transformers import CLIPTokenizer
     except ImportError as error:
         raise BaseLoadError(
-            f"{folder}: a base with prompts needs transformers for its tokenizer: pip install 'mcm-jax[text]' ({error})"
+            f"{folder}: prompts need transformers for their tokenizer: pip install 'mcm-jax[text]' ({error})"
         ) from error
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)

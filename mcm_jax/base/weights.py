@@ -163,11 +163,12 @@ def params_from_torch(tensors: Mapping[str, np.ndarray], expected: Any, dtype: A
 def torch_name(path: Sequence[str]) -> str:
     """The PyTorch name of a Flax parameter: ``("resnets_0", "conv1", "kernel")`` is ``resnets.0.conv1.weight``.
 
-    An index at the end of a module's name is an element of a list in PyTorch; ``linear_1`` is a plain name there.
+    An index at the end of a module's name is an element of a list in PyTorch; ``linear_1`` is a plain name there. A
+    parameter that belongs to no layer keeps its name: ``("embeddings", "class_embedding")``.
     """
     *modules, leaf = path
     modules = [name if name.startswith("linear_") else re.sub(r"_(\d+)$", r".\1", name) for name in modules]
-    return ".".join([*modules, "bias" if leaf == "bias" else "weight"])
+    return ".".join([*modules, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
 
 
 def torch_shape(leaf: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -45,7 +45,8 @@ class EvaluationSettings:
       maps: held-out examples; of a folder at most as many as its test split has.
       seeds: how often each is sampled; from 2 on, numbers are means with 95% intervals over the seeds.
       strengths: modality guidance scales beside the sampling's own.
-      judges: what judges a modality, by its name (docs/evaluation.md); '' is the data set's own, or for lines `edges`.
+      judges: what judges a modality, or the `caption`, by its name (docs/evaluation.md); '' is the data set's own, or
+        for lines `edges`.
       references: training pictures that samples are compared with, as sets (FID, KID, the nearest); 0 leaves it out.
       diversity_conditions: of the examples, how many are sampled several times for the diversity.
       diversity_seeds: how often; 0 or 1 leaves it out.
@@ -55,7 +56,9 @@ class EvaluationSettings:
     maps: int = 256
     seeds: int = 1
     strengths: tuple[float, ...] = ()
-    judges: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"segmentation": "", "sketch": ""})
+    judges: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {"segmentation": "", "sketch": "", "caption": ""}
+    )
     references: int = config.setting(1_000, before=0)
     diversity_conditions: int = 16
     diversity_seeds: int = 4
@@ -97,7 +100,7 @@ def evaluate(
       maps: how many held-out examples; None takes ``config.evaluation.maps``.
       seeds: how often each is sampled; None takes ``config.evaluation.seeds``.
       seed: of the noise.
-      judges: what judges a modality, by its name, in place of the config's.
+      judges: what judges a modality, or the ``caption``, by its name, in place of the config's.
       references: training pictures that samples are compared with; None takes ``config.evaluation.references``.
       changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that shall differ from the config's; None is as
         there.
@@ -107,6 +110,7 @@ def evaluate(
 
       * of labels ``miou`` (over all pixels of all maps, mean over classes) and ``class_iou``; of lines ``edge_f1``
         (precision, recall and F1);
+      * ``clip_score`` of captions, where a CLIP judges them;
       * ``facts`` of scenes with a text: in what share of the samples each thing that the caption says holds;
       * ``fid``, ``kid`` and ``nearest``, where a judge of labels has features: see :mod:`.fidelity`;
       * ``diversity``: the mean root-mean-square distance, in units of the [-1, 1] range, between samples of several

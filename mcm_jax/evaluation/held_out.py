@@ -65,10 +65,15 @@ class HeldOut:
         """Of each modality, on the grid of the pictures: labels integers, the others float32 in [0, 1]."""
         return {m.name: self._arrays[m.name] for m in self.judged}
 
-    @property
+    @functools.cached_property
     def captions(self) -> list[str]:
-        """One of each example; where the data set has none, empty texts."""
-        return list(map(str, self._arrays.get("caption", np.full(len(self), ""))))
+        """One of each example, whether the base takes them or not. Raises UserError where the data set has none."""
+        found = self._arrays.get("caption")
+        if found is None:  # a folder's, which are read where they are asked for
+            card = dataclasses.replace(self.card, is_text_conditional=True)
+            source = self.data.open("test", (), card, size=self.most)
+            found = [source[i]["caption"] for i in range(len(self))]
+        return list(map(str, found))
 
     @functools.cached_property
     def names(self) -> Sequence[str]:

@@ -43,13 +43,27 @@ def predict(call: Callable[[np.ndarray], Any], images: np.ndarray, config: Mappi
     images = images.astype(np.float32)
     if not (np.abs(images) <= 1 + 1e-3).all():  # also false for NaN
         raise ValueError(f"images must lie in [-1, 1], got {images.min()} to {images.max()}; clip samples first")
+    return in_batches(call, images, batch)
+
+
+def in_batches(call: Callable[[np.ndarray], Any], rows: np.ndarray, batch: int) -> Any:
+    """Calls a net on ``batch`` rows at a time, the last ones filled up with zeros, so that one compilation serves all.
+
+    Args:
+      call: the net, ``[batch, ...]`` to a pytree of arrays ``[batch, ...]``.
+      rows: ``[N, ...]``; N may be 0.
+      batch: rows a call.
+
+    Returns:
+      The pytree, as numpy arrays ``[N, ...]``.
+    """
     parts = []
-    for start in range(0, max(len(images), 1), batch):
-        part = images[start : start + batch]
-        padded = np.zeros((batch, *expected), np.float32)
+    for start in range(0, max(len(rows), 1), batch):
+        part = rows[start : start + batch]
+        padded = np.zeros((batch, *rows.shape[1:]), rows.dtype)
         padded[: len(part)] = part
         parts.append(call(padded))
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(images)], *parts)
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(rows)], *parts)
 
 
 def save(path: str | os.PathLike, params: Mapping, config: Mapping) -> None:

@@ -5,6 +5,8 @@ Which judge a modality has is said by a text (``evaluation.judges`` in a config,
 * labels: a reader of label maps (:mod:`.readers`): ``scenes``, ``palette:FILE.json``, ``module:function``,
   ``FILE.onnx``, or a folder of ``python -m mcm_jax.evaluation.judges train``. Judged by intersection over union; with
   ``interior:`` before it without the pixels that a border runs through.
+* caption, which is no modality: ``clip:FOLDER``, a CLIP's folder. Judged by its CLIP score. For scenes and a base that
+  is told captions, ``facts`` by itself.
 * lines: ``edges``, or with its settings, ``edges:size=64,threshold=0.2,tolerance=2``. Judged by F1.
 * ``none``: the modality is not judged.
 
@@ -19,7 +21,7 @@ import numpy as np
 from mcm_jax.errors import UserError
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import lines, readers
-from mcm_jax.evaluation.judges.captions import facts
+from mcm_jax.evaluation.judges.captions import captions
 from mcm_jax.evaluation.judges.judge import Judge, Judgement, Number, flatten
 from mcm_jax.evaluation.judges.labels import INTERIOR, labels
 from mcm_jax.evaluation.judges.lines import edges
@@ -36,7 +38,7 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
 
     Args:
       held_out: the examples, whose data set says which judges its modalities have by themselves.
-      specs: others, by modality.
+      specs: others, by modality; and that of the ``caption``.
       references: training pictures that samples are compared with; 0 for no such comparison.
 
     Raises:
@@ -44,9 +46,11 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
     """
     known = {m.name: m for m in held_out.judged}
     specs = {name: spec for name, spec in specs.items() if spec}
+    caption = specs.pop("caption", "")
     if unknown := sorted(set(specs) - set(known)):
         raise UserError(
-            f"evaluation.judges: {', '.join(unknown)} is no modality here; expected one of {', '.join(known)}"
+            f"evaluation.judges: {', '.join(unknown)} is no modality here; expected one of "
+            f"{', '.join([*known, 'caption'])}"
         )
     chosen = {name: specs.get(name) or held_out.data.judges.get(name, "") for name in known}
     chosen |= {name: "edges" for name, m in known.items() if m.kind == "lines" and not chosen[name]}
@@ -74,8 +78,7 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
             made.append(labels(modality, reader, held_out, spec.startswith(INTERIOR)))
         else:
             raise UserError(f"--judge={name}={spec}: no judge of {modality.kind}; expected {_CAN_BE[modality.kind]}")
-    if held_out.card.is_text_conditional and held_out.data.name == "scenes":
-        made.append(facts(held_out))
+    made += captions(caption, held_out)
     if references and (seeing := [reader for reader in seeing if reader.features]):
         made.append(likeness(seeing[0], held_out, references))
     return _distinct(made)
