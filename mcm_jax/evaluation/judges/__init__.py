@@ -5,6 +5,8 @@ Which judge a modality has is said by a text (``evaluation.judges`` in a config,
 * labels: a reader of label maps (:mod:`.readers`): ``scenes``, ``palette:FILE.json``, ``module:function``,
   ``FILE.onnx``, or a folder of ``python -m mcm_jax.evaluation.judges train``. Judged by intersection over union.
 * lines: ``edges``, or with its settings, ``edges:size=64,threshold=0.2,tolerance=2``. Judged by F1.
+* fidelity, of sets of pictures whatever their modalities: features (:mod:`.sets`): ``inception:FILE.safetensors``,
+  ``module:function``, or '' for those of the labels' net. Judged by FID, KID and the nearest training picture.
 * ``none``: the modality is not judged.
 
 A judge compares on the grid that its reader takes, with conditions that were read or drawn anew for it.
@@ -23,7 +25,7 @@ from mcm_jax.evaluation.judges.judge import Judge, Judgement, Number, flatten
 from mcm_jax.evaluation.judges.labels import labels
 from mcm_jax.evaluation.judges.lines import edges
 from mcm_jax.evaluation.judges.readers import open_reader
-from mcm_jax.evaluation.judges.sets import likeness
+from mcm_jax.evaluation.judges.sets import likeness, open_features
 
 __all__ = ["Judge", "Judgement", "Number", "flatten", "judges_of"]
 
@@ -35,7 +37,7 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
 
     Args:
       held_out: the examples, whose data set says which judges its modalities have by themselves.
-      specs: others, by modality.
+      specs: others, by modality; ``fidelity``: the features by which sets are compared.
       references: training pictures that samples are compared with; 0 for no such comparison.
 
     Raises:
@@ -43,9 +45,10 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
     """
     known = {m.name: m for m in held_out.judged}
     specs = {name: spec for name, spec in specs.items() if spec}
+    of_sets = specs.pop("fidelity", "")
     if unknown := sorted(set(specs) - set(known)):
         raise UserError(
-            f"evaluation.judges: {', '.join(unknown)} is no modality here; expected one of {', '.join(known)}"
+            f"evaluation.judges: {', '.join(unknown)} is no modality here; expected one of {', '.join(known)}, fidelity"
         )
     chosen = {name: specs.get(name) or held_out.data.judges.get(name, "") for name in known}
     chosen |= {name: "edges" for name, m in known.items() if m.kind == "lines" and not chosen[name]}
@@ -75,8 +78,8 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
             raise UserError(f"--judge={name}={spec}: no judge of {modality.kind}; expected {_CAN_BE[modality.kind]}")
     if held_out.card.is_text_conditional and held_out.data.name == "scenes":
         made.append(facts(held_out))
-    if references and (seeing := [reader for reader in seeing if reader.features]):
-        made.append(likeness(seeing[0], held_out, references))
+    if references and (seen := open_features(of_sets, seeing)):
+        made.append(likeness(*seen, held_out, references))
     return _distinct(made)
 
 
