@@ -157,7 +157,7 @@ def test_a_config_of_an_old_version_means_what_it_meant():
         **{"draws.offset": 0.0, "loss.snr_gamma": 5.0, "mcm.remat": False, "mesh.data": 0, "mesh.fsdp": 1},
         **{"train.accumulate": 1, "train.best": "", "train.decay_steps": 1000, "train.evaluate_every": 0},
         **{"train.held_out": 64, "train.init_from": "", "train.optimizer": "adamw", "train.schedule": "cosine"},
-        **{"evaluation.judges.segmentation": "", "evaluation.judges.sketch": "", "evaluation.judges.caption": ""},
+        **{f"evaluation.judges.{name}": "" for name in ("segmentation", "sketch", "caption", "fidelity")},
         **{"train.wandb": "", "evaluation.seeds": 1, "evaluation.references": 0, "evaluation.strengths": []},
     }
 

@@ -46,7 +46,7 @@ class EvaluationSettings:
       seeds: how often each is sampled; from 2 on, numbers are means with 95% intervals over the seeds.
       strengths: modality guidance scales beside the sampling's own.
       judges: what judges a modality, or the `caption`, by its name (docs/evaluation.md); '' is the data set's own, or
-        for lines `edges`.
+        for lines `edges`. `fidelity`: by what features sets are compared; '' is those of the labels' net.
       references: training pictures that samples are compared with, as sets (FID, KID, the nearest); 0 leaves it out.
       diversity_conditions: of the examples, how many are sampled several times for the diversity.
       diversity_seeds: how often; 0 or 1 leaves it out.
@@ -57,7 +57,7 @@ class EvaluationSettings:
     seeds: int = 1
     strengths: tuple[float, ...] = ()
     judges: Mapping[str, str] = dataclasses.field(
-        default_factory=lambda: {"segmentation": "", "sketch": "", "caption": ""}
+        default_factory=lambda: dict.fromkeys(("segmentation", "sketch", "caption", "fidelity"), "")
     )
     references: int = config.setting(1_000, before=0)
     diversity_conditions: int = 16
@@ -69,6 +69,9 @@ class EvaluationSettings:
         expect(self.seeds >= 1, "seeds", "at least 1", self.seeds)
         expect(all(0 < s < float("inf") for s in self.strengths), "strengths", "above 0", self.strengths)
         expect(self.references >= 0, "references", "at least 0", self.references)
+        compared = self.judges.get("fidelity", "")
+        wanted = f"at least 1 for judges.fidelity={compared} (evaluate.py --references=1000)"
+        expect(self.references or compared in ("", "none"), "references", wanted, self.references)
         expect(self.diversity_conditions >= 1, "diversity_conditions", "at least 1", self.diversity_conditions)
         expect(self.diversity_seeds >= 0, "diversity_seeds", "at least 0", self.diversity_seeds)
 
@@ -112,7 +115,8 @@ def evaluate(
         (precision, recall and F1);
       * ``clip_score`` of captions, where a CLIP judges them;
       * ``facts`` of scenes with a text: in what share of the samples each thing that the caption says holds;
-      * ``fid``, ``kid`` and ``nearest``, where a judge of labels has features: see :mod:`.fidelity`;
+      * ``fid``, ``kid`` and ``nearest``, where the judge of labels or of ``fidelity`` has features: see
+        :mod:`.fidelity`;
       * ``diversity``: the mean root-mean-square distance, in units of the [-1, 1] range, between samples of several
         seeds for one condition;
       * ``interval``, laid out the same: half of the 95% interval, of the mean over the seeds, or of FID and KID of one

@@ -8,6 +8,8 @@ Which judge a modality has is said by a text (``evaluation.judges`` in a config,
 * caption, which is no modality: ``clip:FOLDER``, a CLIP's folder. Judged by its CLIP score. For scenes and a base that
   is told captions, ``facts`` by itself.
 * lines: ``edges``, or with its settings, ``edges:size=64,threshold=0.2,tolerance=2``. Judged by F1.
+* fidelity, of sets of pictures whatever their modalities: features (:mod:`.sets`): ``inception:FILE.safetensors``,
+  ``module:function``, or '' for those of the labels' net. Judged by FID, KID and the nearest training picture.
 * ``none``: the modality is not judged.
 
 A judge compares on the grid that its reader takes, with conditions that were read or drawn anew for it.
@@ -26,7 +28,7 @@ from mcm_jax.evaluation.judges.judge import Judge, Judgement, Number, flatten
 from mcm_jax.evaluation.judges.labels import INTERIOR, labels
 from mcm_jax.evaluation.judges.lines import edges
 from mcm_jax.evaluation.judges.readers import open_reader
-from mcm_jax.evaluation.judges.sets import likeness
+from mcm_jax.evaluation.judges.sets import likeness, open_features
 
 __all__ = ["Judge", "Judgement", "Number", "flatten", "judges_of"]
 
@@ -38,7 +40,7 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
 
     Args:
       held_out: the examples, whose data set says which judges its modalities have by themselves.
-      specs: others, by modality; and that of the ``caption``.
+      specs: others, by modality; that of the ``caption``; and ``fidelity``, the features by which sets are compared.
       references: training pictures that samples are compared with; 0 for no such comparison.
 
     Raises:
@@ -46,11 +48,11 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
     """
     known = {m.name: m for m in held_out.judged}
     specs = {name: spec for name, spec in specs.items() if spec}
-    caption = specs.pop("caption", "")
+    caption, of_sets = specs.pop("caption", ""), specs.pop("fidelity", "")
     if unknown := sorted(set(specs) - set(known)):
         raise UserError(
             f"evaluation.judges: {', '.join(unknown)} is no modality here; expected one of "
-            f"{', '.join([*known, 'caption'])}"
+            f"{', '.join([*known, 'caption', 'fidelity'])}"
         )
     chosen = {name: specs.get(name) or held_out.data.judges.get(name, "") for name in known}
     chosen |= {name: "edges" for name, m in known.items() if m.kind == "lines" and not chosen[name]}
@@ -79,8 +81,8 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
         else:
             raise UserError(f"--judge={name}={spec}: no judge of {modality.kind}; expected {_CAN_BE[modality.kind]}")
     made += captions(caption, held_out)
-    if references and (seeing := [reader for reader in seeing if reader.features]):
-        made.append(likeness(seeing[0], held_out, references))
+    if references and (seen := open_features(of_sets, seeing)):
+        made.append(likeness(*seen, held_out, references))
     return _distinct(made)
 
 

@@ -110,7 +110,7 @@ def open_reader(
             raise UserError(f"judge {spec}: found {len(palette)} colours, expected one for each of {channels} classes")
         return Reader(spec, lambda images: nearest(to_uint8(images), palette), channels, classes=names)
     if kind and rest:
-        return Reader(spec, _imported(kind, rest, spec), channels, classes=names)
+        return Reader(spec, imported(spec, CAN_BE), channels, classes=names)
     raise UserError(f"judge {spec!r}: there is no such judge of labels; expected {CAN_BE}")
 
 
@@ -205,12 +205,18 @@ def _read_palette(path: pathlib.Path) -> tuple[np.ndarray, tuple[str, ...] | Non
     return colours.astype(np.uint8), tuple(content) if isinstance(content, dict) else None
 
 
-def _imported(module: str, name: str, spec: str) -> Callable[[np.ndarray], np.ndarray]:
+def imported(spec: str, can_be: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The function that ``module:function`` names; `can_be` is what else a message says that a judge can be.
+
+    Raises:
+      UserError: there is none.
+    """
+    module, _, name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as e:
         raise UserError(
-            f"judge {spec}: cannot be imported ({e}); expected module:function, or {CAN_BE}. A module of your own is "
+            f"judge {spec}: cannot be imported ({e}); expected module:function, or {can_be}. A module of your own is "
             f"found from where the command is typed if PYTHONPATH has that folder"
         ) from e
     if not callable(function):
