@@ -25,7 +25,7 @@ _JUDGE = flags.DEFINE_multi_string(
     "judge",
     [],
     "MODALITY=HOW, what judges a modality: palette:FILE.json, module:function, FILE.onnx, the folder of a judge, "
-    "edges, none",
+    "edges, ms_ssim, colour, depth:reader=FILE.onnx, pck:reader=module:function, none",
 )
 _SETTINGS = cli.define_flags(SamplingSettings)
 

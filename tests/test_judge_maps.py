@@ -2,13 +2,17 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 from scipy import ndimage
 
+from mcm_jax.base import BaseCard
+from mcm_jax.config import save as save_config
 from mcm_jax.data import DataSettings
+from mcm_jax.data.colours import to_lab
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.errors import UserError
 from mcm_jax.evaluation import metrics
@@ -16,7 +20,8 @@ from mcm_jax.evaluation.evaluate import _chosen, evaluate
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import flatten, judges_of
 from mcm_jax.modalities import Modality
-from mcm_jax.training import train_and_evaluate
+from mcm_jax.pictures import to_uint8
+from mcm_jax.pipeline import save_mcm
 
 COUNT = 5
 DEPTH, PALETTE = Modality("depth", "map", 1), Modality("palette", "map", 3)
@@ -141,23 +146,34 @@ def _unsure(images):
     return np.full((len(images), 2, 3), 1.5)
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """A folder of scenes; their depth is the red channel, their palette the colours in four fields."""
-    folder = tmp_path_factory.mktemp("pairs")
-    for i, scene in enumerate(Scenes("test", 2 * COUNT, tiny.SIZE, tiny.SIZE, seed=9)):
-        image = np.round((scene["image"] + 1) * 127.5).astype(np.uint8)
-        fields = image.reshape(2, 8, 2, 8, 3).mean((1, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
-        for name, array in {"image": image, "depth": image[..., 0], "palette": fields}.items():
-            path = folder / ("test" if i % 2 else "train") / name / f"{i:02d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(path)
+def _write(folder, stem, split, **arrays):
+    for name, array in arrays.items():
+        path = folder / split / name / f"{stem}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
     return folder
 
 
 @pytest.fixture(scope="module")
-def held_out(pairs, base):
-    return HeldOut(DataSettings("folder", str(pairs)), base.card, (DEPTH, PALETTE), COUNT)
+def pairs(tmp_path_factory):
+    """A folder of scenes; their depth is the red channel, their palette the mean colours of four fields."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for i, scene in enumerate(Scenes("test", 2 * COUNT, tiny.SIZE, tiny.SIZE, seed=9)):
+        image = np.round((scene["image"] + 1) * 127.5).astype(np.uint8)
+        fields = image.reshape(2, 8, 2, 8, 3).mean((1, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+        _write(folder, f"{i:02d}", "test" if i % 2 else "train", image=image, depth=image[..., 0], palette=fields)
+    return folder
+
+
+def _held_out(folder):
+    shape = (tiny.SIZE, tiny.SIZE, 3)
+    card = BaseCard("", "", None, shape, shape, False, 1, 1)
+    return HeldOut(DataSettings("folder", str(folder)), card, (DEPTH, PALETTE), COUNT)
+
+
+@pytest.fixture(scope="module")
+def held_out(pairs):
+    return _held_out(pairs)
 
 
 def _judge(held_out, name, spec):
@@ -195,20 +211,43 @@ def test_what_is_read_in_real_pictures_fits_their_maps(held_out):
     assert numbers == {"pck": 1.0} and (scores == 1).all()
 
 
-def test_what_is_undefined_says_why(held_out):
-    targets = np.round(held_out.conditions["palette"][0] * 255).astype(np.uint8)
-    blank = "#" + targets[0, 0].tobytes().hex()
-    judge = _judge(held_out, "palette", f"colour:blank={blank}")
-    assert (
-        judge(held_out.images, EVERY).scores[0]
-        != _judge(held_out, "palette", "colour")(held_out.images, EVERY).scores[0]
-    )
-    data = np.full((2, 1, 2, 3), 255, np.uint8)
-    assert np.isnan(metrics.colour_distance(data, data, np.zeros((2, 1, 2), bool))).all()
-    points = _judge(held_out, "palette", f"pck:reader={__name__}:corners")
-    dark = points(np.full_like(held_out.images, -1), EVERY)
-    assert dark.numbers == {"pck": 0.0}
+def test_what_is_undefined_says_why(tmp_path):
+    """Nothing is near, nothing has a colour and no point is seen: there are reasons in place of numbers."""
+    black = np.zeros((tiny.SIZE, tiny.SIZE, 3), np.uint8)
+    held_out = _held_out(_write(tmp_path, "night", "test", image=black, depth=black[..., 0], palette=black + 255))
+    for name, spec, number, why in (
+        (
+            "depth",
+            f"depth:reader={__name__}:red",
+            "depth.abs_rel",
+            "no pixel of these maps has a depth of 0.02 or more",
+        ),
+        ("palette", "colour:blank=white", "delta_e", "all pixels of these maps are white"),
+        (
+            "palette",
+            f"pck:reader={__name__}:corners",
+            "pck",
+            "no real picture of these has two keypoints that are seen",
+        ),
+    ):
+        judge = _judge(held_out, name, spec)
+        found = judge(held_out.images, EVERY[:1])
+        assert flatten(found.numbers)[number] == why
+        assert number == "depth.abs_rel" or np.isnan([*judge.watch(held_out.images, EVERY[:1]).values()]).all()
     assert _chosen(np.array([-3.0, np.nan, -9.0, -1.0])).tolist() == [1, 2, 0, 3]  # what is undefined is worst
+
+
+def test_blank_pixels_do_not_count(held_out):
+    """The distance where a map says something, by hand."""
+    palette = np.round(held_out.conditions["palette"] * 255).astype(np.uint8)
+    blank = palette[0, 0, 0]
+    found = _judge(held_out, "palette", f"colour:blank=#{blank.tobytes().hex()}")(held_out.images, EVERY)
+    distance = np.sqrt(((to_lab(to_uint8(held_out.images)) - to_lab(palette)) ** 2).sum(-1))
+    counts = (palette != blank).any(-1)
+    assert counts[0].sum() == 3 * 8 * 8
+    wanted = [d[c].mean() for d, c in zip(distance, counts, strict=True)]
+    np.testing.assert_allclose(found.scores, -np.array(wanted), rtol=1e-5)
+    assert found.numbers["delta_e"] == pytest.approx(np.mean(wanted), rel=1e-5)
 
 
 def test_onnx_reads_maps(held_out, tmp_path):
@@ -273,25 +312,25 @@ def test_what_cannot_judge_is_refused(held_out, name, spec, message):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
-def test_a_run_is_judged_by_its_maps(pairs, base_path, tmp_path):
-    """While it is trained, which keeps the best, and evaluated, with what is written."""
-    config = tiny.make_config(base_path, {"data.name": "folder", "data.path": str(pairs), "train.steps": 2})
+def test_a_run_is_judged_by_its_maps(pairs, base, base_path, tmp_path):
+    """An MCM of random weights, as if it had been trained on that folder: its numbers, and where they are written."""
+    config = tiny.make_config(base_path, {"data.name": "folder", "data.path": str(pairs)})
     with config.unlocked():
-        config.modalities = {"depth": {"kind": "map", "channels": 1}, "palette": {"kind": "map", "channels": 3}}
+        config.modalities = {m.name: {"kind": m.kind, "channels": m.channels} for m in (DEPTH, PALETTE)}
         config.evaluation.judges = {"depth": f"depth:reader={__name__}:red", "palette": "colour"}
-    config.update_from_flattened_dict({"train.evaluate_every": 1, "train.held_out": COUNT, "train.best": "delta_e"})
-    train_and_evaluate(config, tmp_path / "run")
-    log = [line for line in tiny.metrics_of(tmp_path / "run") if "delta_e" in line]
-    assert [line["step"] for line in log] == [1, 2] and all(0 < line["depth_rmse"] < 1 for line in log)
-    best = min(log, key=lambda line: line["delta_e"])
-    assert (tmp_path / "run" / "best").is_dir() and best["delta_e"] > 5
-    found = evaluate(tmp_path / "run", tmp_path / "metrics.json", maps=COUNT, references=0, steps=2)
+        config.evaluation.diversity_seeds = 0
+    modulator, rng, workdir = tiny.modulator_of(config, base), np.random.default_rng(0), tmp_path / "run"
+    shapes = jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape))
+    workdir.mkdir()
+    save_config(tiny.settings_of(config), workdir)
+    save_mcm(workdir, jax.tree.map(lambda p: 0.1 * rng.normal(size=p.shape), shapes), base=base, step=0)
+    found = evaluate(workdir, tmp_path / "metrics.json", maps=COUNT, references=0, steps=2)
     rows = ["real", "base", "shuffled", "both", "depth", "palette"]
     assert list(found["delta_e"]) == list(found["depth"]) == rows
     assert found["depth"]["real"]["rmse"] < 1e-6 < 0.1 < found["depth"]["both"]["rmse"]
     assert found["delta_e"]["real"] < found["delta_e"]["both"]
     assert json.loads((tmp_path / "metrics.json").read_text())["delta_e"] == found["delta_e"]
     report = (tmp_path / "report.md").read_text()
-    assert "|  | depth.rmse | delta_e | diversity |" in report and "|  | rmse | abs_rel |" in report
+    assert "|  | depth.rmse | delta_e |\n" in report and "|  | rmse | abs_rel |" in report
     assert f"| real | {found['depth']['real']['rmse']:.3f} | {found['delta_e']['real']:.3f} |" in report
     assert "palette: Delta E (CIE76) of the picture itself at 16x16." in report
