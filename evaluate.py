@@ -25,8 +25,8 @@ _JUDGE = flags.DEFINE_multi_string(
     "judge",
     [],
     "MODALITY=HOW, what judges a modality: palette:FILE.json, module:function, FILE.onnx, the folder of a judge, "
-    "edges, none; caption=clip:FOLDER, the folder of a CLIP; fidelity=inception:FILE.safetensors, by what features "
-    "FID and KID are",
+    "edges, ms_ssim, colour, depth:reader=FILE.onnx, pck:reader=module:function, none; caption=clip:FOLDER, the folder "
+    "of a CLIP; fidelity=inception:FILE.safetensors, by what features FID and KID are",
 )
 _SETTINGS = cli.define_flags(SamplingSettings)
 

@@ -171,7 +171,7 @@ def test_checkpoints_come_every_n_steps_at_the_end_and_when_stopped(tmp_path):
         assert file.get_tensor("w")[0] == -10 and file.metadata()["step"] == "10"
 
 
-@pytest.mark.parametrize("metric, best", [("held_out_loss", 3), ("mean_iou", 5)])
+@pytest.mark.parametrize("metric, best", [("held_out_loss", 3), ("mean_iou", 5), ("palette/delta_e", 3)])
 def test_the_best_checkpoint_stays(tmp_path, metric, best):
     changes = {"train.checkpoint_every": 2, "train.keep": 2, "train.best": metric, "train.evaluate_every": 1}
     action, checkpoints = checkpointing(tmp_path, changes)

@@ -112,7 +112,8 @@ def evaluate(
       What is written, each number by its name and the row:
 
       * of labels ``miou`` (over all pixels of all maps, mean over classes) and ``class_iou``; of lines ``edge_f1``
-        (precision, recall and F1);
+        (precision, recall and F1); of maps ``ms_ssim``, ``delta_e``, ``depth`` (RMSE and absolute relative error) or
+        ``pck``, by what judges them;
       * ``clip_score`` of captions, where a CLIP judges them;
       * ``facts`` of scenes with a text: in what share of the samples each thing that the caption says holds;
       * ``fid``, ``kid`` and ``nearest``, where the judge of labels or of ``fidelity`` has features: see
@@ -341,7 +342,7 @@ def _through_autoencoder(pipeline: Pipeline, images: np.ndarray) -> np.ndarray:
 
 def _chosen(scores: np.ndarray) -> np.ndarray:
     """Which are shown of a row: the worst ones, then the best ones."""
-    order = np.argsort(np.nan_to_num(scores, nan=-1.0), kind="stable")
+    order = np.argsort(np.where(np.isnan(scores), -np.inf, scores), kind="stable")
     few = min(_CASES, max(1, len(order) // 2))
     return np.concatenate([order[:few], order[len(order) - few :]])
 

@@ -28,7 +28,7 @@ from mcm_jax.training.loop import Moment
 from mcm_jax.training.settings import RunSettings
 from mcm_jax.training.step import Record
 
-LESS_IS_BETTER = ("held_out_loss", "held_out_mse")
+LESS_IS_BETTER = ("held_out_loss", "held_out_mse", "depth_rmse", "delta_e")
 DIVERGED = "diverged.json"
 
 
@@ -119,7 +119,7 @@ class HeldOutLoss:
       loss_of: jitted ``(params, record) -> (loss, metrics)``.
     """
 
-    names = LESS_IS_BETTER
+    names = ("held_out_loss", "held_out_mse")
 
     def __init__(
         self,
@@ -219,7 +219,8 @@ class Checkpoint:
             return False
         if self._best and self._best.get("metric") == name:
             before = self._best["value"]
-            if not (value < before if name in LESS_IS_BETTER else value > before):
+            less = name.rpartition("/")[2] in LESS_IS_BETTER  # of two such judges: MODALITY/delta_e
+            if not (value < before if less else value > before):
                 return False
         self._best = {"metric": name, "step": now.step, "value": value}
         self._keep()

@@ -196,7 +196,7 @@ def _check_best(settings: RunSettings, parts: Parts) -> None:
         raise UserError(
             f"config.train.best={settings.train.best!r}: not measured while training; known here are "
             f"{', '.join(known) or 'none'} (held_out_loss and held_out_mse need a test split, whose predictions "
-            f"precompute.py makes for a cache; mean_iou and edge_f1 judges and the base: config.cache.load_base)"
+            f"precompute.py makes for a cache; the others judges and the base: config.cache.load_base)"
         )
 
 

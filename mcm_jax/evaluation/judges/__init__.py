@@ -8,6 +8,8 @@ Which judge a modality has is said by a text (``evaluation.judges`` in a config,
 * caption, which is no modality: ``clip:FOLDER``, a CLIP's folder. Judged by its CLIP score. For scenes and a base that
   is told captions, ``facts`` by itself.
 * lines: ``edges``, or with its settings, ``edges:size=64,threshold=0.2,tolerance=2``. Judged by F1.
+* map: ``ms_ssim``, ``colour:blank=white``, ``depth:align=1,reader=READER``, ``pck:alpha=0.1,reader=READER``, or
+  ``edges``; a reader is ``module:function`` or ``FILE.onnx`` (:mod:`.maps`).
 * fidelity, of sets of pictures whatever their modalities: features (:mod:`.sets`): ``inception:FILE.safetensors``,
   ``module:function``, or '' for those of the labels' net. Judged by FID, KID and the nearest training picture.
 * ``none``: the modality is not judged.
@@ -22,7 +24,7 @@ import numpy as np
 
 from mcm_jax.errors import UserError
 from mcm_jax.evaluation.held_out import HeldOut
-from mcm_jax.evaluation.judges import lines, readers
+from mcm_jax.evaluation.judges import lines, maps, readers
 from mcm_jax.evaluation.judges.captions import captions
 from mcm_jax.evaluation.judges.judge import Judge, Judgement, Number, flatten
 from mcm_jax.evaluation.judges.labels import INTERIOR, labels
@@ -32,7 +34,7 @@ from mcm_jax.evaluation.judges.sets import likeness, open_features
 
 __all__ = ["Judge", "Judgement", "Number", "flatten", "judges_of"]
 
-_CAN_BE = {"labels": readers.CAN_BE, "lines": lines.CAN_BE, "map": lines.CAN_BE}
+_CAN_BE = {"labels": readers.CAN_BE, "lines": lines.CAN_BE, "map": f"{maps.CAN_BE}, or {lines.CAN_BE}"}
 
 
 def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) -> list[Judge]:
@@ -67,8 +69,11 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
                 f"config.evaluation.judges.{name}): "
                 f"{_CAN_BE[modality.kind]}; or --judge={name}=none to leave it out"
             )
-        if spec.partition(":")[0] == "edges":
+        metric = spec.partition(":")[0]
+        if metric == "edges":
             made.append(edges(modality, spec, held_out))
+        elif modality.kind == "map" and metric in maps.JUDGES:
+            made.append(maps.JUDGES[metric](modality, spec, held_out))
         elif modality.kind == "labels":
             reader = open_reader(
                 spec.removeprefix(INTERIOR),

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from mcm_jax.errors import UserError
+
 Number = float | str
 """A number, or in its place a text that says why it is undefined."""
 
@@ -63,3 +65,25 @@ def flatten(numbers: Mapping[str, Any]) -> dict[str, Number]:
     for name, value in numbers.items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
     return flat
+
+
+def settings_of(modality: str, spec: str, defaults: Mapping[str, Any], means: str) -> dict[str, Any]:
+    """The settings in ``METRIC:key=value,...``, each of its default's type.
+
+    Args:
+      modality: what is judged.
+      spec: the text.
+      defaults: every setting there is.
+      means: what they mean, for the message.
+
+    Raises:
+      UserError: another setting, or a value that is none.
+    """
+    settings = dict(defaults)
+    for part in filter(None, spec.partition(":")[2].split(",")):
+        key, _, value = part.partition("=")
+        try:
+            settings[key] = type(defaults[key])(value)
+        except (KeyError, ValueError) as e:
+            raise UserError(f"--judge={modality}={spec}: found {part!r}, expected {means}") from e
+    return settings

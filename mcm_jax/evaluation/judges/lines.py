@@ -4,10 +4,9 @@ import functools
 
 import numpy as np
 
-from mcm_jax.errors import UserError
 from mcm_jax.evaluation import metrics
 from mcm_jax.evaluation.held_out import HeldOut
-from mcm_jax.evaluation.judges.judge import Judge, Judgement
+from mcm_jax.evaluation.judges.judge import Judge, Judgement, settings_of
 from mcm_jax.evaluation.judges.readers import resize_images
 from mcm_jax.modalities import Modality
 
@@ -18,16 +17,13 @@ _EDGES = {"size": 0, "threshold": metrics.EDGE_THRESHOLD, "tolerance": 1}
 
 def edges(modality: Modality, spec: str, held_out: HeldOut) -> Judge:
     """F1 of the pictures' edges against the lines."""
-    how = dict(_EDGES)
-    for part in filter(None, spec.partition(":")[2].split(",")):
-        key, _, value = part.partition("=")
-        try:
-            how[key] = type(_EDGES[key])(value)
-        except (KeyError, ValueError) as e:
-            raise UserError(
-                f"--judge={modality.name}={spec}: found {part!r}, expected size (of the shorter side, in pixels), "
-                f"threshold (least gradient of an edge) or tolerance (pixels), as in edges:size=64,threshold=0.2"
-            ) from e
+    how = settings_of(
+        modality.name,
+        spec,
+        _EDGES,
+        "size (of the shorter side, in pixels), threshold (least gradient of an edge) or tolerance (pixels), as in "
+        "edges:size=64,threshold=0.2",
+    )
     height, width = held_out.images.shape[1:3]
     if how["size"]:
         factor = how["size"] / min(height, width)

@@ -1,4 +1,7 @@
-"""Readers: what finds the labels in a picture, so that they can be compared with those it was drawn for."""
+"""Readers: what finds the labels in a picture, so that they can be compared with those it was drawn for.
+
+Functions (:func:`imported`) and ONNX nets (:func:`open_onnx`) are opened here for the readers of maps, too.
+"""
 
 import dataclasses
 import importlib
@@ -6,7 +9,6 @@ import json
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -99,7 +101,10 @@ def open_reader(
     if spec == "scenes" or pathlib.Path(spec).is_dir():
         return _of_net(spec, channels)
     if spec.endswith(".onnx"):
-        return _of_onnx(spec, channels, names)
+        read, size = open_onnx(spec, lambda *given: _labels_of(spec, *given, channels))
+        reader = Reader(spec, read, channels, size, names)
+        reader(np.zeros((1, *(size or (_PROBE, _PROBE)), 3), np.float32))  # what is wrong shows before any sample
+        return reader
     kind, _, rest = spec.partition(":")
     if kind == "palette":
         if rest:
@@ -125,8 +130,22 @@ def _of_net(spec: str, channels: int) -> Reader:
     return Reader(os.fspath(spec), net.predict, channels, size, net.classes, net.features)
 
 
-def _of_onnx(spec: str, channels: int, names: tuple[str, ...] | None) -> Reader:
-    """A net of another framework. Which axis is which is found by its shapes, and tried with one picture at once."""
+def open_onnx(
+    spec: str, decode: Callable[[np.ndarray, tuple[int, int, int], bool], np.ndarray]
+) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[int, int] | None]:
+    """A net of another framework. Which axis is which is found by its shapes.
+
+    Args:
+      spec: its file.
+      decode: makes what is read of the net's first output: given that, the batch's ``(N, H, W)`` and whether channels
+        are first in what the net takes.
+
+    Returns:
+      What reads pictures, float32 ``[N, H, W, 3]`` in [-1, 1]; and their ``(H, W)``, None for any.
+
+    Raises:
+      UserError: it cannot be loaded, or takes something else than pictures.
+    """
     try:
         import onnxruntime
     except ImportError as e:
@@ -155,7 +174,9 @@ def _of_onnx(spec: str, channels: int, names: tuple[str, ...] | None) -> Reader:
     batch = shape[0] if isinstance(shape[0], int) else None  # a fixed one must be filled
 
     def read(images: np.ndarray) -> np.ndarray:
-        found = [np.zeros((0, *images.shape[1:3]), np.int64)]
+        if not len(images):
+            return read(np.zeros((1, *images.shape[1:]), np.float32))[:0]
+        found = []
         for start in range(0, len(images), batch or _BATCH):
             part = images[start : start + (batch or _BATCH)]
             padded = np.concatenate([part, np.repeat(part[-1:], (batch or len(part)) - len(part), axis=0)])
@@ -164,17 +185,15 @@ def _of_onnx(spec: str, channels: int, names: tuple[str, ...] | None) -> Reader:
                 out = session.run(None, {inputs[0].name: np.ascontiguousarray(given, floats[inputs[0].type])})[0]
             except Exception as e:  # as above
                 raise UserError(f"judge {spec}: it fails on pictures {list(given.shape)} ({e})") from e
-            found.append(_labels_of(spec, out, padded.shape[:3], channels, channels_first)[: len(part)])
+            found.append(decode(np.asarray(out), padded.shape[:3], channels_first)[: len(part)])
         return np.concatenate(found)
 
-    reader = Reader(spec, read, channels, size, names)
-    reader(np.zeros((1, *(size or (_PROBE, _PROBE)), 3), np.float32))  # what is wrong with it shows before any sample
-    return reader
+    return read, size
 
 
-def _labels_of(spec: str, out: Any, pixels: tuple[int, ...], channels: int, channels_first: bool) -> np.ndarray:
+def _labels_of(spec: str, out: np.ndarray, pixels: tuple[int, ...], channels_first: bool, channels: int) -> np.ndarray:
     """Labels ``[N, H, W]`` from what a net gave: these, or logits ``[N, C, H, W]`` or ``[N, H, W, C]``."""
-    out, n, h, w = np.asarray(out), *pixels
+    n, h, w = pixels
     if np.issubdtype(out.dtype, np.integer):
         if out.shape in ((n, h, w), (n, 1, h, w), (n, h, w, 1)):
             return out.reshape(n, h, w).astype(np.int64)
