@@ -204,6 +204,12 @@ def test_interiors_leave_borders_out():
     assert "over the 85% of the pixels that no border runs through" in judge.how and "border" not in plain.how
     assert everywhere.numbers["miou"] < 0.8 and inside.numbers["miou"] > 0.95
     assert min(inside.numbers["class_iou"].values()) > 0.9
+    held_out = HeldOut(
+        DataSettings(name="emoji"), BaseCard("", "", None, (32, 32, 3), (32, 32, 3), False, 1, 1), (), 40
+    )
+    of_sets = judges_of(held_out, {}, references=150)[-1]
+    assert of_sets.name == "fidelity" and "128 features of the judge emoji" in of_sets.how
+    assert abs(of_sets(held_out.images, np.arange(40)).numbers["kid"]) < 0.3
     with pytest.raises(UserError, match=r"twice its resolution, 128x128, .*--judge=segmentation=palette"):
         judged("", 64)
 

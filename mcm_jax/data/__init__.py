@@ -27,16 +27,17 @@ class _Known:
     palettes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def _drawn(classes: Sequence[str], palette: np.ndarray, judge: str, edges: str) -> _Known:
+def _drawn(classes: Sequence[str], palette: np.ndarray, **judges: str) -> _Known:
     """A data set of segmentations and sketches."""
     holds = Modality("segmentation", "labels", len(classes)), Modality("sketch", "lines", 1)
-    judges = {"segmentation": judge, "sketch": edges}
     return _Known(holds, judges, {"segmentation": tuple(classes)}, {"segmentation": palette})
 
 
 _SOURCES = {
-    "scenes": _drawn(scenes.CLASSES, scenes.PALETTE, "scenes", "edges:size=32"),
-    "emoji": _drawn(emoji.CLASSES, emoji.PALETTE, "interior:palette", "edges:size=32"),
+    "scenes": _drawn(scenes.CLASSES, scenes.PALETTE, segmentation="scenes", sketch="edges:size=32"),
+    "emoji": _drawn(
+        emoji.CLASSES, emoji.PALETTE, segmentation="interior:palette", sketch="edges:size=32", fidelity="emoji"
+    ),
     "folder": _Known(),
 }
 

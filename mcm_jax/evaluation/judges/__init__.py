@@ -11,7 +11,8 @@ Which judge a modality has is said by a text (``evaluation.judges`` in a config,
 * map: ``ms_ssim``, ``colour:blank=white``, ``depth:align=1,reader=READER``, ``pck:alpha=0.1,reader=READER``, or
   ``edges``; a reader is ``module:function`` or ``FILE.onnx`` (:mod:`.maps`).
 * fidelity, of sets of pictures whatever their modalities: features (:mod:`.sets`): ``inception:FILE.safetensors``,
-  ``module:function``, or '' for those of the labels' net. Judged by FID, KID and the nearest training picture.
+  ``module:function``, one of our nets that read labels, or '' for the judge of labels if it is one. Judged by FID, KID
+  and the nearest training picture.
 * ``none``: the modality is not judged.
 
 A judge compares on the grid that its reader takes, with conditions that were read or drawn anew for it.
@@ -50,7 +51,7 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
     """
     known = {m.name: m for m in held_out.judged}
     specs = {name: spec for name, spec in specs.items() if spec}
-    caption, of_sets = specs.pop("caption", ""), specs.pop("fidelity", "")
+    caption, of_sets = specs.pop("caption", ""), specs.pop("fidelity", held_out.data.judges.get("fidelity", ""))
     if unknown := sorted(set(specs) - set(known)):
         raise UserError(
             f"evaluation.judges: {', '.join(unknown)} is no modality here; expected one of "

@@ -13,18 +13,20 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from mcm_jax import assets
 from mcm_jax.data.colours import nearest
 from mcm_jax.errors import UserError
-from mcm_jax.evaluation.segmenter import ASSET, load_segmenter
+from mcm_jax.evaluation.segmenter import load_segmenter
 from mcm_jax.pictures import to_uint8
 
 CAN_BE = (
-    "scenes (the shipped net), palette (nearest colour, where the data set has colours), palette:FILE.json (a list of "
-    "[r, g, b], or {name: [r, g, b]}), module:function (pictures to labels), FILE.onnx (a segmentation net), or a "
-    "folder that python -m mcm_jax.evaluation.judges train has written; each with interior: before it to leave out "
-    "the pixels that a border runs through"
+    "scenes or emoji (the shipped nets), palette (nearest colour, where the data set has colours), palette:FILE.json "
+    "(a list of [r, g, b], or {name: [r, g, b]}), module:function (pictures to labels), FILE.onnx (a segmentation net), "
+    "or a folder that python -m mcm_jax.evaluation.judges train has written; each with interior: before it to leave "
+    "out the pixels that a border runs through"
 )
 
+_SHIPPED = ("scenes", "emoji")  # data sets whose judge is an asset, scenes-segmenter, emoji-segmenter
 _BATCH = 64  # pictures a call of an ONNX net that takes any number
 _PROBE = 64  # height and width of the picture that tries an ONNX net that takes any size
 
@@ -98,8 +100,8 @@ def open_reader(
     Raises:
       UserError: it cannot be had, or knows another number of classes.
     """
-    if spec == "scenes" or pathlib.Path(spec).is_dir():
-        return _of_net(spec, channels)
+    if is_net(spec):
+        return of_net(spec, channels)
     if spec.endswith(".onnx"):
         read, size = open_onnx(spec, lambda *given: _labels_of(spec, *given, channels))
         reader = Reader(spec, read, channels, size, names)
@@ -119,15 +121,29 @@ def open_reader(
     raise UserError(f"judge {spec!r}: there is no such judge of labels; expected {CAN_BE}")
 
 
-def _of_net(spec: str, channels: int) -> Reader:
+def is_net(spec: str) -> bool:
+    """Whether a text says one of our nets: a shipped one, or a folder."""
+    return spec in _SHIPPED or pathlib.Path(spec).is_dir()
+
+
+def of_net(spec: str, channels: int | None = None) -> Reader:
+    """One of our nets.
+
+    Args:
+      spec: the name of a shipped one, or a folder of ``python -m mcm_jax.evaluation.judges train``.
+      channels: how many classes it must know; None for any.
+
+    Raises:
+      UserError: it cannot be read, or knows another number of classes.
+    """
     try:
-        net = load_segmenter(ASSET if spec == "scenes" else spec)
+        net = load_segmenter(assets.resolve(f"{spec}-segmenter") if spec in _SHIPPED else spec)
     except (OSError, KeyError, ValueError) as e:
         raise UserError(f"judge {spec}: no segmentation net that can be read ({e})") from e
-    if len(net.classes) != channels:
+    if channels is not None and len(net.classes) != channels:
         raise UserError(f"judge {spec}: the net knows {len(net.classes)} classes, the labels here have {channels}")
     size = net.config["height"], net.config["width"]
-    return Reader(os.fspath(spec), net.predict, channels, size, net.classes, net.features)
+    return Reader(os.fspath(spec), net.predict, len(net.classes), size, net.classes, net.features)
 
 
 def open_onnx(

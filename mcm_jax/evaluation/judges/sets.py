@@ -10,11 +10,11 @@ from mcm_jax.evaluation import fidelity
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.inception import FEATURES, inception_features
 from mcm_jax.evaluation.judges.judge import Judge, Judgement, Number
-from mcm_jax.evaluation.judges.readers import Reader, imported, resize_images
+from mcm_jax.evaluation.judges.readers import Reader, imported, is_net, of_net, resize_images
 
 CAN_BE = (
     "inception:FILE.safetensors (FID proper; docs/evaluation.md says how to have the file), module:function (pictures "
-    "to features, floats [N, D]), or none"
+    "to features, floats [N, D]), scenes or emoji (the shipped nets), the folder of a judge of labels, or none"
 )
 
 Features = Callable[[np.ndarray], np.ndarray]
@@ -38,7 +38,9 @@ def open_features(spec: str, readers: Sequence[Reader]) -> tuple[Features, tuple
     if spec == "none":
         return None
     alone = "not of Inception: they compare with each other alone"
-    if not spec:
+    if is_net(spec):
+        readers = [of_net(spec)]
+    if not spec or is_net(spec):
         found = [(r.features, r.size, f"the judge {r.name}, {alone}") for r in readers if r.features]
         return found[0] if found else None
     kind, _, rest = spec.partition(":")
