@@ -21,7 +21,7 @@ from mcm_jax.pictures import to_uint8
 
 CAN_BE = (
     "scenes or emoji (the shipped nets), palette (nearest colour, where the data set has colours), palette:FILE.json "
-    "(a list of [r, g, b], or {name: [r, g, b]}), module:function (pictures to labels), FILE.onnx (a segmentation net), "
+    "(a list of [r, g, b], or {name: [r, g, b]}), module:function (pictures to labels), FILE.onnx (a net), "
     "or a folder that python -m mcm_jax.evaluation.judges train has written; each with interior: before it to leave "
     "out the pixels that a border runs through"
 )
