@@ -79,8 +79,7 @@ def main() -> None:
         eps = both(x, t, conditions)[1]
         x0 = predictions.eps_to_x0(eps, x, schedule.alpha(t), schedule.sigma(t))
         if schedule.clip_sample:
-            x0 = jnp.clip(x0, -1, 1)
-            eps = predictions.x0_to_eps(x0, x, schedule.alpha(t), schedule.sigma(t))
+            x0 = jnp.clip(x0, -1, 1)  # eps stays, as in the sampler
         after = jnp.full(len(x), table[jnp.minimum(number + 1, len(grid) - 1)], jnp.int32)
         return mcm._per_example(schedule.alpha(after)) * x0 + mcm._per_example(schedule.sigma(after)) * eps
 

@@ -21,7 +21,7 @@ def get_config():
     c.draws.count = 8
     c.cache.mode = "build"
     c.cache.load_base = True
-    c.train.steps = 4_200
+    c.train.steps = 2_800
     c.train.learning_rate = 2e-3
     c.train.ema_decay = 0.998
     c.train.checkpoint_every = 700
