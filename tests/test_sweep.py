@@ -1,34 +1,52 @@
 """Sweeps: what is wrong is told before the first trial, and however one was stopped, it ends as if it had not been."""
 
 import csv
+import json
 import re
+import shlex
 import shutil
+import sys
 
+import numpy as np
 import pytest
 import tiny
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from test_training import _kill, _Killed, _signal
 
-from mcm_jax import sweep
+from configs import scenes
+from mcm_jax import config, sweep
 from mcm_jax.errors import Interrupted, UserError
-from mcm_jax.sweep import trials
+from mcm_jax.files import lock
+from mcm_jax.sweep import plots, run, trials
 from mcm_jax.sweep.run import run_sweep
-from mcm_jax.training import loop, step, train_and_evaluate
+from mcm_jax.training import caching, loop, step, train_and_evaluate
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
-# Two rates by two seeds; trials of one size and schedule, so that all but the first find their programs compiled.
+# Two seeds at one rate, one at another.
 SWEEP = """
 from mcm_jax import sweep
 
 def get_hyper():
     return sweep.product(
-        sweep.values("train.learning_rate", [1e-3, 2e-3]),
-        sweep.values("seed", [0, 1]),
-    )
+        [{"train.learning_rate": 1e-3}], sweep.values("seed", [0, 1])
+    ) + [{"train.learning_rate": 2e-3, "seed": 0}]
 """
-QUIET = {"train.validate_every": 0, "train.log_every": 1, "train.steps": 4, "train.checkpoint_every": 2}
+ROWS = [(0.001, 0), (0.001, 1), (0.002, 0)]
+NAMES = [f"{i:03d}_learning_rate={rate}_seed={seed}" for i, (rate, seed) in enumerate(ROWS)]
+CHANGES = {
+    "train.validate_every": 0,
+    "train.log_every": 1,
+    "train.steps": 4,
+    "train.checkpoint_every": 2,
+    "mcm.channels": 4,
+    "mcm.multipliers": (1,),
+    "mcm.attention": (0,),
+    "mcm.groups": 2,
+    "cache.batch_size": 4,
+    "cache.mode": "build",
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +55,7 @@ def small_path(tmp_path_factory):
 
 
 def small(base, changes=()):
-    net = {"mcm.channels": 4, "mcm.groups": 2, "cache.batch_size": 4, "cache.mode": "build"}
-    return tiny.make_config(base, QUIET | net | dict(changes))
+    return tiny.make_config(base, CHANGES | dict(changes))
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +116,14 @@ def test_folders_are_short_safe_and_say_what_differs():
     hyper = sweep.product(
         [{"train.evaluate_every": 2}],
         sweep.choices("form", {"the paper's / eps": {"loss.weighting": "eps"}, "x" * 200: {}}),
-        sweep.values("mcm.multipliers", [(1, 2), (1, 1)]),
+        sweep.values("mcm.inputs", [("x_t", "eps"), ("eps",)]),
         sweep.values("draws.seed", [0, 1]),
     )
     found = _read(hyper)
-    assert found[0].name == "000_form=the-paper-s-eps_multipliers=1-2_draws.seed=0"
+    assert found[0].name == "000_form=the-paper-s-eps_inputs=x_t-eps_draws.seed=0"
     assert all(re.fullmatch(r"[\w.=+-]{1,100}", t.name) for t in found) and len({t.name for t in found}) == 8
     assert found[0].settings.loss.weighting == "eps" and found[4].settings.loss.weighting == "v"
-    assert found[3].settings.mcm.multipliers == (1, 1) and found[3].settings.draws.seed == 1
+    assert found[3].settings.mcm.inputs == ("eps",) and found[3].settings.draws.seed == 1
     assert all(t.settings.train.evaluate_every == 2 for t in found)
     # A trial that leaves a key alone has the config's value.
     assert [t.labels for t in _read([{}, {"train.steps": 5}])] == [{"steps": 4}, {"steps": 5}]
@@ -145,7 +162,7 @@ def test_all_trials_are_checked_and_named(hyper, words):
 )
 def test_a_bad_sweep_is_explained_and_writes_nothing(script, small_path, tmp_path, text, words):
     path = save(tmp_path, text)
-    flags = [*tiny.config_flags(small_path, QUIET), f"--sweep={path}", f"--workdir={tmp_path / 'run'}"]
+    flags = [*tiny.config_flags(small_path, CHANGES), f"--sweep={path}", f"--workdir={tmp_path / 'run'}"]
     assert script("train.py", *flags).explains(*words)
     assert not (tmp_path / "run").exists()
 
@@ -154,8 +171,8 @@ def test_a_bad_sweep_is_explained_and_writes_nothing(script, small_path, tmp_pat
     "flags, words",
     [
         (["--sweep=nowhere.py"], ["nowhere.py", "get_hyper()"]),
-        (["--sweep={sweep}", "--sweep_index=4"], ["--sweep_index=4", "4 trials, 0 to 3"]),
-        (["--sweep={sweep}", "--sweep_index=-1"], ["--sweep_index=-1", "4 trials"]),
+        (["--sweep={sweep}", "--sweep_index=3"], ["--sweep_index=3", "3 trials, 0 to 2"]),
+        (["--sweep={sweep}", "--sweep_index=-1"], ["--sweep_index=-1", "3 trials"]),
         (["--sweep_index=1"], ["--sweep_index goes with --sweep"]),
         (["--sweep={sweep}", "--profile=1:2"], ["sweep", "profile"]),
         (["--sweep={sweep}", "--sweep_mode=parallel"], ["sweep_mode", "together"]),
@@ -164,7 +181,7 @@ def test_a_bad_sweep_is_explained_and_writes_nothing(script, small_path, tmp_pat
 def test_bad_flags_of_a_sweep_are_explained_and_write_nothing(script, small_path, folder, tmp_path, flags, words):
     flags = [flag.format(sweep=save(folder)) for flag in flags]
     workdir = tmp_path / "run"
-    assert script("train.py", *tiny.config_flags(small_path, QUIET), *flags, f"--workdir={workdir}").explains(*words)
+    assert script("train.py", *tiny.config_flags(small_path, CHANGES), *flags, f"--workdir={workdir}").explains(*words)
     assert not workdir.exists()
 
 
@@ -184,37 +201,31 @@ def test_one_path_is_not_for_two_caches(small_path, tmp_path):
 
 
 def test_a_sweep_leaves_ordinary_workdirs_one_cache_and_results(whole, small_path, tmp_path):
-    names = [f"{i:03d}_learning_rate={rate}_seed={seed}" for i, (rate, seed) in enumerate(ROWS)]
-    assert sorted(p.name for p in whole.iterdir() if re.match(r"\d", p.name)) == names
+    assert sorted(p.name for p in whole.iterdir() if re.match(r"\d", p.name)) == NAMES
     assert len(list((whole / "cache").iterdir())) == 1  # and none in the trials
-    assert not [p for name in names for p in (whole / name).glob("cache*")]
+    assert not [p for name in NAMES for p in (whole / name).glob("cache*")]
     rows = table(whole)
-    assert [(row["workdir"], row["status"], row["step"]) for row in rows] == [(name, "done", "4") for name in names]
+    assert [(row["workdir"], row["status"], row["step"]) for row in rows] == [(name, "done", "4") for name in NAMES]
     for row in rows:
         assert float(row["loss"]) == tiny.metrics_of(whole / row["workdir"])[-1]["loss"]
     # The second one is what it is when it trains alone.
-    changes = {"seed": 1, "train.learning_rate": 1e-3, "cache.path": str(next((whole / "cache").iterdir()))}
+    changes = {"seed": 1, "cache.path": str(next((whole / "cache").iterdir()))}
     train_and_evaluate(small(small_path, changes), tmp_path / "alone")
-    assert tiny.metrics_of(tmp_path / "alone") == tiny.metrics_of(whole / names[1])
-
-
-ROWS = [(1e-3, 0), (1e-3, 1), (2e-3, 0), (2e-3, 1)]
+    assert tiny.metrics_of(tmp_path / "alone") == tiny.metrics_of(whole / NAMES[1])
 
 
 def test_the_report_averages_seeds_and_names_the_best(whole):
     losses = [float(row["loss"]) for row in table(whole)]
     text = (whole / "results.md").read_text()
-    means = {rate: sum(losses[i : i + 2]) / 2 for i, rate in ((0, 0.001), (2, 0.002))}
-    spread = {rate: abs(losses[i] - losses[i + 1]) / 2**0.5 for i, rate in ((0, 0.001), (2, 0.002))}
-    ranked = sorted(means, key=means.get)
-    for place, rate in enumerate(ranked, 1):
-        assert f"| {place} | {rate:g} | {means[rate]:.4g} ± {spread[rate]:.4g} |" in text
-    first = 0 if ranked[0] == 0.001 else 2
-    best = min((first, first + 1), key=lambda i: losses[i])
+    mean, spread = sum(losses[:2]) / 2, abs(losses[0] - losses[1]) / 2**0.5
+    lines = {mean: f"| 0.001 | {mean:.4g} ± {spread:.4g} | 0, 1 |", losses[2]: f"| 0.002 | {losses[2]:.4g} | 2 |"}
+    for place, score in enumerate(sorted(lines), 1):
+        assert f"| {place} {lines[score]}" in text
+    best = 2 if losses[2] < mean else int(losses[1] < losses[0])
     rate, seed = ROWS[best]
     assert f"--config.train.learning_rate={rate} --config.seed={seed}" in text
-    assert f"sample.py --workdir={whole}/{best:03d}_learning_rate={rate}_seed={seed} --segmentation=" in text
-    assert "4 trials: 4 done" in text and "`loss`" in text
+    assert f"sample.py --workdir={whole}/{NAMES[best]} --segmentation=" in text
+    assert "3 trials: 3 done" in text and "`loss`" in text
 
 
 def test_tensorboard_shows_the_hyperparameters(whole):
@@ -234,68 +245,180 @@ def test_tensorboard_shows_the_hyperparameters(whole):
 
 
 def test_the_picture_is_drawn_or_said_to_be_left_out(whole, tmp_path, monkeypatch, capsys):
-    from mcm_jax.sweep import plots
-
     pytest.importorskip("matplotlib")
     assert (whole / "results.png").read_bytes().startswith(b"\x89PNG")
     assert "results.png" in (whole / "results.md").read_text()
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     plots._say.cache_clear()
     for _ in range(2):
         assert not plots.draw([], tmp_path / "results.png", "loss")
     assert capsys.readouterr().out.count("pip install 'mcm-jax[sweep]'") == 1
 
 
-@pytest.mark.parametrize("action, error", [(_signal(2), Interrupted), (_kill, _Killed)])
-def test_stopped_in_the_second_trial_it_ends_as_the_uninterrupted_one(
-    small_path, folder, whole, tmp_path, monkeypatch, capsys, action, error
-):
-    workdir = tmp_path / "run"
-    shutil.copytree(whole / "cache", workdir / "cache")
-    bars = []
-    original = loop.tqdm
+def _hook(monkeypatch, action):
+    """Runs ``action`` in the middle of step 3 of the next run."""
 
     class Bar(loop.tqdm):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            bars.append(self)
-
         def update(self, n=1):
             super().update(n)
-            if len(bars) == 2 and self.n == 3:
+            if self.n == 3:
                 action()
 
     monkeypatch.setattr(loop, "tqdm", Bar)
-    with pytest.raises(error):
-        run_sweep(small(small_path), save(folder), workdir)
+
+
+def _begun(whole, folder, *missing):
+    """A copy of the sweep that some trials are missing from."""
+    shutil.copytree(whole, folder)
+    for i in missing:
+        shutil.rmtree(folder / NAMES[i])
+    return folder
+
+
+def test_killed_stopped_and_ended_by_a_job_array_it_is_the_uninterrupted_one(
+    script, small_path, folder, whole, tmp_path, monkeypatch
+):
+    workdir, config, original = _begun(whole, tmp_path / "run", 1, 2), small(small_path), loop.tqdm
+    first = tiny.contents(workdir / NAMES[0])
+    _hook(monkeypatch, _kill)
+    with pytest.raises(_Killed):
+        run_sweep(config, save(folder), workdir)
+    assert not (workdir / NAMES[2]).exists()
+    # The same command again: the second trial goes on, and so does the sweep.
+    bars = []
+
+    class Bar(original):
+        def update(self, n=1):
+            super().update(n)
+            bars.append(self.n)
+            if len(bars) == 5:  # two steps are left of the second trial
+                _signal(2)()
+
+    monkeypatch.setattr(loop, "tqdm", Bar)
+    with pytest.raises(Interrupted, match=f"{NAMES[2]}. Go on with the same command"):
+        run_sweep(config, save(folder), workdir)
     monkeypatch.setattr(loop, "tqdm", original)
-    assert [row["status"] for row in table(workdir)] == ["done", "not begun", "not begun", "not begun"]
-    first = tiny.contents(workdir / table(workdir)[0]["workdir"])
-    capsys.readouterr()
-    found = run_sweep(small(small_path), save(folder), workdir)
-    assert [o.status for o in found] == ["done"] * 4
-    said = capsys.readouterr().out
-    assert "going on from step" in said and "trial 0 (" not in said.split("best by")[0]
+    assert [row["status"] for row in table(workdir)] == ["done", "done", "not begun"]
+    flags = [*tiny.config_flags(small_path, CHANGES), f"--sweep={save(folder)}", f"--workdir={workdir}"]
+    done = script("train.py", *flags, "--sweep_index=0")
+    assert done.status == 0 and "2 done, 1 unfinished" in done.out and "MCM of" not in done.out
+    done = script("train.py", *flags, "--sweep_index=2")
+    assert done.status == 0 and "going on from step 3" in done.out and "best by loss: trial" in done.out
     assert table(workdir) == table(whole)
-    assert tiny.contents(workdir / table(workdir)[0]["workdir"]) == first
+    assert all(tiny.metrics_of(workdir / name) == tiny.metrics_of(whole / name) for name in NAMES)
+    assert tiny.contents(workdir / NAMES[0]) == first
+    # The command that the report gives for the best is one that train.py reads.
+    command = re.search(r"^python train.py (.*)$", (workdir / "results.md").read_text(), re.MULTILINE)[1]
+    best = next(n for n in NAMES if f"`{n}`" in (workdir / "results.md").read_text())
+    again = shlex.split(command.replace("run_best", f"run/{best}"))
+    assert f"{best} is finished" in script("train.py", *again).out  # it is that trial's own config
 
 
-def test_a_trial_that_diverges_is_recorded_and_the_others_go_on(small_path, whole, tmp_path, monkeypatch, capsys):
-    path = save(tmp_path, "def get_hyper(): return [{'seed': 1, 'loss.l1': 0.5}, {'train.learning_rate': 1e-3}]")
-    workdir = tmp_path / "run"
-    shutil.copytree(whole / "cache", workdir / "cache")
-    make = step.make_noise_step
+def test_a_trial_that_diverges_is_recorded_and_the_others_go_on(
+    small_path, folder, whole, tmp_path, monkeypatch, capsys
+):
+    workdir, make = _begun(whole, tmp_path / "run", 1), step.make_noise_step
 
-    def broken(*args, seed, **kwargs):
-        noise_step = make(*args, seed=seed, **kwargs)
-        return (lambda *a: (r := noise_step(*a)) | {"noise": r["noise"] * float("nan")}) if seed == 1 else noise_step
+    def broken(*args, **kwargs):
+        noise_step = make(*args, **kwargs)
+        return lambda *a: (r := noise_step(*a)) | {"noise": r["noise"] * np.float32("nan")}
 
     monkeypatch.setattr(step, "make_noise_step", broken)
-    config = small(small_path, {"train.learning_rate": 3e-3})
-    assert [o.status for o in run_sweep(config, path, workdir)] == ["diverged", "done"]
+    for _ in range(2):  # the second time, nothing is left to do
+        found = run_sweep(small(small_path), save(folder), workdir)
+        assert [o.status for o in found] == ["done", "diverged", "done"]
+    assert capsys.readouterr().out.count("diverged, and is left at that: the loss is nan at step 1") == 1
     text = (workdir / "results.md").read_text()
-    assert "1 done, 1 diverged" in text and "0 (diverged)" in text and "diverged.json" in text
-    assert "`001_" in text.partition("## The best")[2]
-    capsys.readouterr()
-    run_sweep(config, path, workdir)  # nothing is left to do
-    assert "MCM of" not in capsys.readouterr().out
+    assert "2 done, 1 diverged" in text and "| 0, 1 (diverged) |" in text and f"{NAMES[1]}/diverged.json" in text
+    assert list((workdir / NAMES[1] / "tensorboard").glob("*.hparams"))
+
+
+def test_what_stops_a_trial_is_told_with_the_trials_that_are_whole(small_path, folder, whole, tmp_path):
+    workdir = _begun(whole, tmp_path / "run", 1)
+    (workdir / NAMES[1]).write_text("in the way")
+    words = r"(?s)trial 1 \(learning_rate=0.001, seed=1\): .*cannot be written.*Whole are 2 of 3 trials \(0, 2\)"
+    with pytest.raises(UserError, match=words):
+        run_sweep(small(small_path), save(folder), workdir)
+
+
+def test_a_workdir_of_another_sweep_or_a_run_is_refused(small_path, folder, whole, tmp_path, capsys):
+    with pytest.raises(
+        UserError, match=r"(?s)another sweep.*config.train.ema_decay: there 0.999, now 0.9\n.*Take another"
+    ):
+        run_sweep(small(small_path, {"train.ema_decay": 0.9}), save(folder), whole)
+    other = save(tmp_path, SWEEP.replace("2e-3", "3e-3").rstrip() + " + [{'seed': 5}]")
+    words = (
+        r"(?s)trials: there 3, now 4\n  trial 2: there train.learning_rate=0.002, seed=0, now train.learning_rate=0.003"
+    )
+    with pytest.raises(UserError, match=words):
+        run_sweep(small(small_path), other, whole)
+    with pytest.raises(UserError, match="holds a run, expected a sweep"):
+        run_sweep(small(small_path), save(folder), whole / NAMES[0])
+    # What may change in a run may change in a sweep; one that has not begun is nobody's.
+    workdir = _begun(whole, tmp_path / "run")
+    run_sweep(small(small_path, {"train.keep": 5}), save(folder), workdir)
+    assert json.loads((workdir / "sweep.json").read_text())["config"]["train"]["keep"] == 5
+    (tmp_path / "new").mkdir()
+    shutil.copy(whole / "sweep.json", tmp_path / "new")
+    with pytest.raises(UserError, match="trial 3 .*3 groups"):
+        run_sweep(small(small_path, {"mcm.groups": 3}), other, tmp_path / "new")
+
+
+def test_what_another_process_holds_is_waited_for_or_passed_over(
+    small_path, folder, whole, tmp_path, monkeypatch, capsys
+):
+    workdir = _begun(whole, tmp_path / "run", 1)
+    (workdir / NAMES[1]).mkdir()
+    with lock(workdir / NAMES[1], "training in this workdir", "--workdir"):
+        found = run_sweep(small(small_path), save(folder), workdir)
+        assert [o.status for o in found] == ["done", "not begun", "done"]
+        assert f"{NAMES[1]}: another process trains it" in capsys.readouterr().out
+        with pytest.raises(UserError, match="another process is training in this workdir"):
+            run_sweep(small(small_path), save(folder), workdir, index=1)
+    monkeypatch.setattr(run, "_LOOKS", 0.01)
+    held = lock(tmp_path, "building", "path")
+    held.__enter__()
+    tries = []
+
+    def act():
+        tries.append(0)
+        if len(tries) == 3:
+            held.__exit__(None, None, None)
+        with lock(tmp_path, "building", "path"):
+            pass
+
+    run._patiently(act)
+    assert len(tries) == 3 and capsys.readouterr().out.count("waiting for it") == 1
+
+
+def test_a_cache_is_shared_where_what_is_in_it_is_the_same(small_path):
+    """By the settings alone, but never where caching.made_of tells two apart."""
+    base = tiny.settings_of(small(small_path))
+    card = base.base.outline().card
+
+    def made_of(settings):
+        return caching.made_of(settings, card, caching._find(settings, card, "train").fingerprints())
+
+    same = {
+        "seed": 1,
+        "train.steps": 9,
+        "mcm.channels": 8,
+        "loss.l1": 0.1,
+        "modalities.drop_rate": 0.1,
+        "train.held_out": 3,
+    }
+    for key, value in same.items():
+        assert caching.shared_by(config.override(base, {key: value})) == caching.shared_by(base), key
+    other = [{"draws.count": 3}, {"draws.seed": 1}, {"draws.density": [1.0, 2.0]}, {"draws.offset": 0.1}]
+    other += [{"data.size": 9}, {"data.seed": 5}, {"data.views": 2, "data.flip": True}]
+    other += [{"cache.dtype": "int8"}, {"base.dtype": "bfloat16"}]
+    for changes in other:
+        changed = config.override(base, changes)
+        assert made_of(changed) != made_of(base), changes
+        assert caching.shared_by(changed) != caching.shared_by(base), changes
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (tiny.ROOT / "configs/sweeps").glob("*.py")))
+def test_shipped_sweeps_read(name):
+    hyper, metric = trials.load(tiny.ROOT / f"configs/sweeps/{name}.py")
+    assert metric == "mean_iou" and len(trials.read(tiny.settings_of(scenes.get_config()), hyper)) == len(hyper)

@@ -107,7 +107,7 @@ def _train(group: Sequence[Trial], trials: Sequence[Trial], workdir: pathlib.Pat
             train_and_evaluate(config_lib.to_dict(left[0].settings), folders[0])
 
     try:
-        _patiently(train, unless=() if alone else folders)
+        _patiently(train, unless=folders)
     except Busy as e:
         if alone or e.folder not in folders:
             raise
