@@ -158,6 +158,7 @@ def test_all_trials_are_checked_and_named(hyper, words):
         ("METRIC = 3\ndef get_hyper(): return [{}]", ["METRIC", "3"]),
         ("def get_hyper(): return [{'train.stepz': 5}]", ["trial 0", "config.train.stepz", "train.steps"]),
         ("def get_hyper(): return [{'seed': 1}, {'mcm.groups': 3}]", ["trial 1", "3 groups"]),
+        ("def get_hyper(): return [{'seed': 1}, {'sampling.steps': 1001}]", ["trial 1", "got 1001"]),
     ],
 )
 def test_a_bad_sweep_is_explained_and_writes_nothing(script, small_path, tmp_path, text, words):
@@ -206,7 +207,8 @@ def test_a_sweep_leaves_ordinary_workdirs_one_cache_and_results(whole, small_pat
     assert not [p for name in NAMES for p in (whole / name).glob("cache*")]
     rows = table(whole)
     assert [(row["workdir"], row["status"], row["step"]) for row in rows] == [(name, "done", "4") for name in NAMES]
-    for row in rows:
+    for row, (rate, _) in zip(rows, ROWS, strict=True):
+        assert float(row["learning_rate"]) == rate != float(row["last learning_rate"])
         assert float(row["loss"]) == tiny.metrics_of(whole / row["workdir"])[-1]["loss"]
     # The second one is what it is when it trains alone.
     changes = {"seed": 1, "cache.path": str(next((whole / "cache").iterdir()))}
@@ -346,7 +348,7 @@ def test_a_workdir_of_another_sweep_or_a_run_is_refused(small_path, folder, whol
         UserError, match=r"(?s)another sweep.*config.train.ema_decay: there 0.999, now 0.9\n.*Take another"
     ):
         run_sweep(small(small_path, {"train.ema_decay": 0.9}), save(folder), whole)
-    other = save(tmp_path, SWEEP.replace("2e-3", "3e-3").rstrip() + " + [{'seed': 5}]")
+    other = save(tmp_path, SWEEP.replace("2e-3", "3e-3").rstrip() + " + [{'sampling.steps': 1001}]")
     words = (
         r"(?s)trials: there 3, now 4\n  trial 2: there train.learning_rate=0.002, seed=0, now train.learning_rate=0.003"
     )
@@ -360,8 +362,8 @@ def test_a_workdir_of_another_sweep_or_a_run_is_refused(small_path, folder, whol
     assert json.loads((workdir / "sweep.json").read_text())["config"]["train"]["keep"] == 5
     (tmp_path / "new").mkdir()
     shutil.copy(whole / "sweep.json", tmp_path / "new")
-    with pytest.raises(UserError, match="trial 3 .*3 groups"):
-        run_sweep(small(small_path, {"mcm.groups": 3}), other, tmp_path / "new")
+    with pytest.raises(UserError, match="trial 3 .*got 1001"):  # what is wrong now is not whose it is
+        run_sweep(small(small_path), other, tmp_path / "new")
 
 
 def test_what_another_process_holds_is_waited_for_or_passed_over(

@@ -57,7 +57,8 @@ _say = functools.cache(print)  # once, not after each trial
 
 def _over(plot: Any, axis: str, rows: Sequence[Setting], metric: str) -> None:
     """The metric over one axis, a line for each setting of the others, the best first."""
-    values = list(dict.fromkeys(row.labels[axis] for row in rows))
+    in_order = sorted(rows, key=lambda row: row.outcomes[0].trial.number)
+    values = list(dict.fromkeys(row.labels[axis] for row in in_order))
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     values = sorted(values) if numeric else values
     at = {v: v if numeric else i for i, v in enumerate(values)}

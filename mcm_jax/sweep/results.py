@@ -45,7 +45,8 @@ def _table(outcomes: Sequence[Outcome]) -> str:
     names.sort(key=lambda name: name in _OF_THE_MACHINE)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "workdir", "status", "step", *axes, *names])
+    apart = [f"last {name}" if name in axes else name for name in names]  # the rate at the end is not the rate swept
+    writer.writerow(["trial", "workdir", "status", "step", *axes, *apart])
     for o in outcomes:
         own = [o.trial.number, o.trial.name, o.status, o.step, *o.trial.labels.values()]
         writer.writerow([*own, *(o.numbers.get(name, "") for name in names)])
@@ -64,7 +65,8 @@ def commands(best: Outcome, workdir: pathlib.Path, command: Sequence[str]) -> tu
     trial, cache = best.trial, best.trial.settings.cache
     changes = dict(trial.overrides) | ({"cache.path": cache.path} if cache.mode != "off" else {})
     texts = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
-    alone = [*command, *(f"--config.{key}={value}" for key, value in texts.items()), f"--workdir={workdir}_best"]
+    kept = [word for word in command if not word.startswith(tuple(f"--config.{key}=" for key in texts))]
+    alone = [*kept, *(f"--config.{key}={value}" for key, value in texts.items()), f"--workdir={workdir}_best"]
     conditions = []
     for m in trial.settings.modalities.shown:
         flag = f"--{m.name}" if m.name in ("segmentation", "sketch") else f"--condition={m.name}"

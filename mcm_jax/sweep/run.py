@@ -77,17 +77,12 @@ def run_sweep(
     if not any(trial.settings.train.evaluate_every for trial in trials):
         print("train.evaluate_every is 0: nothing is measured on held-out examples, training's last loss ranks")
 
-    def report() -> tuple[list[Outcome], str]:
-        found = collect(trials, workdir)
-        by = metric_of(found, metric)
-        if distributed.is_first():
-            _patiently(lambda: _write(found, workdir, by, command))
-        return found, by
-
     for group in groups:
         _train(group, trials, workdir, alone=index is not None)
-        found, by = report()
-    print(results.summary(found, workdir, by, command))
+        if distributed.is_first():
+            _patiently(lambda: _write(trials, workdir, metric, command))
+    found = collect(trials, workdir)
+    print(results.summary(found, workdir, metric_of(found, metric), command))
     return found
 
 
@@ -147,16 +142,17 @@ def _patiently(act: Callable[[], object], unless: Sequence[pathlib.Path] = ()) -
             time.sleep(_LOOKS)
 
 
-def _write(found: Sequence[Outcome], workdir: pathlib.Path, metric: str, command: Sequence[str]) -> None:
+def _write(trials: Sequence[Trial], workdir: pathlib.Path, metric: str | None, command: Sequence[str]) -> None:
     """Writes the results, one process at a time."""
     try:
         with lock(workdir, "writing the results", "--workdir"):
-            results.write(found, workdir, metric, command)
+            found = collect(trials, workdir)
+            results.write(found, workdir, metric_of(found, metric), command)
     except OSError as e:
         if not is_disk_error(e):
             raise
-        whole = _whole([outcome.trial for outcome in found], workdir)
-        raise UserError(f"{workdir}: the results could not be written ({e}). Free space there. {whole}") from e
+        why = f"{workdir}: the results could not be written ({e}). Free space there"
+        raise UserError(f"{why}. {_whole(trials, workdir)}") from e
 
 
 def _groups(trials: Sequence[Trial], mode: str) -> list[list[Trial]]:
