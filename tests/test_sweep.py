@@ -1,6 +1,7 @@
 """Sweeps: what is wrong is told before the first trial, and however one was stopped, it ends as if it had not been."""
 
 import csv
+import dataclasses
 import json
 import re
 import shlex
@@ -18,7 +19,7 @@ from configs import scenes
 from mcm_jax import config, sweep
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import lock
-from mcm_jax.sweep import plots, run, trials
+from mcm_jax.sweep import outcomes, plots, results, run, trials
 from mcm_jax.sweep.run import run_sweep
 from mcm_jax.training import caching, loop, step, train_and_evaluate
 
@@ -228,6 +229,35 @@ def test_the_report_averages_seeds_and_names_the_best(whole):
     assert f"--config.train.learning_rate={rate} --config.seed={seed}" in text
     assert f"sample.py --workdir={whole}/{NAMES[best]} --segmentation=" in text
     assert "3 trials: 3 done" in text and "`loss`" in text
+
+
+def test_the_metric_is_the_files_or_the_first_that_all_have(whole, small_path, folder):
+    settings = tiny.settings_of(small(small_path))
+    found = outcomes.collect(trials.read(settings, trials.load(save(folder))[0]), whole)
+    assert outcomes.metric_of(found, None) == "loss" and outcomes.metric_of(found, "mse") == "mse"
+    with pytest.raises(UserError, match=r"METRIC='edge_f1' .*trial 0 \(.*did not measure it, but .*mse_of_base"):
+        outcomes.metric_of(found, "edge_f1")
+    # Seeds are averaged before settings are ranked: the best trial need not be the highest of all.
+    scored = [
+        dataclasses.replace(o, reports=[*o.reports, {"step": 4, "held_out_loss": 1.0, "mean_iou": value}])
+        for o, value in zip(found, (0.5, 0.9, 0.8), strict=True)
+    ]
+    assert outcomes.metric_of(scored, None) == "mean_iou"
+    assert outcomes.metric_of([*scored[:2], found[2]], None) == "loss"  # all must have it
+    rows = outcomes.settings_of(scored, "mean_iou")
+    assert [row.mean for row in rows] == [0.8, pytest.approx(0.7)] and rows[1].spread == pytest.approx(0.4 / 2**0.5)
+    assert outcomes.best_of(rows, "mean_iou").trial.number == 2
+    unfinished = [dataclasses.replace(scored[0], status="unfinished"), *scored[1:]]
+    assert outcomes.best_of(outcomes.settings_of(unfinished, "mean_iou"), "mean_iou").trial.number == 1
+
+
+def test_losses_that_do_not_compare_are_pointed_out(tmp_path):
+    found = outcomes.collect(_read(sweep.values("loss.weighting", ["v", "eps"])), tmp_path)
+    results.write(found, tmp_path, "held_out_loss", ["python", "train.py"])
+    assert "The trials differ in loss.weighting" in (tmp_path / "results.md").read_text()
+    results.write(found, tmp_path, "mean_iou", ["python", "train.py"])
+    text = (tmp_path / "results.md").read_text()
+    assert "2 trials: 2 not begun" in text and "The trials differ" not in text and "The best" not in text
 
 
 def test_tensorboard_shows_the_hyperparameters(whole):
