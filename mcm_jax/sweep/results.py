@@ -64,7 +64,7 @@ def commands(best: Outcome, workdir: pathlib.Path, command: Sequence[str]) -> tu
     """What a shell trains a trial with alone, in a folder beside the sweep's, and what it samples the trial with."""
     trial, cache = best.trial, best.trial.settings.cache
     changes = dict(trial.overrides) | ({"cache.path": cache.path} if cache.mode != "off" else {})
-    texts = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
+    texts = {key: _typed(value) for key, value in changes.items()}
     kept = [word for word in command if not word.startswith(tuple(f"--config.{key}=" for key in texts))]
     alone = [*kept, *(f"--config.{key}={value}" for key, value in texts.items()), f"--workdir={workdir}_best"]
     conditions = []
@@ -74,6 +74,11 @@ def commands(best: Outcome, workdir: pathlib.Path, command: Sequence[str]) -> tu
         conditions.append(f"{flag}={folder}{m.name}.png")
     sample = ["python", "sample.py", f"--workdir={workdir / trial.name}", *conditions]
     return shlex.join(alone), shlex.join([*sample, f"--out={workdir / 'samples'}"])
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed after ``--config.KEY=``; a shell puts texts in a tuple into single quotes as a whole."""
+    return str(tuple(value)).replace("'", '"') if isinstance(value, list) else str(value)
 
 
 def summary(outcomes: Sequence[Outcome], workdir: pathlib.Path, metric: str, command: Sequence[str]) -> str:
