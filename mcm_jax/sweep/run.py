@@ -157,7 +157,9 @@ def _write(trials: Sequence[Trial], workdir: pathlib.Path, metric: str | None, c
 
 def _groups(trials: Sequence[Trial], mode: str) -> list[list[Trial]]:
     """What trains at a time. Raises UserError where all shall and cannot."""
-    if mode == "serial":
+    # What one program cannot do: several processes, and runs of Weights & Biases side by side.
+    apart = jax.process_count() > 1 or any(trial.settings.train.wandb for trial in trials)
+    if mode == "serial" or (mode == "auto" and apart):
         return [[trial] for trial in trials]
     flat = [config_lib.flatten(trial.settings) for trial in trials]
     shared: dict[str, list[Trial]] = {}
