@@ -44,9 +44,11 @@ setup(
         "onnx": ["onnxruntime>=1.20,<2"],
         # Reports of training beside metrics.jsonl and TensorBoard.
         "wandb": ["wandb>=0.19,<1"],
+        # The picture of a sweep.
+        "sweep": ["matplotlib>=3.9,<4"],
         # PyTorch and diffusers are the oracle that the native networks are held against; mcm_jax imports neither.
         "test": [
-            "mcm-jax[hub,onnx,text,torch]",
+            "mcm-jax[hub,onnx,sweep,text,torch]",
             "diffusers==0.42.1",
             "onnx>=1.17,<2",
             "pytest>=8.2,<10",

@@ -8,7 +8,7 @@ import pathlib
 import signal
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +62,22 @@ def define_flags(cls: type, names: Sequence[str] = ()) -> Callable[[], dict[str,
     chosen = names or [f.name for f in dataclasses.fields(cls)]
     holders = {name: define[types[name]](name, None, f"{meanings[name]} Default: the config's") for name in chosen}
     return lambda: {name: holder.value for name, holder in holders.items()}
+
+
+def allow_only_with(flag: str, others: Sequence[str]) -> None:
+    """Refuses flags that mean nothing where another one is not given."""
+    for name in others:
+
+        @flags.multi_flags_validator([flag, name], message=f"--{name} goes with --{flag} only")
+        def _(values: Mapping[str, Any], name: str = name) -> bool:
+            return values[flag] is not None or values[name] is None
+
+
+def command(script: str, config_holder: flags.FlagHolder) -> list[str]:
+    """Words of a command that runs a script with a flag's config as it is, with what was overridden."""
+    flag = flags.FLAGS[config_holder.name]  # of ml_collections
+    changes = [f"--config.{key}={value}" for key, value in flag.override_values.items()]
+    return ["python", script, f"--config={flag.config_filename}", *changes]
 
 
 def span(text: str | None, flag: str) -> tuple[int, int] | None:

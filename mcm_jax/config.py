@@ -11,9 +11,11 @@ knows no section by name. Nothing else of the package sees a ConfigDict.
 """
 
 import dataclasses
+import difflib
 import functools
 import json
 import math
+import operator
 import os
 import pathlib
 import re
@@ -80,6 +82,27 @@ def read(cls: type[T], config: Mapping[str, Any], *, where: str = "config", othe
         return cls(**values)
     except UserError as e:
         raise UserError(f"{where}.{e}") from e
+
+
+def override(settings: T, changes: Mapping[str, Any]) -> T:
+    """Settings with some keys changed.
+
+    Args:
+      settings: stay as they are.
+      changes: values by dotted keys, e.g. ``{"train.steps": 100}``.
+
+    Raises:
+      UserError: a key that the settings do not have, or a value that :func:`read` refuses.
+    """
+    tree = to_dict(settings)
+    known = _flat(tree)
+    for key, value in changes.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise UserError(f"config.{key}: unknown key{f', meant {near[0]}?' if near else ''} ({_ALL_KEYS})")
+        *sections, name = key.split(".")
+        functools.reduce(operator.getitem, sections, tree)[name] = value
+    return read(type(settings), tree)
 
 
 def default(cls: type) -> ml_collections.ConfigDict:

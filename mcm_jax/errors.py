@@ -1,11 +1,26 @@
 """The ways in which a command ends early."""
 
+import pathlib
+
 
 class UserError(ValueError):
     """Bad input, with one message that says what was found, what was expected and how to mend it.
 
     The command line scripts print it without a traceback; any other exception is a bug and keeps its own.
     """
+
+
+class Busy(UserError):
+    """Another process holds a folder.
+
+    Args:
+      message: for the user.
+      folder: which.
+    """
+
+    def __init__(self, message: str, folder: pathlib.Path):
+        super().__init__(message)
+        self.folder = folder
 
 
 class Interrupted(Exception):

@@ -3,9 +3,10 @@
 import contextlib
 import os
 import pathlib
+import secrets
 from collections.abc import Iterator
 
-from mcm_jax.errors import UserError
+from mcm_jax.errors import Busy, UserError
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
@@ -33,7 +34,7 @@ def check_writable(folder: str | os.PathLike, flag: str) -> None:
       UserError: it cannot be written.
     """
     folder = pathlib.Path(folder)
-    probe = folder / ".writable"
+    probe = folder / f".writable-{secrets.token_hex(4)}"  # several processes may try at the same time
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(probe, b"\0" * 4096)
@@ -55,7 +56,8 @@ def lock(folder: str | os.PathLike, doing: str, flag: str) -> Iterator[None]:
       flag: how the user named the folder, for the message.
 
     Raises:
-      UserError: another process holds it.
+      Busy: another process holds it.
+      UserError: the file system cannot lock.
     """
     import fcntl  # here, so that the package can be imported where there is none (Windows)
 
@@ -69,7 +71,8 @@ def lock(folder: str | os.PathLike, doing: str, flag: str) -> Iterator[None]:
             os.close(handle)
         except BlockingIOError as e:
             os.close(handle)
-            raise UserError(f"{folder}: another process is {doing}. Wait for it, or take another {flag}") from e
+            message = f"{folder}: another process is {doing}. Wait for it, or take another {flag}"
+            raise Busy(message, pathlib.Path(folder)) from e
         except OSError as e:
             os.close(handle)
             raise UserError(

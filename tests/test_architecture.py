@@ -33,6 +33,7 @@ LAYERS = (
     "pictures",
     "evaluation",
     "training",
+    "sweep",
     "generate",
     "cli",
 )

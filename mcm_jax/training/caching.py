@@ -251,6 +251,17 @@ def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict
     }
 
 
+def shared_by(settings: RunSettings) -> str:
+    """A short name, the same for all runs that one cache can serve.
+
+    It is made of the settings that :func:`made_of` depends on, so that neither base nor data need be at hand. That
+    some of them may not matter, such as ``data.crop`` with one view, costs a cache.
+    """
+    s = settings
+    parts = [s.base, s.data, s.draws, s.modalities.shown, s.cache.dtype]
+    return store.fingerprint({str(i): repr(part) for i, part in enumerate(parts)})[:8]
+
+
 def known_card(settings: RunSettings, workdir: str | os.PathLike) -> BaseCard:
     """What is known of the config's base: by its cache if there is one, by loading it if not."""
     folder = settings.cache.folder(workdir)

@@ -23,7 +23,8 @@ _ERRNO = re.compile(r"(?i)(?:errno|os.error(?:_code)?)\W{1,3}(\d+)")
 _FREE_SECTIONS = ("sampling.", "evaluation.")
 
 
-def _is_free(key: str) -> bool:
+def is_free(key: str) -> bool:
+    """Whether a key may change on the way, by its dotted name."""
     return key in _FREE or key.startswith(_FREE_SECTIONS)
 
 
@@ -45,7 +46,7 @@ def check_same_run(settings: RunSettings, workdir: pathlib.Path) -> RunSettings 
         flat["cache.mode"] = "on" if flat["cache.mode"] == "build" else flat["cache.mode"]
     changed = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
     longer = settings.train.schedule in ("constant", "wsd") and settings.train.steps > there.train.steps
-    allowed = [key for key in changed if _is_free(key) or (key == "train.steps" and longer)]
+    allowed = [key for key in changed if is_free(key) or (key == "train.steps" and longer)]
     lines = {key: f"  {key}: there {found.get(key, 'absent')!r}, now {wanted.get(key, 'absent')!r}" for key in changed}
     if wrong := [lines[key] for key in changed if key not in allowed]:
         differs = "\n".join(wrong)

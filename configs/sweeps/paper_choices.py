@@ -1,0 +1,43 @@
+"""What the paper leaves open, one choice changed at a time, each at three learning rates: no form loses by its rate.
+
+python train.py --config=configs/scenes.py --sweep=configs/sweeps/paper_choices.py --workdir=runs/paper_choices
+python train.py --config=configs/scenes_sd.py --sweep=configs/sweeps/paper_choices.py --workdir=runs/paper_choices_sd
+
+66 trials from one cache: 11 choices, 3 rates, 2 seeds. What a choice does not name is as in OURS; docs/mcm.md explains
+each.
+"""
+
+from mcm_jax import sweep
+
+METRIC = "mean_iou"  # losses of different weightings do not compare
+
+OURS = {
+    "mcm.residual_scale": True,
+    "mcm.shift_space": "x0",
+    "mcm.inputs": ("x_t", "eps", "x0"),
+    "loss.weighting": "v",
+    "loss.l1": 0.0,
+    "modalities.drop_rate": 0.3,
+}
+CHOICES = {
+    "ours": {},
+    "bare product": {"mcm.residual_scale": False},
+    "shift in eps": {"mcm.shift_space": "eps"},
+    "inputs x_t, eps": {"mcm.inputs": ("x_t", "eps")},
+    "weighting eps": {"loss.weighting": "eps"},
+    "weighting x0": {"loss.weighting": "x0"},
+    "weighting min-SNR": {"loss.weighting": "min_snr"},
+    "L1 0.15": {"loss.l1": 0.15},
+    "drop rate 0.1": {"modalities.drop_rate": 0.1},
+    "drop rate 0.5": {"modalities.drop_rate": 0.5},
+    "the paper's form": {"mcm.shift_space": "eps", "mcm.inputs": ("x_t", "eps"), "loss.weighting": "eps"},
+}
+
+
+def get_hyper():
+    return sweep.product(
+        [{"train.evaluate_every": 700}],
+        sweep.choices("choice", {name: OURS | changes for name, changes in CHOICES.items()}),
+        sweep.values("train.learning_rate", [1e-3, 2e-3, 4e-3]),
+        sweep.values("seed", [0, 1]),
+    )

@@ -1,0 +1,151 @@
+"""What became of a sweep's trials, read from their folders, and which is the best."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mcm_jax import config
+from mcm_jax.errors import UserError
+from mcm_jax.sweep.trials import SEEDS, Trial
+from mcm_jax.training import RunSettings
+from mcm_jax.training.actions import DIVERGED as DIVERGED_FILE
+from mcm_jax.training.actions import LESS_IS_BETTER
+from mcm_jax.training.workdir import saved_steps
+
+STATUSES = DONE, DIVERGED, UNFINISHED, WAITING = "done", "diverged", "unfinished", "not begun"
+ENDED = (DONE, DIVERGED)
+
+_RANKED_BY = ("mean_iou", "edge_f1", "held_out_loss", "loss")  # the first that all trials have
+_LESS = (*LESS_IS_BETTER, "loss", "mse")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a trial so far.
+
+    Attributes:
+      trial: which.
+      status: one of :data:`STATUSES`.
+      step: of its last report.
+      reports: the lines of its ``metrics.jsonl``.
+    """
+
+    trial: Trial
+    status: str
+    step: int
+    reports: Sequence[Mapping[str, float]]
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, float]:
+        """The last of each."""
+        last: dict[str, float] = {}
+        for report in self.reports:
+            last |= report
+        return {name: value for name, value in last.items() if name != "step"}
+
+    def score(self, metric: str) -> float | None:
+        """By which it is ranked; None where it has not come to its end, or to no finite number."""
+        value = self.numbers.get(metric, math.nan)
+        return value if self.status == DONE and math.isfinite(value) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Trials that differ in seeds alone.
+
+    Attributes:
+      labels: what they share, by axis.
+      outcomes: theirs.
+      scores: of those that are done.
+    """
+
+    labels: Mapping[str, float | str | bool]
+    outcomes: Sequence[Outcome]
+    scores: Sequence[float]
+
+    @property
+    def mean(self) -> float:
+        """Of the scores; there must be one."""
+        return statistics.fmean(self.scores)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of the scores (over n - 1); None for fewer than two."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+
+def status(settings: RunSettings, workdir: pathlib.Path) -> str:
+    """What became of a run, by its folder."""
+    if max(saved_steps(workdir), default=0) >= settings.train.steps:
+        return DONE
+    if (workdir / DIVERGED_FILE).is_file():
+        return DIVERGED
+    return UNFINISHED if (workdir / config.FILE).is_file() else WAITING
+
+
+def collect(trials: Sequence[Trial], workdir: pathlib.Path) -> list[Outcome]:
+    """What became of each trial of the sweep in a folder."""
+    return [_outcome(trial, workdir / trial.name) for trial in trials]
+
+
+def _outcome(trial: Trial, workdir: pathlib.Path) -> Outcome:
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    reports = [json.loads(line) for line in lines if line.endswith("}")]  # another process may write the last one
+    step = reports[-1]["step"] if reports else 0
+    return Outcome(trial, status(trial.settings, workdir), step, reports)
+
+
+def metric_of(outcomes: Sequence[Outcome], wanted: str | None) -> str:
+    """By which number the trials are ranked.
+
+    Args:
+      outcomes: of all trials.
+      wanted: what the sweep file says; None for the first that all have of mean_iou, edge_f1, held_out_loss, loss.
+
+    Raises:
+      UserError: a trial is done that has not what is wanted.
+    """
+    done = [o for o in outcomes if o.status == DONE]
+    if wanted:
+        if lacking := [o for o in done if wanted not in o.numbers]:
+            raise UserError(
+                f"METRIC={wanted!r} of the sweep file: {lacking[0].trial} did not measure it, but "
+                f"{', '.join(lacking[0].numbers)}. Name one of these, and run the same command again"
+            )
+        return wanted
+    return next((name for name in _RANKED_BY if done and all(name in o.numbers for o in done)), _RANKED_BY[-1])
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether the lower number wins."""
+    return metric.rpartition("/")[2] in _LESS
+
+
+def settings_of(outcomes: Sequence[Outcome], metric: str) -> list[Setting]:
+    """Trials gathered over seeds, the best first, and last those of which none is done."""
+    groups: dict[tuple, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(tuple(_without_seeds(outcome.trial.labels).items()), []).append(outcome)
+    rows = [
+        Setting(dict(labels), group, [s for o in group if (s := o.score(metric)) is not None])
+        for labels, group in groups.items()
+    ]
+    sign = 1 if less_is_better(metric) else -1
+    return sorted(rows, key=lambda row: (not row.scores, sign * row.mean if row.scores else 0))
+
+
+def best_of(rows: Sequence[Setting], metric: str) -> Outcome | None:
+    """The best trial of the best setting; None as long as none is done."""
+    done = [o for o in rows[0].outcomes if o.score(metric) is not None]
+    choose = min if less_is_better(metric) else max
+    return choose(done, key=lambda o: o.score(metric), default=None)
+
+
+def _without_seeds(labels: Mapping[str, Any]) -> dict[str, Any]:
+    return {axis: value for axis, value in labels.items() if axis not in SEEDS}

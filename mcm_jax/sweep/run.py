@@ -1,0 +1,278 @@
+"""The runs of a sweep: whose folder it is, whose turn, and what follows when one of them ends early."""
+
+import dataclasses
+import gc
+import json
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from mcm_jax import config as config_lib
+from mcm_jax import distributed, sharding
+from mcm_jax.errors import Busy, UserError
+from mcm_jax.files import check_writable, lock, write_atomically
+from mcm_jax.sweep import results
+from mcm_jax.sweep import trials as trials_lib
+from mcm_jax.sweep.outcomes import DONE, ENDED, Outcome, collect, metric_of, status
+from mcm_jax.sweep.trials import Trial
+from mcm_jax.training import RunSettings, train_and_evaluate
+from mcm_jax.training.caching import known_card, shared_by
+from mcm_jax.training.parts import fitting_modulator
+from mcm_jax.training.together import TOGETHER_KEYS, train_together
+from mcm_jax.training.workdir import is_disk_error, is_free
+
+FILE = "sweep.json"
+MODES = ("auto", "serial", "together")
+
+_LOOKS = 2.0  # seconds between two looks at what another process holds
+_SHOWN = 12  # lines of what differs
+
+
+def run_sweep(
+    config: Any,
+    sweep: str | pathlib.Path,
+    workdir: str | pathlib.Path,
+    *,
+    mode: str = "auto",
+    index: int | None = None,
+    command: Sequence[str] = ("python", "train.py"),
+) -> list[Outcome]:
+    """Trains the trials of a sweep; goes on where it was stopped.
+
+    Trials that are done are skipped, those that were cut off go on, those that diverged stay as they are. Several
+    processes may call this with one workdir at the same time: what another one trains is passed over.
+
+    Args:
+      config: as configs/default.py has it; the trials override it.
+      sweep: a sweep file.
+      workdir: gets ``sweep.json``, a workdir for each trial, ``cache/`` with each cache that they need, and what
+        :func:`.results.write` writes.
+      mode: ``serial``, one trial after the other; ``together``, all in one program; ``auto``, together what can be.
+      index: of the one trial to train; None for all.
+      command: words of the command that trains the config alone, without its workdir, for the results.
+
+    Returns:
+      What became of each trial.
+
+    Raises:
+      UserError: bad input, another sweep in the workdir, or a trial that cannot be trained: see its message.
+      Interrupted: SIGINT or SIGTERM came; the state of what was training was saved.
+    """
+    base, workdir = config_lib.read(RunSettings, config), pathlib.Path(workdir)
+    hyper, metric = trials_lib.load(sweep)
+    trials = trials_lib.read(base, hyper)
+    if index is not None and not 0 <= index < len(trials):
+        raise UserError(f"--sweep_index={index}: the sweep has {len(trials)} trials, 0 to {len(trials) - 1}")
+    _check_one_cache_a_path(trials)
+    trials = _with_caches(trials, workdir, _check_workdir(base, trials, workdir))
+    groups = [[trials[index]]] if index is not None else _groups(trials, mode)
+    _check_fit([trial for group in groups for trial in group], workdir)
+    distributed.synchronise("sweep")  # all have read what the first one writes
+    if distributed.is_first():
+        check_writable(workdir, "--workdir")
+        _patiently(lambda: _claim(base, trials, workdir))
+    if not any(trial.settings.train.evaluate_every for trial in trials):
+        print("train.evaluate_every is 0: nothing is measured on held-out examples, training's last loss ranks")
+
+    for group in groups:
+        _train(group, trials, workdir, alone=index is not None)
+        if distributed.is_first():
+            _patiently(lambda: _write(trials, workdir, metric, command))
+    found = collect(trials, workdir)
+    print(results.summary(found, workdir, metric_of(found, metric), command))
+    return found
+
+
+def _train(group: Sequence[Trial], trials: Sequence[Trial], workdir: pathlib.Path, *, alone: bool) -> None:
+    """Trains what is left of a group. One that diverged has its end, too."""
+    left = [trial for trial in group if status(trial.settings, workdir / trial.name) not in ENDED]
+    if not left:
+        return
+    folders = [workdir / trial.name for trial in left]
+    for trial in left:
+        print(f"\n{trial} of {len(trials)}: {workdir / trial.name}")
+
+    def train() -> None:
+        if len(left) > 1:
+            train_together([(trial.settings, folder) for trial, folder in zip(left, folders, strict=True)])
+        else:
+            train_and_evaluate(config_lib.to_dict(left[0].settings), folders[0])
+
+    try:
+        _patiently(train, unless=folders)
+    except Busy as e:
+        if alone or e.folder not in folders:
+            raise
+        print(f"{e.folder}: another process trains it")
+    except UserError as e:
+        missing = [trial for trial in left if status(trial.settings, workdir / trial.name) not in ENDED]
+        if missing or jax.process_count() > 1:  # of several processes, all end by it
+            which = ", ".join(map(str, missing or left))
+            raise UserError(f"{which}: {e}\n{_whole(trials, workdir)}") from e
+        print(f"diverged, and is left at that: {e}")
+    gc.collect()  # what one trial held, the next one may need
+
+
+def _whole(trials: Sequence[Trial], workdir: pathlib.Path) -> str:
+    """Which trials are done, for whoever has to mend something before the sweep goes on."""
+    done = [str(t.number) for t in trials if status(t.settings, workdir / t.name) == DONE]
+    return f"Whole are {len(done)} of {len(trials)} trials ({', '.join(done) or 'none'}); the same command goes on"
+
+
+def _patiently(act: Callable[[], object], unless: Sequence[pathlib.Path] = ()) -> None:
+    """Does something that another process may hold a folder for, as soon as it lets go, but for some folders.
+
+    Raises:
+      Busy: one of these is held, or this is one of several processes, which would wait for this one.
+    """
+    said = False
+    while True:
+        try:
+            act()
+            return
+        except Busy as e:
+            if e.folder in unless or jax.process_count() > 1:
+                raise
+            if not said:
+                print(f"{e.folder}: another process is at work there, waiting for it")
+            said = True
+            time.sleep(_LOOKS)
+
+
+def _write(trials: Sequence[Trial], workdir: pathlib.Path, metric: str | None, command: Sequence[str]) -> None:
+    """Writes the results, one process at a time."""
+    try:
+        with lock(workdir, "writing the results", "--workdir"):
+            found = collect(trials, workdir)
+            results.write(found, workdir, metric_of(found, metric), command)
+    except OSError as e:
+        if not is_disk_error(e):
+            raise
+        why = f"{workdir}: the results could not be written ({e}). Free space there"
+        raise UserError(f"{why}. {_whole(trials, workdir)}") from e
+
+
+def _groups(trials: Sequence[Trial], mode: str) -> list[list[Trial]]:
+    """What trains at a time. Raises UserError where all shall and cannot."""
+    # What one program cannot do: several processes, and runs of Weights & Biases side by side.
+    apart = jax.process_count() > 1 or any(trial.settings.train.wandb for trial in trials)
+    if mode == "serial" or (mode == "auto" and apart):
+        return [[trial] for trial in trials]
+    flat = [config_lib.flatten(trial.settings) for trial in trials]
+    shared: dict[str, list[Trial]] = {}
+    for trial, values in zip(trials, flat, strict=True):
+        same = {key: value for key, value in values.items() if key not in TOGETHER_KEYS}
+        shared.setdefault(json.dumps(same, sort_keys=True), []).append(trial)
+    if mode == "together" and len(shared) > 1:
+        keys = sorted(set().union(*flat) - set(TOGETHER_KEYS))
+        wrong = [key for key in keys if len({str(values.get(key)) for values in flat}) > 1]
+        raise UserError(
+            f"--sweep_mode=together: the trials differ in {', '.join(wrong)}, and one program's may differ in "
+            f"{', '.join(sorted(TOGETHER_KEYS)) or 'none'} only. Take --sweep_mode=auto, which trains them in groups"
+        )
+    return list(shared.values())
+
+
+def _check_one_cache_a_path(trials: Sequence[Trial]) -> None:
+    """Refuses a path of the user's for caches that are not the same."""
+    firsts: dict[str, Trial] = {}
+    for trial in trials:
+        cache = trial.settings.cache
+        if cache.mode == "off" or not cache.path:
+            continue
+        first = firsts.setdefault(cache.path, trial)
+        if shared_by(first.settings) != shared_by(trial.settings):
+            raise UserError(
+                f"config.cache.path={cache.path!r} can hold one cache, but {first} and {trial} need one each. Leave it "
+                f"'', and each is made in --workdir"
+            )
+
+
+def _check_workdir(base: RunSettings, trials: Sequence[Trial], workdir: pathlib.Path) -> dict[str, Any] | None:
+    """What a folder says of the sweep in it; None in one that holds none.
+
+    What may change in a run may change here.
+
+    Raises:
+      UserError: it holds another sweep of which a trial has begun, or a run.
+    """
+    path = workdir / FILE
+    if (workdir / config_lib.FILE).exists():
+        raise UserError(f"--workdir={workdir} holds a run, expected a sweep or nothing. Take another --workdir")
+    if not path.is_file():
+        return None
+    try:
+        there = json.loads(path.read_text())
+        found = config_lib.flatten(config_lib.read(RunSettings, there["config"]))  # an older one may lack keys
+        before = [(entry["name"], entry["overrides"]) for entry in there["trials"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: not what train.py --sweep wrote ({e!r}). Take another --workdir") from e
+    if not any((workdir / name).is_dir() for name, _ in before):
+        return None
+    wanted = config_lib.flatten(base)
+    lines = [
+        f"  config.{key}: there {found.get(key, 'absent')!r}, now {wanted.get(key, 'absent')!r}"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key) and not is_free(key)
+    ]
+    if len(before) != len(trials):
+        lines.append(f"  trials: there {len(before)}, now {len(trials)}")
+    lines += [
+        f"  trial {trial.number}: there {trials_lib.describe(overrides)}, now {trials_lib.describe(trial.overrides)}"
+        for (_, overrides), trial in zip(before, trials, strict=False)
+        if overrides != trial.overrides
+    ]
+    if lines:
+        more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        differs = "\n".join([*lines[:_SHOWN], *more])
+        raise UserError(
+            f"{path} is of another sweep. It differs in\n{differs}\n"
+            f"Take another --workdir, or the same values to go on with that sweep"
+        )
+    return there
+
+
+def _claim(base: RunSettings, trials: Sequence[Trial], workdir: pathlib.Path) -> None:
+    """Writes whose folder this is. Raises UserError where another process has just made it another sweep's."""
+    with lock(workdir, "beginning a sweep", "--workdir"):
+        there = _check_workdir(base, trials, workdir)
+        entries = [{"name": t.name, "overrides": dict(t.overrides), "cache": t.settings.cache.path} for t in trials]
+        content = {"config": config_lib.to_dict(base), "trials": entries}
+        if content != there:
+            write_atomically(workdir / FILE, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _with_caches(trials: Sequence[Trial], workdir: pathlib.Path, there: dict[str, Any] | None) -> list[Trial]:
+    """The trials, each with the path of its cache, unless the user gave one or it needs none.
+
+    A cache that is there keeps its name, though the base or the data may have moved.
+    """
+    placed = []
+    for trial in trials:
+        cache = trial.settings.cache
+        if cache.mode != "off" and not cache.path:
+            before = there["trials"][trial.number].get("cache") if there else None
+            name = pathlib.Path(before).name if before else shared_by(trial.settings)
+            cache = dataclasses.replace(cache, path=str(workdir / "cache" / name))
+        placed.append(dataclasses.replace(trial, settings=dataclasses.replace(trial.settings, cache=cache)))
+    return placed
+
+
+def _check_fit(trials: Sequence[Trial], workdir: pathlib.Path) -> None:
+    """Raises UserError, before the first trial, where a network or batch of one that is left does not fit."""
+    known = set()
+    for trial in trials:
+        s, folder = trial.settings, workdir / trial.name
+        parts = repr((s.base, s.modalities, s.mcm, s.sampling, s.mesh, s.train.batch_size, s.train.accumulate))
+        if parts in known or status(s, folder) in ENDED:
+            continue
+        known.add(parts)
+        try:
+            mesh = sharding.make_mesh(s.mesh)
+            sharding.check_batch_size(s.train.batch_size, mesh, "config.train.batch_size", s.train.accumulate)
+            fitting_modulator(s, known_card(s, folder))
+        except UserError as e:
+            raise UserError(f"{trial} of the sweep: {e}") from e
