@@ -123,7 +123,7 @@ def open_reader(
 
 def is_net(spec: str) -> bool:
     """Whether a text says one of our nets: a shipped one, or a folder."""
-    return spec in _SHIPPED or pathlib.Path(spec).is_dir()
+    return spec in _SHIPPED or (bool(spec) and pathlib.Path(spec).is_dir())
 
 
 def of_net(spec: str, channels: int | None = None) -> Reader:
