@@ -83,7 +83,8 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
     ]
     around = " ± is half of a 95% interval: over seeds (Student's t)" if result["seeds"] > 1 else ""
     if result["interval"]:
-        around = (around or " ± is half of a 95% interval:") + ", of FID and KID of one seed over pictures (jackknife)."
+        around = f"{around}, of" if around else " ± is half of a 95% interval of"
+        around += " FID and KID of one seed over pictures (jackknife)."
     lines = [
         f"MCM of {result['mcm_parameters']:,} parameters ({share:.1%} of {result['base']}), trained for "
         f"{result['mcm_step']:,} steps.",
