@@ -2,10 +2,9 @@
 
 python -m benchmarks.class_decision --workdir=runs/emoji --out=benchmarks/results/class_decision.json
 
-Three tables over the timesteps of DDIM, all modalities given, mean IoU by the data set's own judge of labels:
+Two kinds of tables over the timesteps of DDIM, all modalities given, mean IoU by the data set's own judge of labels:
 
 * ``on_real``: of x0-hat at real held-out pictures with noise, as training sees them; the base's and the MCM's.
-* ``on_samples``: of x0-hat on the way of sampling, under the MCM; the base's and the MCM's.
 * ``only_before`` and ``only_from``: of samples that the MCM leads only until, or only from, so many of the steps on.
 """
 
@@ -17,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from mcm_jax import assets, config, mcm, predictions, sampling
-from mcm_jax.evaluation.evaluate import _RunSettings
+from mcm_jax import assets, config, predictions, sampling
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import judges_of
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.training import RunSettings
 
 BATCH = 32
 
@@ -36,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     pipeline = Pipeline.from_folder(args.workdir)
     base, modulator = pipeline.base, pipeline.modulator
-    schedule, settings = base.schedule, config.load(_RunSettings, assets.resolve(args.workdir), others=True)
+    schedule, settings = base.schedule, config.load(RunSettings, assets.resolve(args.workdir))
     held_out = HeldOut(settings.data, base.card, modulator.modalities, args.maps)
     labels = next(m.name for m in held_out.judged if m.kind == "labels")
     none = {m.name: "none" for m in held_out.judged if m.name != labels}
@@ -60,7 +59,7 @@ def main() -> None:
 
     @jax.jit
     def led(keys, conditions, first, last):
-        """Samples that the MCM leads while ``first <= step < last``, and x_t at each step."""
+        """Samples that the MCM leads while ``first <= step < last``."""
         table = jnp.asarray(grid)
 
         def denoise(x, t):
@@ -71,18 +70,6 @@ def main() -> None:
         x = sampling.initial_noise(keys, base.latent_shape)
         return sampling.sample(denoise, x, keys, schedule, steps=args.steps)
 
-    @jax.jit
-    def one_step(x, keys, conditions, number):
-        """DDIM's next x."""
-        table = jnp.asarray(grid)
-        t = jnp.full(len(x), table[number], jnp.int32)
-        eps = both(x, t, conditions)[1]
-        x0 = predictions.eps_to_x0(eps, x, schedule.alpha(t), schedule.sigma(t))
-        if schedule.clip_sample:
-            x0 = jnp.clip(x0, -1, 1)  # eps stays, as in the sampler
-        after = jnp.full(len(x), table[jnp.minimum(number + 1, len(grid) - 1)], jnp.int32)
-        return mcm._per_example(schedule.alpha(after)) * x0 + mcm._per_example(schedule.sigma(after)) * eps
-
     def miou(images):
         return round(float(judge(np.clip(np.concatenate(images), -1, 1), np.arange(count)).numbers["miou"]), 4)
 
@@ -91,17 +78,13 @@ def main() -> None:
     keys = sampling.sample_keys(0, count)
     noise = np.random.default_rng(0).standard_normal((count, *base.latent_shape)).astype(np.float32)
     result = {"timesteps": [int(t) for t in grid], "real": miou([held_out.images[:count]])}
-    on_real, on_samples = [], []
-    xs = [sampling.initial_noise(keys[rows], base.latent_shape) for rows in parts]
-    for number, t in enumerate(grid):
+    result["on_real"] = []
+    for t in grid:
         ts = jnp.full(BATCH, t, jnp.int32)
         noised = [schedule.add_noise(held_out.images[rows], noise[rows], ts) for rows in parts]
-        for x_of, table in ((noised, on_real), (xs, on_samples)):
-            found = [estimates(x, ts, c) for x, c in zip(x_of, given, strict=True)]
-            table.append({"base": miou([f[0] for f in found]), "mcm": miou([f[1] for f in found])})
-        print(int(t), on_real[-1], on_samples[-1], flush=True)
-        xs = [one_step(x, keys[rows], c, number) for x, rows, c in zip(xs, parts, given, strict=True)]
-    result |= {"on_real": on_real, "on_samples": on_samples}
+        found = [estimates(x, ts, c) for x, c in zip(noised, given, strict=True)]
+        result["on_real"].append({"base": miou([f[0] for f in found]), "mcm": miou([f[1] for f in found])})
+        print(int(t), result["on_real"][-1], flush=True)
     for name in ("only_before", "only_from"):
         result[name] = {}
         for tenth in range(11):

@@ -13,7 +13,7 @@ mean stays that over uniform timesteps, and only its variance changes. What the 
 to say. Timesteps of density 0 are never drawn, so no weight can speak for them.
 
 **Offset noise.** In training the low frequencies of x_t are the picture's own, so the base's estimate of a large area's
-colour is right before the MCM acts: it never learns to contradict it. In sampling they are those of the starting noise.
+colour is right before the MCM acts, which has little cause to contradict it. In sampling they are the starting noise's.
 With ``offset`` s above 0 the noise is ``eps + s u min(1, alpha / sigma) n``, with u ~ U[0, 1) and smooth n of variance
 up to 1: where there is more noise than signal that shows x0 off by s u n, elsewhere less. The target is this noise, so
 the MCM learns to lead back to what the conditions say. (After the offset noise that bases are fine-tuned with, which is
@@ -61,8 +61,8 @@ class DrawsSettings:
       seed: apart from the run's: a cache serves any ``config.seed``.
       density: of timesteps over equal parts of 0..T-1, relative to each other; importance weights keep the loss
         unbiased.
-      offset: strength of offset noise, smooth over the picture; 0 is none, about 0.5 makes the MCM lead large areas to
-        their conditions where the base is free to choose (mcm_jax/draws.py).
+      offset: strength of offset noise, smooth over the picture; 0 is none. At 0.5 classes of emoji follow a
+        little better without guidance, worse with it (docs/emoji.md).
     """
 
     count: int = 5

@@ -6,7 +6,7 @@
 They see images only, never a segmentation, sketch or caption, and of emoji only the training split. A run that was
 stopped goes on from ``--work``. The recipe below and the log (``training_log.jsonl``) are saved beside the weights.
 About an hour each on 2 CPU cores, for scenes with bfloat16 instructions. On cores that others use too,
-``OMP_WAIT_POLICY=PASSIVE`` in the environment makes it several times faster.
+``OMP_WAIT_POLICY=PASSIVE`` in the environment makes it several times faster. torch.compile needs a C++ compiler.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def main() -> None:
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         start, log = state["step"], state["log"]
-    compiled = torch.compile(net)  # half the time of a step
+    compiled = torch.compile(net)  # emoji: 0.65 s a step in place of 1.07
     began, losses = time.time(), []
     for step in range(start, r["steps"]):
         rng = torch.Generator().manual_seed(1_000_003 * (r["seed"] + 1) + step)

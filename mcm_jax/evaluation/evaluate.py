@@ -6,7 +6,6 @@ goes through the rows, one after the other, and keeps what each gave, so that th
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -26,6 +25,7 @@ from mcm_jax.errors import Interrupted, UserError, expect
 from mcm_jax.evaluation import metrics, report
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import Judge, flatten, judges_of
+from mcm_jax.evaluation.parts import Parts
 from mcm_jax.evaluation.rows import Row, Sampler, rows_of, subsets
 from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.mcm import parameter_count
@@ -175,7 +175,7 @@ def evaluate(
     }
     began = time.perf_counter()
     weights = hashlib.sha256((assets.resolve(os.fspath(workdir)) / WEIGHTS).read_bytes()).hexdigest()
-    parts = _Parts(out.with_name(out.name + ".parts"), {**measured, "weights": weights})
+    parts = Parts(out.with_name(out.name + ".parts"), {**measured, "weights": weights})
     names = [m.name for m in modalities]
     rows = rows_of(names, settings.guidance, wanted.strengths, is_text)
     try:
@@ -214,48 +214,13 @@ class _Measured:
     cases: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-class _Parts:
-    """The folder that keeps what is measured until all is.
-
-    Args:
-      folder: which.
-      of: what is measured; parts of something else are thrown away.
-    """
-
-    def __init__(self, folder: pathlib.Path, of: Mapping[str, Any]):
-        self.folder, stamp = folder, json.dumps(of, sort_keys=True, default=str)
-        path = folder / "of.json"
-        if folder.is_dir() and not (path.is_file() and path.read_text() == stamp):
-            print(f"{folder} has parts of another evaluation: it begins anew")
-            shutil.rmtree(folder)
-        folder.mkdir(exist_ok=True)
-        write_atomically(path, stamp.encode())
-
-    def _path(self, name: str) -> pathlib.Path:
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
-
-    def get(self, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-        """What :meth:`put` was given; None where it was not."""
-        if not self._path(name).is_file():
-            return None
-        with np.load(self._path(name), allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-        return json.loads(str(arrays.pop("numbers"))), arrays
-
-    def put(self, name: str, numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        """Keeps numbers and arrays."""
-        data = io.BytesIO()
-        np.savez(data, numbers=np.array(json.dumps(numbers)), **arrays)
-        write_atomically(self._path(name), data.getvalue())
-
-
 def _measure(
     rows: Sequence[Row],
     sampler: Sampler,
     held_out: HeldOut,
     judges: Sequence[Judge],
     measured: Mapping[str, Any],
-    parts: _Parts,
+    parts: Parts,
     pipeline: Pipeline,
 ) -> dict[str, _Measured]:
     """Samples and judges every row; what is kept already is not sampled again."""

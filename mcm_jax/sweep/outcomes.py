@@ -14,14 +14,13 @@ from mcm_jax.errors import UserError
 from mcm_jax.sweep.trials import SEEDS, Trial
 from mcm_jax.training import RunSettings
 from mcm_jax.training.actions import DIVERGED as DIVERGED_FILE
-from mcm_jax.training.actions import LESS_IS_BETTER
+from mcm_jax.training.actions import less_is_better
 from mcm_jax.training.workdir import saved_steps
 
 STATUSES = DONE, DIVERGED, UNFINISHED, WAITING = "done", "diverged", "unfinished", "not begun"
 ENDED = (DONE, DIVERGED)
 
 _RANKED_BY = ("mean_iou", "edge_f1", "held_out_loss", "loss")  # the first that all trials have
-_LESS = (*LESS_IS_BETTER, "loss", "mse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +119,6 @@ def metric_of(outcomes: Sequence[Outcome], wanted: str | None) -> str:
             )
         return wanted
     return next((name for name in _RANKED_BY if done and all(name in o.numbers for o in done)), _RANKED_BY[-1])
-
-
-def less_is_better(metric: str) -> bool:
-    """Whether the lower number wins."""
-    return metric.rpartition("/")[2] in _LESS
 
 
 def settings_of(outcomes: Sequence[Outcome], metric: str) -> list[Setting]:

@@ -10,9 +10,10 @@ from typing import Any
 
 from mcm_jax import config
 from mcm_jax.files import write_atomically
-from mcm_jax.sweep.outcomes import DIVERGED, DONE, ENDED, STATUSES, Outcome, best_of, less_is_better, settings_of
+from mcm_jax.sweep.outcomes import DIVERGED, DONE, ENDED, STATUSES, Outcome, best_of, settings_of
 from mcm_jax.sweep.plots import draw
 from mcm_jax.training.actions import DIVERGED as DIVERGED_FILE
+from mcm_jax.training.actions import less_is_better
 
 _OF_ONE_LOSS = ("loss", "held_out_loss")  # their scale is the weighting's
 _OF_THE_MACHINE = ("images_per_second", "input_wait")

@@ -28,8 +28,13 @@ from mcm_jax.training.loop import Moment
 from mcm_jax.training.settings import RunSettings
 from mcm_jax.training.step import Record
 
-LESS_IS_BETTER = ("held_out_loss", "held_out_mse", "depth_rmse", "delta_e")
+_LESS_IS_BETTER = ("held_out_loss", "held_out_mse", "depth_rmse", "delta_e", "loss", "mse")
 DIVERGED = "diverged.json"
+
+
+def less_is_better(name: str) -> bool:
+    """Whether the lower one wins of a number that training measures; of two such judges it is `MODALITY/delta_e`."""
+    return name.rpartition("/")[2] in _LESS_IS_BETTER
 
 
 class Report:
@@ -219,8 +224,7 @@ class Checkpoint:
             return False
         if self._best and self._best.get("metric") == name:
             before = self._best["value"]
-            less = name.rpartition("/")[2] in LESS_IS_BETTER  # of two such judges: MODALITY/delta_e
-            if not (value < before if less else value > before):
+            if not (value < before if less_is_better(name) else value > before):
                 return False
         self._best = {"metric": name, "step": now.step, "value": value}
         self._keep()

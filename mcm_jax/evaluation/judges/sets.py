@@ -38,11 +38,9 @@ def open_features(spec: str, readers: Sequence[Reader]) -> tuple[Features, tuple
     if spec == "none":
         return None
     alone = "not of Inception: they compare with each other alone"
-    if is_net(spec):
-        readers = [of_net(spec)]
     if not spec or is_net(spec):
-        found = [(r.features, r.size, f"the judge {r.name}, {alone}") for r in readers if r.features]
-        return found[0] if found else None
+        seeing = [of_net(spec)] if spec else [r for r in readers if r.features]
+        return (seeing[0].features, seeing[0].size, f"the judge {seeing[0].name}, {alone}") if seeing else None
     kind, _, rest = spec.partition(":")
     if kind == "inception" and rest:
         how = (
