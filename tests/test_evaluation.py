@@ -19,6 +19,7 @@ from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import Judge, Judgement, flatten, judges_of
 from mcm_jax.evaluation.judges.readers import open_reader, resize_images
 from mcm_jax.evaluation.rows import rows_of, subsets
+from mcm_jax.modalities import Modality
 
 OLD = tiny.ROOT / "tests/fixtures/v0_1"
 OF_SCENES = {"channels": len(CLASSES), "palette": PALETTE, "names": tuple(CLASSES)}
@@ -212,6 +213,19 @@ def test_interiors_leave_borders_out():
     assert abs(of_sets(held_out.images, np.arange(40)).numbers["kid"]) < 0.3
     with pytest.raises(UserError, match=r"twice its resolution, 128x128, .*--judge=segmentation=palette"):
         judged("", 64)
+
+
+def test_a_net_judges_pictures_of_another_shape(tmp_path):
+    """They are squeezed to its grid, and so are their labels; a folder's own would be cut there."""
+    for i, scene in enumerate(Scenes("test", 6, 32, 64, seed=9)):
+        for name, array in (("image", (scene["image"] + 1) * 127.5), ("segmentation", scene["segmentation"])):
+            path = tmp_path / "test" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.round(array).astype(np.uint8)).save(path)
+    card = BaseCard("", "", None, (32, 64, 3), (32, 64, 3), False, 1, 1)
+    held_out = HeldOut(DataSettings("folder", str(tmp_path)), card, (Modality("segmentation", "labels", 6),), 6)
+    (judge,) = judges_of(held_out, {"segmentation": "scenes"})
+    assert judge(held_out.images, np.arange(6)).numbers["miou"] > 0.85
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def likeness(features: Features, size: tuple[int, int] | None, name: str, held_o
       references: how many of these at most.
     """
     size = size or held_out.images.shape[1:3]
-    real = features(held_out.training_images(*size, references))
+    real = np.concatenate([features(resize_images(part, *size)) for part in held_out.training_images(references)])
     parts = {"fid": fidelity.fid, "kid": fidelity.kid}
 
     def judge(images: np.ndarray, which: np.ndarray) -> Judgement:
