@@ -85,6 +85,10 @@ def _too_many(images):
     return np.full(images.shape[:3], 6)
 
 
+def _ragged(images):
+    return [[0], [0, 1]]
+
+
 NO_FUNCTION = 3
 
 
@@ -102,6 +106,8 @@ NO_FUNCTION = 3
         ("test_evaluation:_floats", {}, r"gave float64\[1, 4, 4\] .*expected a class of each pixel"),
         ("test_evaluation:_too_many", {}, r"found classes 6 to 6, but the labels here have 0..5"),
         ("numpy:squeeze", {}, r"gave float32\[4, 4, 3\]"),
+        ("test_evaluation:_ragged", {}, "_ragged: it gave a list that is no array"),
+        ("./judges/mine:read", {}, r"cannot be imported \(TypeError: .*expected module:function"),
     ],
 )
 def test_bad_readers_are_refused(spec, how, message):
@@ -241,6 +247,20 @@ def test_what_cannot_be_judged_is_refused(workdir, tmp_path, judges, message):
     with pytest.raises(UserError, match=message):
         evaluate(workdir, tmp_path / "metrics.json", judges=judges)
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_edges_of_no_lines_are_refused():
+    card = BaseCard("", "", None, (32, 32, 3), (32, 32, 3), False, 1, 1)
+    held_out = HeldOut(DataSettings(), card, (Modality("tint", "map", 3),), 2)
+    for of, spec, message in (
+        ("segmentation", "edges", "judge 'edges': there is no such judge of labels"),
+        ("sketch", "edges:tolerance=-1", "tolerance=-1: expected size"),
+        ("sketch", "edges:size=-8", "size=-8: expected size"),
+        ("sketch", "edges:threshold=nan", "threshold=nan: expected size"),
+        ("tint", "edges", "lines have one channel, tint 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            judges_of(held_out, dict.fromkeys(("segmentation", "sketch", "tint"), "none") | {of: spec})
 
 
 def test_undefined_numbers_are_null_with_the_reason():

@@ -51,12 +51,10 @@ class Judge:
         return self.judge(images, which)
 
     def watch(self, images: np.ndarray, which: np.ndarray) -> dict[str, float]:
-        """The headline's numbers, as training logs them; what is undefined is NaN."""
+        """The headline's numbers, as training logs them, but for those that are undefined."""
         found = flatten(self(images, which).numbers)
-        return {
-            name: np.nan if isinstance(found[path], str) else found[path]
-            for name, path in zip(self.watched, self.headline, strict=True)
-        }
+        named = zip(self.watched, self.headline, strict=True)
+        return {name: found[path] for name, path in named if not isinstance(found[path], str)}
 
 
 def flatten(numbers: Mapping[str, Any]) -> dict[str, Number]:

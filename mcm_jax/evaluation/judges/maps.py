@@ -57,9 +57,7 @@ def _opened(modality: Modality, spec: str, reader: str, gives: str, checked: Cal
         return _Reader(f"read by {reader}", fixed or size, read)
     if ":" in reader:
         function = imported(reader, f"FILE.onnx, which give {gives}")
-        return _Reader(
-            f"read by {reader}", size, lambda images: checked(np.asarray(function(images)), images.shape[:3], False)
-        )
+        return _Reader(f"read by {reader}", size, lambda images: checked(function(images), images.shape[:3], False))
     raise _no_reader(modality, spec, gives)
 
 

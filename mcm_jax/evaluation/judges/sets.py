@@ -53,7 +53,7 @@ def open_features(spec: str, readers: Sequence[Reader]) -> tuple[Features, tuple
     function = imported(spec, CAN_BE)
 
     def checked(images: np.ndarray) -> np.ndarray:
-        found = np.asarray(function(images))
+        found = function(images)
         floats = np.issubdtype(found.dtype, np.floating) and np.isfinite(found).all()
         if not floats or found.ndim != 2 or len(found) != len(images):
             raise UserError(
