@@ -167,6 +167,7 @@ def test_a_folder_of_ones_own_is_evaluated(workdir, tmp_path, monkeypatch):
     assert whole["miou"]["real"] > 0.9 > 0.5 > whole["miou"]["both"]
     assert 0 < whole["interval"]["miou"]["both"] < 0.5 and "real" not in whole["interval"]["miou"]
     assert set(whole["diversity"]) == {"base", "both", "segmentation", "sketch"}
+    assert "shuffled" not in whole["kid"]  # no condition enters
     assert whole["fid"]["both"] is None and "at least 129 pictures" in whole["undefined"]["fid.both"]
     assert whole["kid"]["both"] > whole["kid"]["real"] and whole["nearest"]["both"] > whole["nearest"]["real"] > 0
     assert whole["interval"]["kid"]["both"] > 0
@@ -232,6 +233,7 @@ def test_a_net_judges_pictures_of_another_shape(tmp_path):
     held_out = HeldOut(DataSettings("folder", str(tmp_path)), card, (Modality("segmentation", "labels", 6),), 6)
     (judge,) = judges_of(held_out, {"segmentation": "scenes"})
     assert judge(held_out.images, np.arange(6)).numbers["miou"] > 0.85
+    assert judge.how.endswith("read by scenes at 32x32 (32x64 resized)")
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,12 @@ def test_one_feature_and_one_point_have_distances():
     assert kid(np.ones((4, 3)), np.ones((5, 3))) == 0
 
 
+def test_few_pictures_have_no_interval():
+    """Three quarters of two pictures are no subset to vary over."""
+    with pytest.raises(ValueError, match="at least 2 pictures"):
+        interval(kid, np.eye(2), np.eye(2))
+
+
 @pytest.mark.parametrize(
     ("distance", "found", "real", "message"),
     [

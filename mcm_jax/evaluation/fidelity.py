@@ -83,7 +83,7 @@ def interval(distance: Callable[[np.ndarray, np.ndarray], float], found: np.ndar
       ValueError: as `distance`, of three quarters of the pictures.
     """
     rng, values = np.random.default_rng(0), []
-    sizes = [round(len(x) * _KEPT) for x in (found, real)]
+    sizes = [min(round(len(x) * _KEPT), len(x) - 1) for x in (found, real)]  # all of two would vary by nothing
     for _ in range(_SUBSETS):
         parts = (x[rng.permutation(len(x))[:size]] for x, size in zip((found, real), sizes, strict=True))
         values.append(distance(*parts))

@@ -38,6 +38,7 @@ class Judge:
         that each was drawn for.
       headline: names of the numbers that stand for all, the most important first, e.g. ``edge_f1.f1``.
       watched: what training's log calls them.
+      conditional: whether it matters to it what pictures were drawn for; else the row ``shuffled`` has no number of it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Judge:
     judge: Callable[[np.ndarray, np.ndarray], Judgement]
     headline: tuple[str, ...]
     watched: tuple[str, ...]
+    conditional: bool = True
 
     def __call__(self, images: np.ndarray, which: np.ndarray) -> Judgement:
         """See :attr:`judge`."""

@@ -8,7 +8,7 @@ from mcm_jax.errors import UserError
 from mcm_jax.evaluation import metrics
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges.judge import Judge, Judgement, settings_of
-from mcm_jax.evaluation.judges.readers import resize_images
+from mcm_jax.evaluation.judges.readers import at_size, resize_images
 from mcm_jax.modalities import Modality
 
 CAN_BE = "edges (its lines against the edges of the picture)"
@@ -47,6 +47,7 @@ def edges(modality: Modality, spec: str, held_out: HeldOut) -> Judge:
         return Judgement({"edge_f1": numbers}, np.array(scores))
 
     said = (
-        f"F1 of edges within {how['tolerance']} pixel(s), gradient at least {how['threshold']:g}, at {height}x{width}"
+        f"F1 of edges within {how['tolerance']} pixel(s), gradient at least {how['threshold']:g}, "
+        f"{at_size((height, width), held_out.images)}"
     )
     return Judge(modality.name, said, judge, ("edge_f1.f1",), ("edge_f1",))

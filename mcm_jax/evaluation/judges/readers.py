@@ -86,6 +86,12 @@ def resize_images(images: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.stack([np.stack([resized(image[..., c]) for c in range(3)], -1) for image in images.astype(np.float32)])
 
 
+def at_size(size: tuple[int, int], images: np.ndarray) -> str:
+    """For a report: the size ``(H, W)`` at which pictures ``[N, H, W, 3]`` are looked at, and whether it is theirs."""
+    resized = size != images.shape[1:3]
+    return f"at {size[0]}x{size[1]}" + (f" ({images.shape[1]}x{images.shape[2]} resized)" if resized else "")
+
+
 def open_reader(
     spec: str, *, channels: int, palette: np.ndarray | None = None, names: tuple[str, ...] | None = None
 ) -> Reader:

@@ -10,7 +10,7 @@ from mcm_jax.evaluation import fidelity
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.inception import FEATURES, inception_features
 from mcm_jax.evaluation.judges.judge import Judge, Judgement, Number
-from mcm_jax.evaluation.judges.readers import Reader, imported, is_net, of_net, resize_images
+from mcm_jax.evaluation.judges.readers import Reader, at_size, imported, is_net, of_net, resize_images
 
 CAN_BE = (
     "inception:FILE.safetensors (FID proper; docs/evaluation.md says how to have the file), module:function (pictures "
@@ -95,7 +95,7 @@ def likeness(features: Features, size: tuple[int, int] | None, name: str, held_o
         return Judgement(numbers, within=within)
 
     how = (
-        f"FID and KID against {len(real)} training pictures, and the median distance to the nearest of these, by "
-        f"{real.shape[1]} features of {name}"
+        f"FID and KID against {len(real)} training pictures, {at_size(size, held_out.images)}, and the median "
+        f"distance to the nearest of these, by {real.shape[1]} features of {name}"
     )
-    return Judge("fidelity", how, judge, ("fid", "kid", "nearest"), ("fid", "kid", "nearest"))
+    return Judge("fidelity", how, judge, ("fid", "kid", "nearest"), ("fid", "kid", "nearest"), conditional=False)
