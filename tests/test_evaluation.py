@@ -18,6 +18,7 @@ from mcm_jax.evaluation.evaluate import evaluate, interval
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import Judge, Judgement, flatten, judges_of
 from mcm_jax.evaluation.judges.readers import open_reader, resize_images
+from mcm_jax.evaluation.parts import Parts
 from mcm_jax.evaluation.rows import rows_of, subsets
 from mcm_jax.modalities import Modality
 
@@ -263,6 +264,27 @@ def test_edges_of_no_lines_are_refused():
     ):
         with pytest.raises(UserError, match=message):
             judges_of(held_out, dict.fromkeys(("segmentation", "sketch", "tint"), "none") | {of: spec})
+
+
+def test_parts_are_kept_of_the_same_evaluation_alone(tmp_path, capsys):
+    folder, numbers, arrays = tmp_path / "m.json.parts", {"miou": 0.5, "fid": "too few"}, {"shown": np.arange(3)}
+
+    def at_hand(of: str, real: dict) -> bool:
+        parts = Parts(folder, {"of": of})
+        parts.check(real)
+        found = parts.get("base, seed 0")
+        parts.put("base, seed 0", numbers, arrays)
+        return found is not None and found[0] == numbers and np.array_equal(found[1]["shown"], arrays["shown"])
+
+    assert not at_hand("a", {"miou": 0.9, "fid": "too few"})
+    assert at_hand("a", {"miou": 0.90001, "fid": "too few"})
+    for change in ({"miou": 0.8, "fid": "too few"}, {"miou": 0.8, "fid": 3.0}, {"miou": 0.8}):  # a judge was mended
+        assert not at_hand("a", change)
+        assert "judged otherwise: it begins anew" in capsys.readouterr().out
+    assert not at_hand("b", {"miou": 0.8}) and at_hand("b", {"miou": 0.8})
+    (folder / "of.json").unlink()
+    with pytest.raises(UserError, match="expected a new folder"):  # nothing of a user's is removed
+        Parts(folder, {"of": "b"})
 
 
 def test_undefined_numbers_are_null_with_the_reason():

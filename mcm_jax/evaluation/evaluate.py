@@ -252,7 +252,9 @@ def _measure(
             row.scores = {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith("scores/")}
             row.cases = {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith("cases/")}
 
-    add("real", *judged(held_out.images, everyone))
+    numbers, arrays = judged(held_out.images, everyone)
+    parts.check(numbers["numbers"])
+    add("real", numbers, arrays)
     if pipeline.base.is_latent:
         add("autoencoder", *judged(_through_autoencoder(pipeline, held_out.images), everyone))
     total = len(rows) * (count * seeds + spread)
