@@ -18,7 +18,9 @@ from mcm_jax.evaluation.evaluate import evaluate, interval
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import Judge, Judgement, flatten, judges_of
 from mcm_jax.evaluation.judges.readers import open_reader, resize_images
+from mcm_jax.evaluation.parts import Parts
 from mcm_jax.evaluation.rows import rows_of, subsets
+from mcm_jax.modalities import Modality
 
 OLD = tiny.ROOT / "tests/fixtures/v0_1"
 OF_SCENES = {"channels": len(CLASSES), "palette": PALETTE, "names": tuple(CLASSES)}
@@ -84,6 +86,10 @@ def _too_many(images):
     return np.full(images.shape[:3], 6)
 
 
+def _ragged(images):
+    return [[0], [0, 1]]
+
+
 NO_FUNCTION = 3
 
 
@@ -101,6 +107,8 @@ NO_FUNCTION = 3
         ("test_evaluation:_floats", {}, r"gave float64\[1, 4, 4\] .*expected a class of each pixel"),
         ("test_evaluation:_too_many", {}, r"found classes 6 to 6, but the labels here have 0..5"),
         ("numpy:squeeze", {}, r"gave float32\[4, 4, 3\]"),
+        ("test_evaluation:_ragged", {}, "_ragged: it gave a list that is no array"),
+        ("./judges/mine:read", {}, r"cannot be imported \(TypeError: .*expected module:function"),
     ],
 )
 def test_bad_readers_are_refused(spec, how, message):
@@ -160,6 +168,7 @@ def test_a_folder_of_ones_own_is_evaluated(workdir, tmp_path, monkeypatch):
     assert whole["miou"]["real"] > 0.9 > 0.5 > whole["miou"]["both"]
     assert 0 < whole["interval"]["miou"]["both"] < 0.5 and "real" not in whole["interval"]["miou"]
     assert set(whole["diversity"]) == {"base", "both", "segmentation", "sketch"}
+    assert "shuffled" not in whole["kid"]  # no condition enters
     assert whole["fid"]["both"] is None and "at least 129 pictures" in whole["undefined"]["fid.both"]
     assert whole["kid"]["both"] > whole["kid"]["real"] and whole["nearest"]["both"] > whole["nearest"]["real"] > 0
     assert whole["interval"]["kid"]["both"] > 0
@@ -214,6 +223,20 @@ def test_interiors_leave_borders_out():
         judged("", 64)
 
 
+def test_a_net_judges_pictures_of_another_shape(tmp_path):
+    """They are squeezed to its grid, and so are their labels; a folder's own would be cut there."""
+    for i, scene in enumerate(Scenes("test", 6, 32, 64, seed=9)):
+        for name, array in (("image", (scene["image"] + 1) * 127.5), ("segmentation", scene["segmentation"])):
+            path = tmp_path / "test" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.round(array).astype(np.uint8)).save(path)
+    card = BaseCard("", "", None, (32, 64, 3), (32, 64, 3), False, 1, 1)
+    held_out = HeldOut(DataSettings("folder", str(tmp_path)), card, (Modality("segmentation", "labels", 6),), 6)
+    (judge,) = judges_of(held_out, {"segmentation": "scenes"})
+    assert judge(held_out.images, np.arange(6)).numbers["miou"] > 0.85
+    assert judge.how.endswith("read by scenes at 32x32 (32x64 resized)")
+
+
 @pytest.mark.parametrize(
     ("judges", "message"),
     [
@@ -227,6 +250,41 @@ def test_what_cannot_be_judged_is_refused(workdir, tmp_path, judges, message):
     with pytest.raises(UserError, match=message):
         evaluate(workdir, tmp_path / "metrics.json", judges=judges)
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_edges_of_no_lines_are_refused():
+    card = BaseCard("", "", None, (32, 32, 3), (32, 32, 3), False, 1, 1)
+    held_out = HeldOut(DataSettings(), card, (Modality("tint", "map", 3),), 2)
+    for of, spec, message in (
+        ("segmentation", "edges", "judge 'edges': there is no such judge of labels"),
+        ("sketch", "edges:tolerance=-1", "tolerance=-1: expected size"),
+        ("sketch", "edges:size=-8", "size=-8: expected size"),
+        ("sketch", "edges:threshold=nan", "threshold=nan: expected size"),
+        ("tint", "edges", "lines have one channel, tint 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            judges_of(held_out, dict.fromkeys(("segmentation", "sketch", "tint"), "none") | {of: spec})
+
+
+def test_parts_are_kept_of_the_same_evaluation_alone(tmp_path, capsys):
+    folder, numbers, arrays = tmp_path / "m.json.parts", {"miou": 0.5, "fid": "too few"}, {"shown": np.arange(3)}
+
+    def at_hand(of: str, real: dict) -> bool:
+        parts = Parts(folder, {"of": of})
+        parts.check(real)
+        found = parts.get("base, seed 0")
+        parts.put("base, seed 0", numbers, arrays)
+        return found is not None and found[0] == numbers and np.array_equal(found[1]["shown"], arrays["shown"])
+
+    assert not at_hand("a", {"miou": 0.9, "fid": "too few"})
+    assert at_hand("a", {"miou": 0.90001, "fid": "too few"})
+    for change in ({"miou": 0.8, "fid": "too few"}, {"miou": 0.8, "fid": 3.0}, {"miou": 0.8}):  # a judge was mended
+        assert not at_hand("a", change)
+        assert "judged otherwise: it begins anew" in capsys.readouterr().out
+    assert not at_hand("b", {"miou": 0.8}) and at_hand("b", {"miou": 0.8})
+    (folder / "of.json").unlink()
+    with pytest.raises(UserError, match="expected a new folder"):  # nothing of a user's is removed
+        Parts(folder, {"of": "b"})
 
 
 def test_undefined_numbers_are_null_with_the_reason():

@@ -59,6 +59,19 @@ def test_nearest_is_the_nearest():
     np.testing.assert_allclose(nearest(real[:3], real), 0, atol=1e-6)
 
 
+def test_one_feature_and_one_point_have_distances():
+    """The Frechet distance of two Gaussians on a line is (m - n)^2 + (s - t)^2; two heaps of one point are at 0."""
+    a, b = np.array([[0.0], [2.0]]), np.array([[3.0], [7.0]])
+    assert fid(a, b) == pytest.approx((5 - 1) ** 2 + (np.sqrt(8) - np.sqrt(2)) ** 2)
+    assert kid(np.ones((4, 3)), np.ones((5, 3))) == 0
+
+
+def test_few_pictures_have_no_interval():
+    """Three quarters of two pictures are no subset to vary over."""
+    with pytest.raises(ValueError, match="at least 2 pictures"):
+        interval(kid, np.eye(2), np.eye(2))
+
+
 @pytest.mark.parametrize(
     ("distance", "found", "real", "message"),
     [

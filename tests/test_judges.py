@@ -37,3 +37,20 @@ def test_broken_folders_are_refused(name, tmp_path):
     (tmp_path / "wider" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="missing .* unexpected "):
         load(tmp_path / "wider")
+    for content in ("[]", "{}", '{"net": 3}', json.dumps(config | {"height": 30.5})):
+        (tmp_path / "wider" / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json describes no net"):
+            load(tmp_path / "wider")
+    shutil.copy(asset / "config.json", tmp_path / "wider")
+    (tmp_path / "wider" / "model.safetensors").write_bytes((asset / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load(tmp_path / "wider")
+
+
+def test_a_segmenter_names_its_classes(tmp_path):
+    folder = shutil.copytree(segmenter.ASSET, tmp_path / "net")
+    config = json.loads((folder / "config.json").read_text())
+    for classes in (None, 6, config["classes"][:5]):
+        (folder / "config.json").write_text(json.dumps(config | {"classes": classes}))
+        with pytest.raises(ValueError, match="expected the names of 6"):
+            segmenter.load_segmenter(folder)

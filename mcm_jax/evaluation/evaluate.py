@@ -230,9 +230,11 @@ def _measure(
     everything = next(row.name for row in rows if row.given)
     found: dict[str, _Measured] = {}
 
-    def judged(images: np.ndarray, which: np.ndarray) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
+    def judged(
+        images: np.ndarray, which: np.ndarray, by: Sequence[Judge] = judges
+    ) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
         numbers, within, arrays = {}, {}, {"shown": pictures.to_uint8(images[:_SHOWN])}
-        for judge in judges:
+        for judge in by:
             judgement = judge(images, which)
             numbers |= flatten(judgement.numbers)
             within |= judgement.within
@@ -250,7 +252,9 @@ def _measure(
             row.scores = {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith("scores/")}
             row.cases = {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith("cases/")}
 
-    add("real", *judged(held_out.images, everyone))
+    numbers, arrays = judged(held_out.images, everyone)
+    parts.check(numbers["numbers"])
+    add("real", numbers, arrays)
     if pipeline.base.is_latent:
         add("autoencoder", *judged(_through_autoencoder(pipeline, held_out.images), everyone))
     total = len(rows) * (count * seeds + spread)
@@ -266,7 +270,7 @@ def _measure(
                     images = sampler(row, keys, everyone, bar.update)
                     numbers, arrays = judged(images, everyone)
                     if row.name == everything and count > 1:
-                        other = judged(images, np.roll(everyone, 1))[0]
+                        other = judged(images, np.roll(everyone, 1), [j for j in judges if j.conditional])[0]
                         numbers = {"own": numbers, "shuffled": other}
                     else:
                         numbers = {"own": numbers}
@@ -327,7 +331,8 @@ def _cases(
             for name in names
         ]
         real = pictures.to_uint8(held_out.images[chosen])
-        values = ", ".join(f"{row.scores[judge.name][i]:.2f} ({held_out.names[i]})" for i in chosen)
+        scores = ["undefined" if np.isnan(s) else f"{s:.2f}" for s in row.scores[judge.name][chosen]]
+        values = ", ".join(f"{score} ({held_out.names[i]})" for score, i in zip(scores, chosen, strict=True))
         said = f"The worst {len(chosen) // 2} by {judge.name}, then the best: {values}."
         said += f" Rows: {', '.join(names)}, real, sample."
         sheets[judge.name] = said, pictures.grid([*conditions, real, row.cases[judge.name]])
@@ -336,8 +341,7 @@ def _cases(
 
 def _summed_up(found: Mapping[str, _Measured]) -> dict[str, Any]:
     """Means over the seeds, by number and row, with their intervals; null, and a word on why, for what is undefined."""
-    result: dict[str, Any] = {name: {} for name in ("miou", "class_iou", "edge_f1", "diversity", "facts")}
-    result |= {"interval": {}, "undefined": {}}
+    result: dict[str, Any] = {"diversity": {}, "interval": {}, "undefined": {}}
 
     def put(where: dict, path: str, row: str, value: float | None) -> None:
         name, _, key = path.partition(".")

@@ -34,7 +34,7 @@ def fid(found: np.ndarray, real: np.ndarray) -> float:
             f"FID on {found.shape[1]} features needs at least {least(found)} pictures on either side, got {len(found)} "
             f"and {len(real)}"
         )
-    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (found, real))
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))) for x in (found, real))
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     # The product's eigenvalues are those of this symmetric matrix, whose root needs no complex numbers.
@@ -68,7 +68,7 @@ def kid(found: np.ndarray, real: np.ndarray) -> float:
     across = kernel(found, real)
     squares = (found**2).sum(1)[:, None] + (real**2).sum(1)
     others = squares - 2 * found @ real.T > 1e-12 * squares
-    return float(own - 2 * (across[others].mean() if others.any() else 0.0))
+    return float(own - 2 * across[others].mean()) if others.any() else 0.0
 
 
 def interval(distance: Callable[[np.ndarray, np.ndarray], float], found: np.ndarray, real: np.ndarray) -> float:
@@ -83,7 +83,7 @@ def interval(distance: Callable[[np.ndarray, np.ndarray], float], found: np.ndar
       ValueError: as `distance`, of three quarters of the pictures.
     """
     rng, values = np.random.default_rng(0), []
-    sizes = [round(len(x) * _KEPT) for x in (found, real)]
+    sizes = [min(round(len(x) * _KEPT), len(x) - 1) for x in (found, real)]  # all of two would vary by nothing
     for _ in range(_SUBSETS):
         parts = (x[rng.permutation(len(x))[:size]] for x, size in zip((found, real), sizes, strict=True))
         values.append(distance(*parts))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from mcm_jax.data import DataSettings
 from mcm_jax.data.pipeline import to_float
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality
+
+_AT_ONCE = 256  # training pictures in memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,17 +83,25 @@ class HeldOut:
         found = self.data.find("test", self.modalities, self.card, size=self.most)
         return list(getattr(found, "names", map(str, range(len(self)))))[: len(self)]
 
-    def training_images(self, height: int, width: int, most: int) -> np.ndarray:
-        """The first training pictures, as they are, at most so many: float32 ``[N, height, width, 3]`` in [-1, 1]."""
+    def training_images(self, most: int) -> Iterator[np.ndarray]:
+        """The first training pictures, as they are, at most so many, in parts: float32 ``[N, H, W, 3]`` in [-1, 1].
+
+        They have the size of :attr:`images`: sets are compared whose pictures came to a judge's size in the same way.
+        """
         data = dataclasses.replace(self.data, views=1, flip=False, crop=1.0)
-        card = dataclasses.replace(self.card, image_shape=(height, width, 3))
-        source = data.open("train", self.judged, card, size=most)
-        images = np.stack([source[i]["image"] for i in range(min(most, len(source)))])
-        return to_float({"image": images}, [])["image"]
+        count = min(most, len(data.find("train", (), self.card)))
+        source = data.open("train", (), self.card, size=count)
+        for start in range(0, count, _AT_ONCE):
+            part = np.stack([source[i]["image"] for i in range(start, min(start + _AT_ONCE, count))])
+            yield to_float({"image": part}, [])["image"]
 
     def at(self, height: int, width: int) -> dict[str, np.ndarray]:
-        """:attr:`conditions` on another grid: drawn or read anew for it, rather than resized."""
-        if (height, width) == self.images.shape[1:3]:
-            return self.conditions
-        arrays = self._read(dataclasses.replace(self.card, image_shape=(height, width, 3)))
-        return {m.name: arrays[m.name] for m in self.judged}
+        """:attr:`conditions` on another grid: drawn or read anew, then squeezed where its aspect ratio is another."""
+        rows, columns = self.images.shape[1:3]
+        factor = max(height / rows, width / columns)
+        size = round(factor * rows), round(factor * columns)
+        if size == (rows, columns):
+            arrays = self.conditions
+        else:
+            arrays = self._read(dataclasses.replace(self.card, image_shape=(*size, 3)))
+        return {m.name: m.resize_all(arrays[m.name], height, width) for m in self.judged}

@@ -10,6 +10,7 @@ opened here; these lines convert it::
     save_file(torch.load("pt_inception-2015-12-05-6726825d.pth", weights_only=True), "inception.safetensors")
 """
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from flax import traverse_util
 
 from mcm_jax.base.weights import BaseLoadError, open_weights, some
 from mcm_jax.errors import UserError
+from mcm_jax.evaluation import nets
 from mcm_jax.pictures import to_uint8
 
 FEATURES = 2048
@@ -210,11 +212,6 @@ def inception_features(file: str | os.PathLike) -> Callable[[np.ndarray], np.nda
 
     def features(images: np.ndarray) -> np.ndarray:
         rounded = to_uint8(images).astype(np.float32) / 127.5 - 1
-        out, batch = [np.zeros((0, FEATURES), np.float32)], min(_BATCH, len(rounded)) or 1
-        for start in range(0, len(rounded), batch):
-            part = rounded[start : start + batch]
-            padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-            out.append(np.asarray(_features(params, padded))[: len(part)])
-        return np.concatenate(out)
+        return nets.in_batches(functools.partial(_features, params), rounded, min(_BATCH, max(len(rounded), 1)))
 
     return features

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 
@@ -88,17 +89,23 @@ def load(path: str | os.PathLike, make: Callable[[Mapping], nn.Module]) -> tuple
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: the weights do not fit the net that the config describes.
+      ValueError: one is damaged, or the weights do not fit the net that the config describes.
     """
     path = pathlib.Path(path)
     for name in ("config.json", "model.safetensors"):
         if not (path / name).is_file():
             raise FileNotFoundError(f"no net in {path}: {name} is missing")
-    config = json.loads((path / "config.json").read_text())
-    net = make(config["net"])
-    flat = safetensors.load_file(path / "model.safetensors")
-    image = jax.ShapeDtypeStruct((1, config["height"], config["width"], 3), jnp.float32)
-    wanted = traverse_util.flatten_dict(jax.eval_shape(net.init, jax.random.key(0), image)["params"], sep="/")
+    try:
+        config = json.loads((path / "config.json").read_text())
+        net = make(config["net"])
+        image = jax.ShapeDtypeStruct((1, config["height"], config["width"], 3), jnp.float32)
+        wanted = traverse_util.flatten_dict(jax.eval_shape(net.init, jax.random.key(0), image)["params"], sep="/")
+    except (ValueError, KeyError, IndexError, TypeError) as e:
+        raise ValueError(f"{path / 'config.json'} describes no net ({type(e).__name__}: {e})") from e
+    try:
+        flat = safetensors.load_file(path / "model.safetensors")
+    except SafetensorError as e:
+        raise ValueError(f"{path / 'model.safetensors'} is damaged ({e})") from e
     have, want = ({(k, tuple(v.shape)) for k, v in d.items()} for d in (flat, wanted))
     if have != want:
         raise ValueError(f"{path}: missing {sorted(want - have)}, unexpected {sorted(have - want)}")

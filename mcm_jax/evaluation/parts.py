@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from mcm_jax.errors import UserError
 from mcm_jax.files import write_atomically
+
+_STAMP = "of.json"  # what the parts are of
 
 
 class Parts:
@@ -19,16 +22,43 @@ class Parts:
     Args:
       folder: which.
       of: what is measured; parts of something else are thrown away.
+
+    Raises:
+      UserError: what is there is no such folder.
     """
 
     def __init__(self, folder: pathlib.Path, of: Mapping[str, Any]):
-        self.folder, stamp = folder, json.dumps(of, sort_keys=True, default=str)
-        path = folder / "of.json"
-        if folder.is_dir() and not (path.is_file() and path.read_text() == stamp):
-            print(f"{folder} has parts of another evaluation: it begins anew")
-            shutil.rmtree(folder)
-        folder.mkdir(exist_ok=True)
-        write_atomically(path, stamp.encode())
+        self.folder, self._stamp = folder, json.dumps(of, sort_keys=True, default=str)
+        path = folder / _STAMP
+        if path.is_file():
+            if path.read_text() != self._stamp:
+                self._begin_anew("has parts of another evaluation")
+            return
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"{folder}: expected a new folder, to keep what is done in. Remove it or take another --out"
+            )
+        self._begin()
+
+    def _begin(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        write_atomically(self.folder / _STAMP, self._stamp.encode())
+
+    def _begin_anew(self, why: str) -> None:
+        print(f"{self.folder} {why}: it begins anew")
+        shutil.rmtree(self.folder)
+        self._begin()
+
+    def check(self, real: Mapping[str, float | str]) -> None:
+        """Begins anew where real pictures are not judged as they were: a judge, or the data, has changed meanwhile.
+
+        Args:
+          real: numbers of real pictures, which cost little, now.
+        """
+        before = self.get("real")
+        if before is not None and not _agree(before[0], real):
+            self._begin_anew("has parts that were judged otherwise")
+        self.put("real", real, {})
 
     def _path(self, name: str) -> pathlib.Path:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
@@ -46,3 +76,11 @@ class Parts:
         data = io.BytesIO()
         np.savez(data, numbers=np.array(json.dumps(numbers)), **arrays)
         write_atomically(self._path(name), data.getvalue())
+
+
+def _agree(these: Mapping[str, float | str], those: Mapping[str, float | str]) -> bool:
+    """Whether numbers are the same, but for what an accelerator may sum in another order."""
+    kinds, others = ({name: type(value) for name, value in of.items()} for of in (these, those))
+    if kinds != others:
+        return False
+    return all(v == those[k] if isinstance(v, str) else np.isclose(v, those[k], 1e-3, 1e-3) for k, v in these.items())

@@ -38,7 +38,8 @@ def tables(result: Mapping[str, Any], judges: Sequence[Judge]) -> list[Table]:
       result: of :func:`mcm_jax.evaluation.evaluate.evaluate`.
       judges: that it was made with.
     """
-    rows = list(dict.fromkeys(row for judge in judges for row in result.get(judge.headline[0].partition(".")[0], {})))
+    names = [judge.headline[0].partition(".")[0] for judge in judges] + ["diversity"]
+    rows = list(dict.fromkeys(row for name in names for row in result.get(name, {})))
     paths = [path for judge in judges for path in judge.headline]
     paths += ["diversity"] if result["diversity"] else []
     expected = result["expected"]
@@ -55,7 +56,7 @@ def tables(result: Mapping[str, Any], judges: Sequence[Judge]) -> list[Table]:
     ]
     for name, found in result.items():
         sections = [v for v in found.values() if isinstance(v, Mapping)] if isinstance(found, Mapping) else []
-        if name in ("interval", "diversity_of", "data") or not sections:
+        if name == "interval" or not sections:
             continue
         keys = list(sections[0])
         cells = tuple((row, *(_cell(result, f"{name}.{key}", row) for key in keys)) for row in rows if row in found)
@@ -92,7 +93,10 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
         *(f"{name}: {how}." for name, how in result["judges"].items()),
         f"mcm_jax {result['versions']['mcm_jax']}, jax {result['versions']['jax']}, {result['device']}.",
     ]
-    return lines + [f"{path} is undefined: {why}." for path, why in result["undefined"].items()]
+    undefined: dict[str, list[str]] = {}
+    for path, why in result["undefined"].items():
+        undefined.setdefault(why, []).append(path)
+    return lines + [f"Undefined, {why}: {', '.join(paths)}." for why, paths in undefined.items()]
 
 
 def write(

@@ -119,4 +119,8 @@ def save_segmenter(path: str | os.PathLike, net: SegmentationNet, params: Mappin
 
 def load_segmenter(path: str | os.PathLike = ASSET) -> Segmenter:
     """Loads a segmenter, by default the shipped one, with float32 weights; raises as :func:`.nets.load` does."""
-    return Segmenter(*nets.load(path, lambda n: SegmentationNet(n["classes"], tuple(n["widths"]), n["groups"])))
+    found = Segmenter(*nets.load(path, lambda n: SegmentationNet(n["classes"], tuple(n["widths"]), n["groups"])))
+    names = found.config.get("classes")
+    if not isinstance(names, list) or len(names) != found.net.classes:
+        raise ValueError(f"{path}: classes of config.json are {names}, expected the names of {found.net.classes}")
+    return found

@@ -71,7 +71,7 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
                 f"{_CAN_BE[modality.kind]}; or --judge={name}=none to leave it out"
             )
         metric = spec.partition(":")[0]
-        if metric == "edges":
+        if modality.kind != "labels" and metric == "edges":
             made.append(edges(modality, spec, held_out))
         elif modality.kind == "map" and metric in maps.JUDGES:
             made.append(maps.JUDGES[metric](modality, spec, held_out))

@@ -38,6 +38,7 @@ class Judge:
         that each was drawn for.
       headline: names of the numbers that stand for all, the most important first, e.g. ``edge_f1.f1``.
       watched: what training's log calls them.
+      conditional: whether it matters to it what pictures were drawn for; else the row ``shuffled`` has no number of it.
     """
 
     name: str
@@ -45,18 +46,17 @@ class Judge:
     judge: Callable[[np.ndarray, np.ndarray], Judgement]
     headline: tuple[str, ...]
     watched: tuple[str, ...]
+    conditional: bool = True
 
     def __call__(self, images: np.ndarray, which: np.ndarray) -> Judgement:
         """See :attr:`judge`."""
         return self.judge(images, which)
 
     def watch(self, images: np.ndarray, which: np.ndarray) -> dict[str, float]:
-        """The headline's numbers, as training logs them; what is undefined is NaN."""
+        """The headline's numbers, as training logs them, but for those that are undefined."""
         found = flatten(self(images, which).numbers)
-        return {
-            name: np.nan if isinstance(found[path], str) else found[path]
-            for name, path in zip(self.watched, self.headline, strict=True)
-        }
+        named = zip(self.watched, self.headline, strict=True)
+        return {name: found[path] for name, path in named if not isinstance(found[path], str)}
 
 
 def flatten(numbers: Mapping[str, Any]) -> dict[str, Number]:

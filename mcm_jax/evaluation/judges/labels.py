@@ -6,7 +6,7 @@ from mcm_jax.errors import UserError
 from mcm_jax.evaluation import metrics
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges.judge import Judge, Judgement
-from mcm_jax.evaluation.judges.readers import Reader, resize_images
+from mcm_jax.evaluation.judges.readers import Reader, at_size, resize_images
 from mcm_jax.modalities import Modality
 
 INTERIOR = "interior:"
@@ -58,7 +58,7 @@ def labels(modality: Modality, reader: Reader, held_out: HeldOut, interior: bool
         scores = [metrics.mean_iou(confusion) if confusion.any() else np.nan for confusion in each]
         return Judgement(numbers, np.array(scores))
 
-    how = f"mean IoU of {modality.channels} classes, read by {reader.name} at {size[0]}x{size[1]}"
+    how = f"mean IoU of {modality.channels} classes, read by {reader.name} {at_size(size, held_out.images)}"
     if interior:
         how += f", over the {counts.mean():.0%} of the pixels that no border runs through"
     return Judge(modality.name, how, judge, ("miou",), ("mean_iou",))

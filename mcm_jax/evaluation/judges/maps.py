@@ -14,7 +14,7 @@ from mcm_jax.errors import UserError
 from mcm_jax.evaluation import metrics
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges.judge import Judge, Judgement, Number, settings_of
-from mcm_jax.evaluation.judges.readers import imported, open_onnx, resize_images
+from mcm_jax.evaluation.judges.readers import at_size, imported, open_onnx, resize_images
 from mcm_jax.modalities import Modality
 from mcm_jax.pictures import to_uint8
 
@@ -33,7 +33,7 @@ class _Reader:
     """Reads pictures ``[N, H, W, 3]`` in [-1, 1] of any size at its own.
 
     Attributes:
-      name: for the report.
+      name: what is read, by what and at what size, for the report.
       size: ``(H, W)`` of what :attr:`read` takes.
       read: gives float arrays ``[N, ...]``.
     """
@@ -45,21 +45,18 @@ class _Reader:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return self.read(resize_images(images, *self.size))
 
-    def __str__(self) -> str:
-        return f"{self.name} at {self.size[0]}x{self.size[1]}"
-
 
 def _opened(modality: Modality, spec: str, reader: str, gives: str, checked: Callable, held_out: HeldOut) -> _Reader:
     """The reader that a text names; `checked` takes what it gave, ``(N, H, W)`` and whether channels are first."""
     size, checked = held_out.images.shape[1:3], functools.partial(checked, reader)
     if reader.endswith(".onnx"):
         read, fixed = open_onnx(reader, checked)
-        return _Reader(f"read by {reader}", fixed or size, read)
+        size = fixed or size
+        return _Reader(f"read by {reader} {at_size(size, held_out.images)}", size, read)
     if ":" in reader:
         function = imported(reader, f"FILE.onnx, which give {gives}")
-        return _Reader(
-            f"read by {reader}", size, lambda images: checked(np.asarray(function(images)), images.shape[:3], False)
-        )
+        name = f"read by {reader} {at_size(size, held_out.images)}"
+        return _Reader(name, size, lambda images: checked(function(images), images.shape[:3], False))
     raise _no_reader(modality, spec, gives)
 
 
@@ -123,9 +120,9 @@ def _map_reader(modality: Modality, spec: str, reader: str, held_out: HeldOut, b
         values = np.clip((images + 1) / 2, 0, 1)
         return values if modality.channels == 3 else (values @ _LUMA)[..., None]
 
-    return _Reader(
-        "of the picture " + ("itself" if modality.channels == 3 else "in grey"), held_out.images.shape[1:3], itself
-    )
+    size = held_out.images.shape[1:3]
+    what = "itself" if modality.channels == 3 else "in grey"
+    return _Reader(f"of the picture {what} {at_size(size, held_out.images)}", size, itself)
 
 
 def _targets(modality: Modality, reader: _Reader, held_out: HeldOut) -> np.ndarray:
@@ -155,7 +152,7 @@ def ms_ssim(modality: Modality, spec: str, held_out: HeldOut) -> Judge:
         return Judgement({"ms_ssim": float(each.mean())}, each)
 
     fewer = f" of {scales} scale(s), since {everything} do not fit," if scales < everything else ""
-    return Judge(modality.name, f"MS-SSIM{fewer} {reader}", judge, ("ms_ssim",), ("ms_ssim",))
+    return Judge(modality.name, f"MS-SSIM{fewer} {reader.name}", judge, ("ms_ssim",), ("ms_ssim",))
 
 
 def depth(modality: Modality, spec: str, held_out: HeldOut) -> Judge:
@@ -177,7 +174,7 @@ def depth(modality: Modality, spec: str, held_out: HeldOut) -> Judge:
         why = f"no pixel of these maps has a depth of {metrics.LEAST_DEPTH:g} or more"
         return Judgement({"depth": {name: _mean(each, why) for name, each in errors.items()}}, -errors["rmse"])
 
-    how = f"errors of depth {reader}" + (", after a fit of scale and shift to each map" if align else "")
+    how = f"errors of depth {reader.name}" + (", after a fit of scale and shift to each map" if align else "")
     return Judge(modality.name, how, judge, ("depth.rmse",), ("depth_rmse",))
 
 
@@ -206,7 +203,7 @@ def colour(modality: Modality, spec: str, held_out: HeldOut) -> Judge:
         each = metrics.colour_distance(found, targets[which], counts[which])
         return Judgement({"delta_e": _mean(each, f"all pixels of these maps are {settings['blank']}")}, -each)
 
-    how = f"Delta E (CIE76) {reader}" + (f", where maps are not {settings['blank']}" if blank else "")
+    how = f"Delta E (CIE76) {reader.name}" + (f", where maps are not {settings['blank']}" if blank else "")
     return Judge(modality.name, how, judge, ("delta_e",), ("delta_e",))
 
 
@@ -233,7 +230,7 @@ def pck(modality: Modality, spec: str, held_out: HeldOut) -> Judge:
         why = "no real picture of these has two keypoints that are seen"
         return Judgement({"pck": float(right.sum() / of.sum()) if of.any() else why}, each)
 
-    how = f"PCK at {alpha:g} of {points} keypoint(s) {reader}, against those of the real picture"
+    how = f"PCK at {alpha:g} of {points} keypoint(s) {reader.name}, against those of the real picture"
     return Judge(modality.name, how, judge, ("pck",), ("pck",))
 
 

@@ -57,7 +57,7 @@ class Reader:
         Raises:
           UserError: what it gave has another shape or type, or a class that there is not.
         """
-        found = np.asarray(self.read(images))
+        found = self.read(images)
         if found.shape != images.shape[:3] or not np.issubdtype(found.dtype, np.integer):
             raise UserError(
                 f"the judge {self.name} gave {found.dtype}{list(found.shape)} for pictures {list(images.shape)}; "
@@ -84,6 +84,12 @@ def resize_images(images: np.ndarray, height: int, width: int) -> np.ndarray:
         return np.asarray(Image.fromarray(plane).resize((width, height), how))
 
     return np.stack([np.stack([resized(image[..., c]) for c in range(3)], -1) for image in images.astype(np.float32)])
+
+
+def at_size(size: tuple[int, int], images: np.ndarray) -> str:
+    """For a report: the size ``(H, W)`` at which pictures ``[N, H, W, 3]`` are looked at, and whether it is theirs."""
+    resized = size != images.shape[1:3]
+    return f"at {size[0]}x{size[1]}" + (f" ({images.shape[1]}x{images.shape[2]} resized)" if resized else "")
 
 
 def open_reader(
@@ -138,7 +144,7 @@ def of_net(spec: str, channels: int | None = None) -> Reader:
     """
     try:
         net = load_segmenter(assets.resolve(f"{spec}-segmenter") if spec in _SHIPPED else spec)
-    except (OSError, KeyError, ValueError) as e:
+    except (OSError, ValueError) as e:
         raise UserError(f"judge {spec}: no segmentation net that can be read ({e})") from e
     if channels is not None and len(net.classes) != channels:
         raise UserError(f"judge {spec}: the net knows {len(net.classes)} classes, the labels here have {channels}")
@@ -243,17 +249,28 @@ def _read_palette(path: pathlib.Path) -> tuple[np.ndarray, tuple[str, ...] | Non
 def imported(spec: str, can_be: str) -> Callable[[np.ndarray], np.ndarray]:
     """The function that ``module:function`` names; `can_be` is what else a message says that a judge can be.
 
+    Returns:
+      The function, whose answers are arrays.
+
     Raises:
-      UserError: there is none.
+      UserError: there is none. The function raises it, too, where an answer is no array.
     """
     module, _, name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
+    except Exception as e:  # a module of the user's can fail in any way
         raise UserError(
-            f"judge {spec}: cannot be imported ({e}); expected module:function, or {can_be}. A module of your own is "
-            f"found from where the command is typed if PYTHONPATH has that folder"
+            f"judge {spec}: cannot be imported ({type(e).__name__}: {e}); expected module:function, or {can_be}. A "
+            f"module of your own is found from where the command is typed if PYTHONPATH has that folder"
         ) from e
     if not callable(function):
         raise UserError(f"judge {spec}: {name} is a {type(function).__name__}, expected a function")
-    return function
+
+    def answer(images: np.ndarray) -> np.ndarray:
+        found = function(images)
+        try:
+            return np.asarray(found)
+        except (ValueError, TypeError) as e:
+            raise UserError(f"judge {spec}: it gave a {type(found).__name__} that is no array ({e})") from e
+
+    return answer

@@ -10,7 +10,7 @@ from mcm_jax.evaluation import fidelity
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.inception import FEATURES, inception_features
 from mcm_jax.evaluation.judges.judge import Judge, Judgement, Number
-from mcm_jax.evaluation.judges.readers import Reader, imported, is_net, of_net, resize_images
+from mcm_jax.evaluation.judges.readers import Reader, at_size, imported, is_net, of_net, resize_images
 
 CAN_BE = (
     "inception:FILE.safetensors (FID proper; docs/evaluation.md says how to have the file), module:function (pictures "
@@ -53,7 +53,7 @@ def open_features(spec: str, readers: Sequence[Reader]) -> tuple[Features, tuple
     function = imported(spec, CAN_BE)
 
     def checked(images: np.ndarray) -> np.ndarray:
-        found = np.asarray(function(images))
+        found = function(images)
         floats = np.issubdtype(found.dtype, np.floating) and np.isfinite(found).all()
         if not floats or found.ndim != 2 or len(found) != len(images):
             raise UserError(
@@ -76,7 +76,7 @@ def likeness(features: Features, size: tuple[int, int] | None, name: str, held_o
       references: how many of these at most.
     """
     size = size or held_out.images.shape[1:3]
-    real = features(held_out.training_images(*size, references))
+    real = np.concatenate([features(resize_images(part, *size)) for part in held_out.training_images(references)])
     parts = {"fid": fidelity.fid, "kid": fidelity.kid}
 
     def judge(images: np.ndarray, which: np.ndarray) -> Judgement:
@@ -95,7 +95,7 @@ def likeness(features: Features, size: tuple[int, int] | None, name: str, held_o
         return Judgement(numbers, within=within)
 
     how = (
-        f"FID and KID against {len(real)} training pictures, and the median distance to the nearest of these, by "
-        f"{real.shape[1]} features of {name}"
+        f"FID and KID against {len(real)} training pictures, {at_size(size, held_out.images)}, and the median "
+        f"distance to the nearest of these, by {real.shape[1]} features of {name}"
     )
-    return Judge("fidelity", how, judge, ("fid", "kid", "nearest"), ("fid", "kid", "nearest"))
+    return Judge("fidelity", how, judge, ("fid", "kid", "nearest"), ("fid", "kid", "nearest"), conditional=False)
