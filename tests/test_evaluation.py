@@ -14,11 +14,13 @@ from mcm_jax.data.colours import to_lab
 from mcm_jax.data.scenes import CLASSES, PALETTE, Scenes
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.evaluation import evaluate as module
+from mcm_jax.evaluation import metrics
 from mcm_jax.evaluation.evaluate import evaluate, interval
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import Judge, Judgement, flatten, judges_of
 from mcm_jax.evaluation.judges.readers import open_reader, resize_images
 from mcm_jax.evaluation.rows import rows_of, subsets
+from mcm_jax.modalities import Modality
 
 OLD = tiny.ROOT / "tests/fixtures/v0_1"
 OF_SCENES = {"channels": len(CLASSES), "palette": PALETTE, "names": tuple(CLASSES)}
@@ -212,6 +214,35 @@ def test_interiors_leave_borders_out():
     assert abs(of_sets(held_out.images, np.arange(40)).numbers["kid"]) < 0.3
     with pytest.raises(UserError, match=r"twice its resolution, 128x128, .*--judge=segmentation=palette"):
         judged("", 64)
+
+
+def test_what_a_sample_has_where_labels_are_unknown_does_not_count(tmp_path):
+    rng, unknown = np.random.default_rng(0), []
+    for i, scene in enumerate(Scenes("test", 4, 32, 32, 3)):
+        unknown.append(rng.random((32, 32)) < 0.1 if i else np.ones((32, 32), bool))  # of the first all is
+        labels = np.where(unknown[-1], 255, scene["segmentation"])
+        for name, array in {"image": (scene["image"] + 1) * 127.5, "segmentation": labels}.items():
+            (tmp_path / "test" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.round(array).astype(np.uint8)).save(tmp_path / "test" / name / f"{i}.png")
+    modalities = (Modality("segmentation", "labels", 6, ignore=255),)
+    card = BaseCard("", "", None, (32, 32, 3), (32, 32, 3), False, 1, 1)
+    held_out = HeldOut(DataSettings("folder", str(tmp_path)), card, modalities, 4)
+    judge = judges_of(held_out, {"segmentation": f"{__name__}:blocky"})[0]
+    share = 1 - np.mean(unknown)
+    assert f"over the {share:.0%} of the pixels that have a label" in judge.how
+
+    images = held_out.images + rng.normal(0, 0.1, held_out.images.shape).astype(np.float32)  # so that some are wrong
+    plain = judge(images, np.arange(4))
+    known = ~np.array(unknown)
+    truth = np.array([scene["segmentation"] for scene in Scenes("test", 4, 32, 32, 3)])
+    by_hand = metrics.mean_iou(metrics.confusion_matrix(blocky(images)[known], truth[known], 6))
+    assert 0.2 < plain.numbers["miou"] < 0.9 and plain.numbers["miou"] == pytest.approx(by_hand)
+    assert np.isnan(plain.scores[0]) and np.isfinite(plain.scores[1:]).all()
+    for colour in PALETTE:
+        painted = np.where(np.array(unknown)[..., None], (colour / 127.5 - 1).astype(np.float32), images)
+        other = judge(painted, np.arange(4))
+        assert other.numbers == plain.numbers
+        np.testing.assert_array_equal(other.scores, plain.scores)
 
 
 @pytest.mark.parametrize(
