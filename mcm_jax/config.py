@@ -179,13 +179,15 @@ def _named(kind: Any) -> bool:
 
 
 def _read_named(kind: Any, name: str, entry: Any, where: str) -> Any:
-    wanted = [key for key in _fields(kind)[0] if key != "name"]
+    known = {key: field for key, field in _fields(kind)[0].items() if key != "name"}
+    wanted = [key for key, field in known.items() if field.default is dataclasses.MISSING]  # others may be younger
     if not isinstance(entry, Mapping | ml_collections.ConfigDict):
         raise UserError(f"{where}: unknown key, or not a section of {' and '.join(wanted)}, got {entry!r}")
-    if set(entry) != set(wanted):
-        raise UserError(f"{where} must have {' and '.join(wanted)}, got {dict(entry)} ({_ALL_KEYS})")
+    if not set(wanted) <= set(entry) <= set(known):
+        more = "".join(f", may have {key}" for key in known if key not in wanted)
+        raise UserError(f"{where} must have {' and '.join(wanted)}{more}, got {dict(entry)} ({_ALL_KEYS})")
     types_of = _fields(kind)[1]
-    values = {key: _value(types_of[key], entry[key], f"{where}.{key}") for key in wanted}
+    values = {key: _value(types_of[key], entry[key], f"{where}.{key}") for key in entry}
     try:
         return kind(name=name, **values)
     except UserError as e:

@@ -3,6 +3,7 @@
 A *modality* is a named kind of 2-D condition (segmentation, sketch, depth, ...). Every one becomes channels on the
 grid of ``x_t``: labels one-hot by nearest neighbour, maps and lines by area averaging. An absent modality is its null
 condition, zeros, and a presence flag tells it from a map that happens to be zero, so that one MCM serves any subset.
+Where a label map says "unknown here" (:attr:`Modality.ignore`), its channels and flag are the null condition's, too.
 One-hot labels, flags and zeros are ours; the paper claims the subsets and shows the grids (see also ``drop``).
 """
 
@@ -30,16 +31,24 @@ class Modality:
         ``[H, W]`` for one channel or ``[H, W, channels]``), or ``lines``: a map of black lines on white, whose lines
         keep their strength when a large drawing is brought to a small grid. The MCM sees the ink, 1 - value.
       channels: number of classes, or of the map's channels.
+      ignore: the pixel value of labels that means "unknown here" (often 255), which is no class; -1 for none.
     """
 
     name: str
     kind: str
     channels: int
+    ignore: int = dataclasses.field(default=-1, repr=False)  # names of caches are made of the others' repr
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise UserError(f"{self.name}.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         expect(self.channels >= 1, f"{self.name}.channels", "at least 1", self.channels)
+        expect(
+            self.ignore == -1 or (self.kind == "labels" and self.channels <= self.ignore < 2**16),
+            f"{self.name}.ignore",
+            f"-1 for none, or of labels a value that is no class, here {self.channels}..{2**16 - 1}",
+            self.ignore,
+        )
 
     def check(self, array: np.ndarray, source: str) -> None:
         """Raises UserError, naming ``source``, where ``array`` is no condition of this modality."""
@@ -48,12 +57,14 @@ class Modality:
                 raise UserError(
                     f"{source}: a {self.name} is a 2-D integer array of classes, got {array.dtype}{list(array.shape)}"
                 )
-            unknown = np.unique(array[(array < 0) | (array >= self.channels)])
+            unknown = np.unique(array[(array < 0) | ((array >= self.channels) & (array != self.ignore))])
             if len(unknown):
+                void = "" if self.ignore == -1 else f", and {self.ignore} for unknown"
                 raise UserError(
                     f"{source}: found the classes {unknown[:10].tolist()}, but this model knows 0..{self.channels - 1} "
-                    f"({self.channels} classes). Map the others (a void class, too) to one of these, or train with "
-                    f"config.modalities.{self.name}.channels set to how many there are"
+                    f"({self.channels} classes{void}). Map the others to one of these, or train with "
+                    f"config.modalities.{self.name}.channels set to how many there are, or with "
+                    f"config.modalities.{self.name}.ignore set to the one value that is no class but means unknown"
                 )
         else:
             shape = array.shape if array.ndim == 3 else (*array.shape, 1)
@@ -65,7 +76,10 @@ class Modality:
                 raise UserError(f"{source}: a {self.name} has values in [0, 1], got {array.min()} to {array.max()}")
 
     def resize(self, array: np.ndarray, height: int, width: int) -> np.ndarray:
-        """Brings a condition to the grid ``height`` x ``width``: nearest for labels, area averaging for the others."""
+        """Brings a condition to the grid ``height`` x ``width``: nearest for labels, area averaging for the others.
+
+        A cell of labels is what the pixel under its centre is, be that a class or unknown, whatever else it covers.
+        """
         if array.shape[:2] == (height, width):
             return array
         if self.kind == "labels":
@@ -101,7 +115,10 @@ class Modality:
         return np.stack([np.round(condition * 255).astype(np.uint8) for condition in resized])
 
     def channels_of(self, condition: jax.Array) -> jax.Array:
-        """Turns a batch ``[B, H, W]`` (or ``[B, H, W, C]`` for a map) into float32 ``[B, H, W, channels]``."""
+        """Turns a batch ``[B, H, W]`` (or ``[B, H, W, C]`` for a map) into float32 ``[B, H, W, channels]``.
+
+        A pixel whose label is :attr:`ignore` is zero in all of them.
+        """
         if self.kind == "labels":
             return jax.nn.one_hot(condition, self.channels, dtype=jnp.float32)
         values = condition.reshape(*condition.shape[:3], self.channels).astype(jnp.float32)
@@ -123,7 +140,8 @@ class ModalitiesSettings:
     """The conditions, each by its name with ``kind`` and ``channels``. The config's section ``modalities``.
 
     Attributes:
-      shown: each :class:`Modality`, in the order of their names.
+      shown: each :class:`Modality`, in the order of their names. ``ignore``, the value of label pixels that means
+        unknown, may be left out.
       drop_rate: how often training hides each modality, independently.
     """
 
@@ -166,12 +184,16 @@ def stack(modalities: tuple[Modality, ...], conditions: Mapping[str, jax.Array],
       present: bool ``[B, len(modalities)]``.
 
     Returns:
-      float32 ``[B, H, W, total_channels(modalities)]``: per modality its channels, zero where absent, and its flag.
+      float32 ``[B, H, W, total_channels(modalities)]``: per modality its channels, zero where absent, and its flag. A
+      pixel whose label is the modality's ``ignore`` is as where the modality is absent, its flag, too.
     """
     parts = []
     for i, modality in enumerate(modalities):
         channels = modality.channels_of(conditions[modality.name])
         flag = present[:, i, None, None, None].astype(jnp.float32)
+        if modality.ignore != -1:
+            known = conditions[modality.name].astype(jnp.int32) != modality.ignore
+            flag = flag * known[..., None].astype(jnp.float32)
         parts += [channels * flag, jnp.broadcast_to(flag, (*channels.shape[:3], 1))]
     return jnp.concatenate(parts, axis=-1)
 

@@ -12,6 +12,8 @@ from mcm_jax.data.scenes import PALETTE
 from mcm_jax.files import write_atomically
 from mcm_jax.modalities import Modality
 
+_UNKNOWN = np.uint8(128)  # grey
+
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Images in [-1, 1] as 8-bit values; outside values are clipped."""
@@ -21,16 +23,16 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 def show(modality: Modality, conditions: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
     """A batch of conditions as RGB uint8 ``[B, H, W, 3]``: labels in colours, maps in grey (or as they are).
 
-    Labels have the colours of `palette`, uint8 ``[channels, 3]``, if it is given.
+    Labels have the colours of `palette`, uint8 ``[channels, 3]``, if it is given; where they are unknown, grey.
     """
     conditions = np.asarray(conditions)
-    if palette is not None:
-        return palette[conditions]
     if modality.kind == "labels":
-        if modality.channels <= len(PALETTE):
-            return PALETTE[conditions]
-        hues = np.random.default_rng(0).integers(0, 256, (modality.channels, 3), dtype=np.uint8)
-        return hues[conditions]
+        if palette is None and modality.channels <= len(PALETTE):
+            palette = PALETTE
+        elif palette is None:
+            palette = np.random.default_rng(0).integers(0, 256, (modality.channels, 3), dtype=np.uint8)
+        unknown = conditions == modality.ignore
+        return np.where(unknown[..., None], _UNKNOWN, palette[np.where(unknown, 0, conditions)])
     values = np.round(conditions * 255).astype(np.uint8)
     if values.ndim == 3:
         values = values[..., None]

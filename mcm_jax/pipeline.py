@@ -118,7 +118,9 @@ def start_from(folder: str, settings: MCMSettings, modulator: Modulator, card: B
         differs = "\n".join(lines)
         raise UserError(f"{where} is an MCM of another network:\n{differs}\nTake the same values, or another MCM")
     known = {m.name: m for m in found.modalities.shown}
-    if odd := [m for m in modulator.modalities if known.get(m.name, m) != m]:
+    # Another value for unknown (`ignore`) is no other channel.
+    same = [m for m in modulator.modalities if m.name in known]
+    if odd := [m for m in same if (m.kind, m.channels) != (known[m.name].kind, known[m.name].channels)]:
         old = known[odd[0].name]
         raise UserError(
             f"{where} knows the modality {old.name} as {old.kind} of {old.channels} channel(s), this config as "

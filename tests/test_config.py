@@ -24,10 +24,12 @@ class Part:
       name: its key.
       weight: in grams,
         of any size.
+      spare: how many.
     """
 
     name: str
     weight: float
+    spare: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,9 @@ def test_settings_come_from_a_config_and_go_back():
         ({"section": {"sise": 1}}, ["config.section", "sise", "size, young"]),
         ({"sect": {}}, ["config", "sect", "section"]),
         ({"parts": {"a": {"weight": float("inf")}}}, ["config.parts.a.weight", "finite", "inf"]),
-        ({"parts": {"a": {"wait": 1}}}, ["config.parts.a", "weight", "wait"]),
+        ({"parts": {"a": {"wait": 1}}}, ["config.parts.a", "weight", "may have spare", "wait"]),
+        ({"parts": {"a": {"weight": 1, "wait": 1}}}, ["config.parts.a", "weight", "may have spare", "wait"]),
+        ({"parts": {"a": {"weight": 1, "spare": None}}}, ["config.parts.a.spare", "whole number", "None"]),
         ({"parts": {"glu": True}}, ["config.parts.glu", "unknown key", "True"]),
         ({"parts": {"glue": 1}}, ["config.parts.glue", "True or False", "1"]),
         ({"notes": {"a": 1}}, ["config.notes.a", "a text", "1"]),
@@ -110,7 +114,7 @@ def test_a_missing_section_is_named():
 
 
 def test_meanings_come_from_the_docstring():
-    assert config_lib.describe(Part) == {"name": "its key.", "weight": "in grams, of any size."}
+    assert config_lib.describe(Part) == {"name": "its key.", "weight": "in grams, of any size.", "spare": "how many."}
 
 
 def test_the_default_config_is_the_defaults():
@@ -158,6 +162,7 @@ def test_a_config_of_an_old_version_means_what_it_meant():
         **{"train.accumulate": 1, "train.best": "", "train.decay_steps": 1000, "train.evaluate_every": 0},
         **{"train.held_out": 64, "train.init_from": "", "train.optimizer": "adamw", "train.schedule": "cosine"},
         **{f"evaluation.judges.{name}": "" for name in ("segmentation", "sketch", "caption", "fidelity")},
+        **{"modalities.segmentation.ignore": -1, "modalities.sketch.ignore": -1},
         **{"train.wandb": "", "evaluation.seeds": 1, "evaluation.references": 0, "evaluation.strengths": []},
     }
 

@@ -11,6 +11,7 @@ from PIL import Image
 from mcm_jax.data.folder import Folder
 from mcm_jax.data.render import PALETTE, render
 from mcm_jax.data.scene import draw_scene
+from mcm_jax.data.views import Views
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality
 
@@ -484,6 +485,18 @@ def test_two_pixels_are_another_aspect_ratio(tmp_path):
     labels = np.zeros((48, 66), np.uint8)
     with pytest.raises(UserError, match="is 66x48 pixels, which is another shape"):
         _condition(tmp_path, SEGMENTATION, labels, (48, 64), (8, 8))
+
+
+@pytest.mark.parametrize("ignore", [255, 256])
+def test_unknown_labels_keep_their_value(ignore, tmp_path):
+    labels = np.where(_noise(48, 48) < 26, np.uint16(ignore), _noise(48, 48, high=6, seed=1))
+    modality = Modality("segmentation", "labels", 6, ignore)
+    found = _condition(tmp_path, modality, labels, (48, 48), (24, 24))
+    assert found.dtype == (np.uint8 if ignore == 255 else np.uint16)
+    np.testing.assert_array_equal(found, modality.resize(labels, 24, 24))
+    views = Views(Folder(tmp_path, "train", (modality,), 24, 24), (modality,), views=3, flip=True, crop=0.6)
+    for view in range(3):
+        assert ignore in views[view]["segmentation"] and views[view]["segmentation"].dtype == found.dtype
 
 
 def test_labels_are_read_as_everywhere(tmp_path):

@@ -14,6 +14,7 @@ from mcm_jax.data.colours import to_lab
 from mcm_jax.data.scenes import CLASSES, PALETTE, Scenes
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.evaluation import evaluate as module
+from mcm_jax.evaluation import metrics
 from mcm_jax.evaluation.evaluate import evaluate, interval
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import Judge, Judgement, flatten, judges_of
@@ -235,6 +236,35 @@ def test_a_net_judges_pictures_of_another_shape(tmp_path):
     (judge,) = judges_of(held_out, {"segmentation": "scenes"})
     assert judge(held_out.images, np.arange(6)).numbers["miou"] > 0.85
     assert judge.how.endswith("read by scenes at 32x32 (32x64 resized)")
+
+
+def test_what_a_sample_has_where_labels_are_unknown_does_not_count(tmp_path):
+    rng, unknown = np.random.default_rng(0), []
+    for i, scene in enumerate(Scenes("test", 4, 32, 32, 3)):
+        unknown.append(rng.random((32, 32)) < 0.1 if i else np.ones((32, 32), bool))  # of the first all is
+        labels = np.where(unknown[-1], 255, scene["segmentation"])
+        for name, array in {"image": (scene["image"] + 1) * 127.5, "segmentation": labels}.items():
+            (tmp_path / "test" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.round(array).astype(np.uint8)).save(tmp_path / "test" / name / f"{i}.png")
+    modalities = (Modality("segmentation", "labels", 6, ignore=255),)
+    card = BaseCard("", "", None, (32, 32, 3), (32, 32, 3), False, 1, 1)
+    held_out = HeldOut(DataSettings("folder", str(tmp_path)), card, modalities, 4)
+    judge = judges_of(held_out, {"segmentation": f"{__name__}:blocky"})[0]
+    share = 1 - np.mean(unknown)
+    assert f"over the {share:.0%} of the pixels that have a label" in judge.how
+
+    images = held_out.images + rng.normal(0, 0.1, held_out.images.shape).astype(np.float32)  # so that some are wrong
+    plain = judge(images, np.arange(4))
+    known = ~np.array(unknown)
+    truth = np.array([scene["segmentation"] for scene in Scenes("test", 4, 32, 32, 3)])
+    by_hand = metrics.mean_iou(metrics.confusion_matrix(blocky(images)[known], truth[known], 6))
+    assert 0.2 < plain.numbers["miou"] < 0.9 and plain.numbers["miou"] == pytest.approx(by_hand)
+    assert np.isnan(plain.scores[0]) and np.isfinite(plain.scores[1:]).all()
+    for colour in PALETTE:
+        painted = np.where(np.array(unknown)[..., None], (colour / 127.5 - 1).astype(np.float32), images)
+        other = judge(painted, np.arange(4))
+        assert other.numbers == plain.numbers
+        np.testing.assert_array_equal(other.scores, plain.scores)
 
 
 @pytest.mark.parametrize(

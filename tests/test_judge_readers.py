@@ -142,6 +142,35 @@ def test_a_judge_is_trained_and_reads(judge, pairs):
     assert features.shape == (2, 128) and features.dtype == np.float32 and np.ptp(features, axis=0).max() > 0
 
 
+@pytest.mark.usefixtures("judge")
+def test_unlabelled_pixels_teach_nothing_and_do_not_count(tmp_path):
+    folder, rng = _write(tmp_path / "pairs", "train", 12), np.random.default_rng(0)
+    for path in (folder / "train" / "segmentation").iterdir():
+        labels = np.array(Image.open(path))
+        Image.fromarray(np.where(rng.random(labels.shape) < 0.1, 255, labels).astype(np.uint8)).save(path)
+    command = [
+        "train",
+        str(folder),
+        f"--out={tmp_path / 'judge'}",
+        f"--size={SIZE}",
+        "--steps=30",
+    ]  # as above: compiled
+    with pytest.raises(SystemExit, match="7 values, .*which do not look like classes .*--ignore=VALUE"):
+        main(command)
+    main([*command, "--ignore=255"])
+    config = json.loads((tmp_path / "judge" / "config.json").read_text())
+    assert config["classes"] == list("012345") and config["data"]["ignore"] == 255
+
+    _, test, _ = module._split(module.data_of(str(folder)), module.Modality("segmentation", "labels", 6, 255), SIZE)
+    net, images = module.load_segmenter(tmp_path / "judge"), module.as_float(test.images[[0, 0]])
+    labels = test.labels[[0, 0]]
+    labels[1] = 255
+    both, one = (module.loss_fn(net.net, net.params, images[:n], labels[:n]) for n in (2, 1))
+    assert float(both) == pytest.approx(float(one), rel=1e-5)
+    found = module.score(net, images, labels, 255)
+    assert found == module.score(net, images[:1], labels[:1], 255) and found["mean_iou"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -152,6 +181,8 @@ def test_a_judge_is_trained_and_reads(judge, pairs):
         ),
         (["DATA", "--modality=sketch"], r"the pixels of sketch have \d+ values, .*say how many there are, --classes="),
         (["DATA", "--classes=3"], "this model knows 0..2"),
+        (["DATA", "--classes=6", "--ignore=5"], r"segmentation\.ignore must be .*6\.\.65535, got 5"),
+        (["DATA", "--ignore=1"], "ignore must be -1 for none, or a value above all classes, got 1"),
         (["DATA", "--size=30"], "size must be a multiple of 4"),
         (["DATA", "--steps=0"], "steps must be at least 1"),
         (["DATA/few"], r"few: 8 pair\(s\) are left to train on, expected at least 10"),

@@ -1,5 +1,6 @@
 """Conditions become channels without loss or leak, and whatever is no condition is refused with a reason."""
 
+import dataclasses
 import io
 import random
 import re
@@ -12,11 +13,13 @@ from PIL import Image
 
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality, drop, read_png, stack, total_channels
+from mcm_jax.pictures import show
 
 SEGMENTATION = Modality("segmentation", "labels", 6)
 SKETCH = Modality("sketch", "map", 1)
 NORMALS = Modality("normals", "map", 3)
 LINES = Modality("sketch", "lines", 1)
+PARTIAL = Modality("segmentation", "labels", 6, ignore=255)
 ALL = (SEGMENTATION, SKETCH, NORMALS)
 
 
@@ -42,6 +45,9 @@ def test_kinds_and_channels_are_checked():
     for channels in (0, -1):
         with pytest.raises(UserError, match=rf"depth\.channels must be at least 1, got {channels}"):
             Modality("depth", "map", channels)
+    for modality, ignore in ((SEGMENTATION, 5), (SEGMENTATION, -2), (SEGMENTATION, 2**16), (SKETCH, 255)):
+        with pytest.raises(UserError, match=rf"{modality.name}\.ignore must be -1 for none, .*, got {ignore}"):
+            dataclasses.replace(modality, ignore=ignore)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +55,7 @@ def test_kinds_and_channels_are_checked():
     [
         (SEGMENTATION, np.array([[0, 5]], np.uint8)),
         (SEGMENTATION, np.array([[0, 5]], np.int64)),
+        (PARTIAL, np.array([[0, 255]], np.uint8)),
         (SKETCH, np.array([[0.0, 1.0]], np.float32)),
         (SKETCH, np.zeros((2, 3, 1))),
         (NORMALS, np.ones((2, 3, 3), np.float32)),
@@ -67,6 +74,8 @@ def test_check_accepts_conditions(modality, array):
         (SEGMENTATION, np.zeros((2, 2, 6), np.int32), "2-D integer array of classes, got int32[2, 2, 6]"),
         (SEGMENTATION, np.array([[0, 6, 9]]), "found the classes [6, 9], but this model knows 0..5 (6 classes)"),
         (SEGMENTATION, np.array([[-1, 0]]), "found the classes [-1], but this model knows 0..5 (6 classes)"),
+        (SEGMENTATION, np.array([[0, 255]]), "or with config.modalities.segmentation.ignore set to"),
+        (PARTIAL, np.array([[7, 255]]), "found the classes [7], but this model knows 0..5 (6 classes, and 255 for"),
         (SKETCH, np.zeros(4), "has 1 channel(s), got shape [4]"),
         (SKETCH, np.zeros((2, 2, 3)), "has 1 channel(s), got shape [2, 2, 3]"),
         (NORMALS, np.zeros((2, 2)), "has 3 channel(s), got shape [2, 2]"),
@@ -221,6 +230,26 @@ def test_an_absent_modality_cannot_leak():
         np.testing.assert_array_equal(stack(ALL, first, present), stack(ALL, mixed, present))
     everything = jnp.ones((2, 3), bool)
     assert not np.array_equal(stack(ALL, first, everything), stack(ALL, second, everything))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+def test_where_a_label_is_unknown_the_modality_is_absent(dtype):
+    labels, unknown = _conditions()["segmentation"].astype(dtype), np.random.default_rng(0).random((2, 4, 6)) < 0.1
+    assert 0 < unknown.sum() < unknown.size
+    partial, present = jnp.asarray(np.where(unknown, dtype(255), labels)), jnp.ones((2, 1), bool)
+    seen, absent = (np.asarray(stack((PARTIAL,), {"segmentation": partial}, p)) for p in (present, ~present))
+    whole = np.asarray(stack((SEGMENTATION,), {"segmentation": labels}, present))
+    np.testing.assert_array_equal(seen, np.where(unknown[..., None], absent, whole))
+    assert not absent.any()
+
+
+def test_unknown_survives_the_grid_and_is_shown_in_grey():
+    small = np.where(np.eye(4, dtype=bool), 255, _labels(4, 4)).astype(np.uint8)
+    large = small.repeat(3, 0).repeat(2, 1)
+    np.testing.assert_array_equal(PARTIAL.resize(large, 4, 4), small)
+    shown = show(PARTIAL, small[None])[0]
+    assert shown.dtype == np.uint8 and (shown[small == 255] == 128).all()
+    np.testing.assert_array_equal(shown[small < 255], show(SEGMENTATION, small[small < 255][None, None])[0, 0])
 
 
 def test_the_flag_tells_a_map_of_zeros_from_no_map():

@@ -10,6 +10,7 @@ import tiny
 from PIL import Image
 
 from mcm_jax.base import load_base
+from mcm_jax.cache import Cache
 from mcm_jax.data import inputs
 from mcm_jax.data.folder import Folder
 from mcm_jax.errors import UserError
@@ -66,6 +67,27 @@ def test_the_command_trains_on_a_folder_and_samples(script, config, base_path, d
     outcome = script(*command, "--judge=segmentation=none")
     assert outcome.status == 0, outcome.err
     assert set(json.loads((tmp_path / "metrics.json").read_text())["edge_f1"]) >= {"real", "base", "sketch"}
+
+
+def test_a_folder_with_unlabelled_pixels_trains_and_samples(config, data, tmp_path):
+    rng = np.random.default_rng(1)
+    for path in data.glob("*/segmentation/*.png"):
+        labels = np.array(Image.open(path))
+        Image.fromarray(np.where(rng.random(labels.shape) < 0.1, 255, labels).astype(np.uint8)).save(path)
+    config.cache.mode = "build"
+    with pytest.raises(
+        UserError, match=r"\[255\], but this model knows 0\.\.5 .*config\.modalities\.segmentation\.ignore"
+    ):
+        train_and_evaluate(config, tmp_path / "refused")
+    config.modalities.segmentation.ignore = 255
+    workdir = tmp_path / "run"
+    assert int(train_and_evaluate(config, workdir).step) == 2
+    record = Cache(workdir / "cache").read(np.arange(COUNT, dtype=np.int32), np.zeros(COUNT, np.int32))["segmentation"]
+    assert record.dtype == np.uint8 and set(np.unique(record)) == {0, 1, 2, 3, 4, 5, 255}
+    assert 0.02 < (record == 255).mean() < 0.25
+    given = {"segmentation": str(data / "test/segmentation/0.png")}
+    images = generate(str(workdir), given, tmp_path / "out", num_samples=1, steps=2)
+    assert np.isfinite(images).all()
 
 
 def test_conditions_are_cut_in_sampling_as_in_training(config, data, base, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def table() -> str:
         for field in dataclasses.fields(value):
             default = getattr(value, field.name)
             if field.name == "shown":
-                default = {m.name: {"kind": m.kind, "channels": m.channels} for m in default}
+                default = {m.name: {"kind": m.kind, "channels": m.channels, "ignore": m.ignore} for m in default}
             meaning = meanings[field.name].replace("``", "`").replace("|", "\\|")
             lines.append(f"| `{section.name}.{field.name}` | `{default!r}` | {meaning} |")
     return "\n".join(lines) + "\n"

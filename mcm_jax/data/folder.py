@@ -51,8 +51,8 @@ class Folder:
 
     ========== ======================================= ===============================================================
     image      uint8 ``[H, W, 3]``                     upright, over white, scaled to cover the grid, cut at its centre
-    labels     uint8 ``[H, W]``; of more than 256      the same part of the picture, by nearest neighbour
-               classes uint16 or int32
+    labels     uint8 ``[H, W]``; of values above 255   the same part of the picture, by nearest neighbour; unknown
+               uint16 or int32                         pixels stay :attr:`Modality.ignore`
     map, lines uint8 ``[H, W]`` or ``[H, W, C]``       the same part, by :meth:`Modality.resize`; value * 255
     caption    str, as an array                        if asked for
     ========== ======================================= ===============================================================
@@ -289,7 +289,8 @@ def to_grid(modality: Modality, condition: np.ndarray, box: Sequence[float], hei
         part = modality.resize(part, height, width)
     if modality.kind != "labels":
         return np.round(part * 255).astype(np.uint8)
-    return part.astype(np.uint8 if modality.channels <= 2**8 else np.uint16 if modality.channels <= 2**16 else np.int32)
+    most = max(modality.channels - 1, modality.ignore)
+    return part.astype(np.uint8 if most < 2**8 else np.uint16 if most < 2**16 else np.int32)
 
 
 def _size(height: int, width: int) -> str:

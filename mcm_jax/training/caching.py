@@ -21,6 +21,7 @@ from mcm_jax.data import Emoji, Folder, Scenes
 from mcm_jax.data.inputs import PREPROCESSING
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import check_writable
+from mcm_jax.modalities import Modality
 from mcm_jax.training.settings import RunSettings
 from mcm_jax.version import __version__, source_digest
 
@@ -241,7 +242,7 @@ def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict
         **{f"data.{name}": value for name, value in data.items()},
         "views": views,
         **text,
-        **{f"modalities.{m.name}": f"{m.kind}, channels={m.channels}" for m in settings.modalities.shown},
+        **{f"modalities.{m.name}": _facts(m) for m in settings.modalities.shown},
         "draws.count": str(settings.draws.count),
         "draws.seed": str(settings.draws.seed),
         "draws.density": str(density),
@@ -249,6 +250,10 @@ def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict
         "draws.numbers": settings.draws_for(card).fingerprint(),
         "cache.dtype": settings.cache.dtype,
     }
+
+
+def _facts(m: Modality) -> str:
+    return f"{m.kind}, channels={m.channels}" + ("" if m.ignore == -1 else f", ignore={m.ignore}")
 
 
 def shared_by(settings: RunSettings) -> str:
@@ -259,6 +264,7 @@ def shared_by(settings: RunSettings) -> str:
     """
     s = settings
     parts = [s.base, s.data, s.draws, s.modalities.shown, s.cache.dtype]
+    parts += [_facts(m) for m in s.modalities.shown if m.ignore != -1]
     return store.fingerprint({str(i): repr(part) for i, part in enumerate(parts)})[:8]
 
 

@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--size", type=int, default=32, help="height and width at which it judges (default: %(default)s)")
     add("--steps", type=int, default=RECIPE["steps"], help="of training (default: %(default)s)")
     add("--seed", type=int, default=RECIPE["seed"], help="of weights, order and augmentation (default: %(default)s)")
+    add("--ignore", type=int, default=-1, help="the label that means unknown, often 255; -1 for none")
     add("--no-flip", dest="flip", action="store_false", help="mirror nothing: classes know left from right")
     args = vars(parser.parse_args(arguments))
     try:

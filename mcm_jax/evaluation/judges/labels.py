@@ -16,6 +16,8 @@ INTERIOR = "interior:"
 def labels(modality: Modality, reader: Reader, held_out: HeldOut, interior: bool = False) -> Judge:
     """Intersection over union of the labels that a reader finds.
 
+    Pixels whose true label is unknown (``modality.ignore``) count in neither, whatever a sample has there.
+
     Args:
       modality: of labels.
       reader: finds labels in pictures.
@@ -30,7 +32,7 @@ def labels(modality: Modality, reader: Reader, held_out: HeldOut, interior: bool
     names = reader.classes or tuple(map(str, range(modality.channels)))
     size = reader.size or held_out.images.shape[1:3]
     targets = held_out.at(*size)[modality.name]
-    counts = np.ones(targets.shape, bool)
+    counts = targets != modality.ignore
     if interior:
         try:
             finer = held_out.at(2 * size[0], 2 * size[1])[modality.name]
@@ -41,7 +43,7 @@ def labels(modality: Modality, reader: Reader, held_out: HeldOut, interior: bool
                 f"--judge={modality.name}={reader.name} or evaluation.judges.{modality.name} of the config"
             ) from e
         parts = [finer[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
-        counts = np.all([part == targets for part in parts], axis=0)
+        counts &= np.all([part == targets for part in parts], axis=0)
 
     def judge(images: np.ndarray, which: np.ndarray) -> Judgement:
         found = reader(resize_images(images, *size))
@@ -59,6 +61,6 @@ def labels(modality: Modality, reader: Reader, held_out: HeldOut, interior: bool
         return Judgement(numbers, np.array(scores))
 
     how = f"mean IoU of {modality.channels} classes, read by {reader.name} {at_size(size, held_out.images)}"
-    if interior:
-        how += f", over the {counts.mean():.0%} of the pixels that no border runs through"
+    if only := ["have a label"] * (modality.ignore != -1) + ["no border runs through"] * interior:
+        how += f", over the {counts.mean():.0%} of the pixels that {' and that '.join(only)}"
     return Judge(modality.name, how, judge, ("miou",), ("mean_iou",))

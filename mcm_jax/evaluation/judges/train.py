@@ -81,12 +81,16 @@ def augment(key: jax.Array, images: jax.Array, labels: jax.Array, by: Mapping) -
 
 
 def loss_fn(net: SegmentationNet, params: Mapping, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy, and one minus the classes' mean soft Dice, in which small classes weigh as much as large ones."""
+    """Cross-entropy, and one minus the classes' mean soft Dice, in which small classes weigh as much as large ones.
+
+    Both are over the pixels whose label is a class: any other value means unknown.
+    """
     log_p = jax.nn.log_softmax(net.apply({"params": params}, images))
-    truth = jax.nn.one_hot(labels, net.classes)
-    p = jnp.exp(log_p)
+    truth = jax.nn.one_hot(labels, net.classes)  # zeros where it is unknown
+    known = truth.sum(-1, keepdims=True)
+    p = jnp.exp(log_p) * known
     dice = (2 * (p * truth).sum((0, 1, 2)) + 1) / (p.sum((0, 1, 2)) + truth.sum((0, 1, 2)) + 1)
-    return -(log_p * truth).sum(-1).mean() + 1 - dice.mean()
+    return -(log_p * truth).sum() / jnp.maximum(known.sum(), 1) + 1 - dice.mean()
 
 
 def fit(
@@ -95,6 +99,7 @@ def fit(
     classes: Sequence[str],
     watched: tuple[np.ndarray, np.ndarray],
     recipe: Mapping[str, Any] = RECIPE,
+    ignore: int = -1,
 ) -> tuple[Segmenter, list[dict]]:
     """Trains a net.
 
@@ -104,6 +109,7 @@ def fit(
       classes: their names.
       watched: held-out images and labels, whose mean IoU is printed and logged while training.
       recipe: as :data:`RECIPE`; more in it is kept.
+      ignore: the label that means unknown, which is no class; -1 for none.
 
     Returns:
       The net, whose config has its ``classes``, sizes and the recipe; and the log.
@@ -141,7 +147,7 @@ def fit(
         params, opt_state, loss = train_step(params, opt_state, np.int32(step), images[pick], labels[pick])
         losses.append(loss)
         if (step + 1) % _LOG_EVERY == 0 or step + 1 == r["steps"]:
-            seen = score(Segmenter(net, params, config), shown, watched[1])
+            seen = score(Segmenter(net, params, config), shown, watched[1], ignore)
             per_step = (time.perf_counter() - began) / (step + 1)
             log.append(
                 {
@@ -165,10 +171,13 @@ def as_float(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / 127.5 - 1
 
 
-def score(segmenter: Segmenter, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """``mean_iou`` over all pixels of pictures in [-1, 1], and ``class_iou`` by class; None for one that is nowhere."""
-    found = segmenter.predict(images)
-    confusion = confusion_matrix(found, labels, len(segmenter.classes))
+def score(segmenter: Segmenter, images: np.ndarray, labels: np.ndarray, ignore: int = -1) -> dict[str, Any]:
+    """``mean_iou`` over all pixels of pictures in [-1, 1], and ``class_iou`` by class; None for one that is nowhere.
+
+    Pixels of the label `ignore` are left out.
+    """
+    found, known = segmenter.predict(images), labels != ignore
+    confusion = confusion_matrix(found[known], labels[known], len(segmenter.classes))
     values = zip(segmenter.classes, class_iou(confusion), strict=True)
     return {
         "mean_iou": round(mean_iou(confusion), 4),
@@ -202,6 +211,7 @@ def train(
     steps: int = RECIPE["steps"],
     seed: int = RECIPE["seed"],
     flip: bool = True,
+    ignore: int = -1,
 ) -> dict[str, Any]:
     """Trains a judge and writes its folder, whole or not at all.
 
@@ -216,6 +226,7 @@ def train(
       steps: of training.
       seed: of the weights, the order and the augmentation.
       flip: whether pictures are mirrored; not where classes know left from right.
+      ignore: the label that means unknown, above all classes; such pixels neither teach nor count. -1 for none.
 
     Returns:
       What ``config.json`` holds; ``held_out`` is the upper bound: ``mean_iou``, ``class_iou``, of how many pairs.
@@ -230,21 +241,27 @@ def train(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is there already; expected a new or an empty folder. Remove it or take another")
     check_writable(out.parent, "--out")
-    labels_of = _labels_of(data, modality, classes)
+    labels_of = _labels_of(data, modality, classes, ignore)
     pairs, test, how = _split(data, labels_of, size)
-    names = _class_names(data, modality, classes, (pairs.labels, test.labels))
+    names = _class_names(data, modality, classes, [p.labels[p.labels != ignore] for p in (pairs, test)])
 
     recipe = {**RECIPE, "steps": steps, "seed": seed}
     recipe["augmentation"] = {**RECIPE["augmentation"], **({} if flip else {"flip": 0.0})}
     print(f"{len(pairs.names)} pairs to train on, {len(test.names)} held out ({how}), {len(names)} classes", flush=True)
     watched = test.images[:_WATCHED], test.labels[:_WATCHED]
-    segmenter, log = fit(pairs.images, pairs.labels, names, watched, recipe)
+    if (pairs.labels == ignore).all() or (watched[1] == ignore).all():
+        raise UserError(
+            f"{data.path or data.name}: no pixel of {modality} has a label, to train on or held out: all are --ignore="
+            f"{ignore}"
+        )
+    segmenter, log = fit(pairs.images, pairs.labels, names, watched, recipe, ignore)
     about = {
         "modality": modality,
         "data": {
             "name": data.name,
             "pairs": len(pairs.names),
             "held_out": how,
+            "ignore": ignore,
             "sha256": {"train": pairs.digest(), "held_out": test.digest()},
         },
         "versions": {"mcm_jax": __version__, "jax": jax.__version__},
@@ -253,7 +270,7 @@ def train(
         new = pathlib.Path(work) / "judge"
         save(new, segmenter, log)
         segmenter = load_segmenter(new)  # the score is that of the float16 weights
-        bound = {**score(segmenter, as_float(test.images), test.labels), "images": len(test.names)}
+        bound = {**score(segmenter, as_float(test.images), test.labels, ignore), "images": len(test.names)}
         save(new, dataclasses.replace(segmenter, config={**segmenter.config, **about, "held_out": bound}), log)
         new.rename(out)  # an empty folder is replaced
     print(_table(bound))
@@ -294,13 +311,13 @@ class _Pairs:
         return sha.hexdigest()
 
 
-def _labels_of(data: DataSettings, modality: str, classes: int | Sequence[str] | None) -> Modality:
+def _labels_of(data: DataSettings, modality: str, classes: int | Sequence[str] | None, ignore: int) -> Modality:
     """The modality that is read; of a folder whose classes are not told with as many as a file can hold."""
     if data.name != "folder":
         known = {m.name: m for m in data.holds if m.kind == "labels"}
         if modality not in known:
             raise UserError(f"--modality={modality}: {data.name} has no such labels; expected {', '.join(known)}")
-        return known[modality]
+        return dataclasses.replace(known[modality], ignore=ignore)
     split = pathlib.Path(data.path) / "train"
     if split.is_dir() and not (split / modality).is_dir():
         others = [p.name for p in sorted(split.iterdir()) if p.is_dir() and p.name not in ("image", "caption")]
@@ -309,9 +326,11 @@ def _labels_of(data: DataSettings, modality: str, classes: int | Sequence[str] |
             f"{', '.join(others) or 'none'}. Expected {split / modality / 'NAME.png'} for each picture (docs/data.md), "
             f"or the name of another folder, --modality=NAME"
         )
-    count = _MOST_CLASSES if classes is None else classes if isinstance(classes, int) else len(classes)
+    expect(ignore == -1 or ignore >= 2, "ignore", "-1 for none, or a value above all classes", ignore)
+    most = _MOST_CLASSES if ignore == -1 else ignore
+    count = most if classes is None else classes if isinstance(classes, int) else len(classes)
     expect(2 <= count <= _MOST_CLASSES, "classes", f"2 to {_MOST_CLASSES}", count)
-    return Modality(modality, "labels", count)
+    return Modality(modality, "labels", count, ignore)
 
 
 def _class_names(
@@ -325,12 +344,13 @@ def _class_names(
     if classes is not None or known:
         return tuple(classes or known)
     found = np.unique(np.concatenate([np.unique(part) for part in labels]))
-    count = int(found[-1]) + 1
+    count = int(found.max(initial=0)) + 1
     if count > _GUESSED or count > 2 * len(found) or len(found) < 2:
         shown = ", ".join(map(str, found[:10])) + (", ..." if len(found) > 10 else "")
         raise UserError(
-            f"{data.path}: the pixels of {modality} have {len(found)} values, {shown} (at most {found[-1]}), which do "
-            f"not look like classes 0, 1, 2, ...; if they are, say how many there are, --classes={max(count, 2)}"
+            f"{data.path}: the pixels of {modality} have {len(found)} values, {shown} (at most {count - 1}), which do "
+            f"not look like classes 0, 1, 2, ...; if they are, say how many there are, --classes={max(count, 2)}; if "
+            f"one of them means unknown, say which, --ignore=VALUE"
         )
     return tuple(map(str, range(count)))
 
