@@ -96,7 +96,12 @@ class _Trial:
     diverged: Diverged | None = None
 
 
-def train_together(trials: Sequence[tuple[RunSettings, pathlib.Path]], *, width: int | None = None) -> None:
+def train_together(
+    trials: Sequence[tuple[RunSettings, pathlib.Path]],
+    *,
+    width: int | None = None,
+    looked: Callable[[], object] = lambda: None,
+) -> None:
     """Trains several MCMs in one program, each into a workdir as :func:`.assembly.train_and_evaluate` leaves it.
 
     Each is the run that it would be by itself, to rounding. Those that are finished are left alone, the others go on
@@ -106,6 +111,7 @@ def train_together(trials: Sequence[tuple[RunSettings, pathlib.Path]], *, width:
     Args:
       trials: settings and workdir of each. The settings differ in :data:`TOGETHER_KEYS` alone.
       width: trials of each device in one call of the program; one on CPUs, else all, if left out.
+      looked: is called after each step at which trials were measured or saved.
 
     Raises:
       UserError: bad input, see its message, and no workdir is changed; or, at the end, trials that diverged.
@@ -133,7 +139,7 @@ def train_together(trials: Sequence[tuple[RunSettings, pathlib.Path]], *, width:
             check_writable(trial.workdir, "--workdir")
             stack.enter_context(workdirs.disk_errors(trial.workdir))
             stack.enter_context(assembly.lock_once(trial.workdir, False))
-        _train(left, parts, mesh, stack, width)
+        _train(left, parts, mesh, stack, width, looked)
 
 
 def _check(trials: Sequence[RunSettings]) -> None:
@@ -162,7 +168,14 @@ def _check(trials: Sequence[RunSettings]) -> None:
         )
 
 
-def _train(trials: Sequence[_Trial], parts: Parts, mesh: Mesh, stack: contextlib.ExitStack, width: int | None) -> None:
+def _train(
+    trials: Sequence[_Trial],
+    parts: Parts,
+    mesh: Mesh,
+    stack: contextlib.ExitStack,
+    width: int | None,
+    looked: Callable[[], object],
+) -> None:
     """Trains, in workdirs that are its own; what is to be closed afterwards goes on the stack."""
     t = trials[0].settings.train
     seeds = sorted({trial.settings.seed for trial in trials})
@@ -212,7 +225,7 @@ def _train(trials: Sequence[_Trial], parts: Parts, mesh: Mesh, stack: contextlib
         done = [program(state, hyper, record) for state, hyper in zip(states, inputs, strict=True)]
         return tuple(state for state, _ in done), tuple(metrics for _, metrics in done)
 
-    clock, steps, each = Clock(), range(first, t.steps), _Each(trials, wide * mesh.size, mesh)
+    clock, steps, each = Clock(), range(first, t.steps), _Each(trials, wide * mesh.size, mesh, looked)
     records = _records(parts, trials[0].settings, seeds, rates, steps, mesh, clock)
     try:
         train(calls, train_step, records, steps, [each], clock)
@@ -343,10 +356,11 @@ class _Each:
       trials: all of them.
       size: how many a call of the program has.
       mesh: of the devices.
+      looked: is called after each step at which trials were measured or saved.
     """
 
-    def __init__(self, trials: Sequence[_Trial], size: int, mesh: Mesh):
-        self._trials, self._size, self._mesh = trials, size, mesh
+    def __init__(self, trials: Sequence[_Trial], size: int, mesh: Mesh, looked: Callable[[], object]):
+        self._trials, self._size, self._mesh, self._looked = trials, size, mesh, looked
         self._train = trials[0].settings.train
         self._passed: list[tuple[int, Any]] = []  # steps since, and their metrics
 
@@ -381,6 +395,9 @@ class _Each:
             except Diverged as e:
                 trial.diverged = e
                 print(f"{trial.workdir}: {e}")
+        if looks:
+            with now.clock.pause(now.state):
+                self._looked()
         alive = [i for i, trial in enumerate(self._trials) if not trial.diverged]
         if not alive:
             self.tell()
