@@ -192,12 +192,6 @@ def test_bad_flags_of_a_sweep_are_explained_and_write_nothing(script, small_path
     assert not workdir.exists()
 
 
-def test_one_program_holds_no_other_number_of_steps(small_path, tmp_path):
-    path = save(tmp_path, "def get_hyper(): return [{'train.steps': 3}, {'train.steps': 4}]")
-    with pytest.raises(UserError, match="sweep_mode=together: the trials differ in train.steps"):
-        run_sweep(small(small_path), path, tmp_path / "run", mode="together")
-
-
 def test_one_path_is_not_for_two_caches(small_path, tmp_path):
     path = save(tmp_path, "def get_hyper(): return [{'draws.count': 3}, {'draws.count': 4}]")
     with pytest.raises(UserError, match=r"(?s)cache.path=.* trial 0 \(count=3\) and trial 1 \(count=4\) need one each"):

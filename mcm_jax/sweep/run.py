@@ -68,7 +68,7 @@ def run_sweep(
         raise UserError(f"--sweep_index={index}: the sweep has {len(trials)} trials, 0 to {len(trials) - 1}")
     _check_one_cache_a_path(trials)
     trials = _with_caches(trials, workdir, _check_workdir(base, trials, workdir))
-    groups = [[trials[index]]] if index is not None else _groups(trials, mode)
+    groups = [[trials[index]]] if index is not None else groups_of(trials, mode)
     _check_fit([trial for group in groups for trial in group], workdir)
     distributed.synchronise("sweep")  # all have read what the first one writes
     if distributed.is_first():
@@ -87,6 +87,35 @@ def run_sweep(
     found = collect(trials, workdir)
     print(results.summary(found, workdir, metric_of(found, metric), command))
     return found
+
+
+def groups_of(trials: Sequence[Trial], mode: str) -> list[list[Trial]]:
+    """What trains at a time.
+
+    Args:
+      trials: of the sweep.
+      mode: one of :data:`MODES`.
+
+    Raises:
+      UserError: all shall train together and cannot.
+    """
+    # What one program cannot do: several processes, and runs of Weights & Biases side by side.
+    apart = jax.process_count() > 1 or any(trial.settings.train.wandb for trial in trials)
+    if mode == "serial" or (mode == "auto" and apart):
+        return [[trial] for trial in trials]
+    flat = [config_lib.flatten(trial.settings) for trial in trials]
+    shared: dict[str, list[Trial]] = {}
+    for trial, values in zip(trials, flat, strict=True):
+        same = {key: value for key, value in values.items() if key not in TOGETHER_KEYS}
+        shared.setdefault(json.dumps(same, sort_keys=True), []).append(trial)
+    if mode == "together" and len(shared) > 1:
+        keys = sorted(set().union(*flat) - set(TOGETHER_KEYS))
+        wrong = [key for key in keys if len({str(values.get(key)) for values in flat}) > 1]
+        raise UserError(
+            f"--sweep_mode=together: the trials differ in {', '.join(wrong)}, and one program's may differ in "
+            f"{', '.join(sorted(TOGETHER_KEYS)) or 'none'} only. Take --sweep_mode=auto, which trains them in groups"
+        )
+    return list(shared.values())
 
 
 def _train(
@@ -159,27 +188,6 @@ def _write(trials: Sequence[Trial], workdir: pathlib.Path, metric: str | None, c
             raise
         why = f"{workdir}: the results could not be written ({e}). Free space there"
         raise UserError(f"{why}. {_whole(trials, workdir)}") from e
-
-
-def _groups(trials: Sequence[Trial], mode: str) -> list[list[Trial]]:
-    """What trains at a time. Raises UserError where all shall and cannot."""
-    # What one program cannot do: several processes, and runs of Weights & Biases side by side.
-    apart = jax.process_count() > 1 or any(trial.settings.train.wandb for trial in trials)
-    if mode == "serial" or (mode == "auto" and apart):
-        return [[trial] for trial in trials]
-    flat = [config_lib.flatten(trial.settings) for trial in trials]
-    shared: dict[str, list[Trial]] = {}
-    for trial, values in zip(trials, flat, strict=True):
-        same = {key: value for key, value in values.items() if key not in TOGETHER_KEYS}
-        shared.setdefault(json.dumps(same, sort_keys=True), []).append(trial)
-    if mode == "together" and len(shared) > 1:
-        keys = sorted(set().union(*flat) - set(TOGETHER_KEYS))
-        wrong = [key for key in keys if len({str(values.get(key)) for values in flat}) > 1]
-        raise UserError(
-            f"--sweep_mode=together: the trials differ in {', '.join(wrong)}, and one program's may differ in "
-            f"{', '.join(sorted(TOGETHER_KEYS)) or 'none'} only. Take --sweep_mode=auto, which trains them in groups"
-        )
-    return list(shared.values())
 
 
 def _check_one_cache_a_path(trials: Sequence[Trial]) -> None:
