@@ -96,15 +96,16 @@ def test_killed_stopped_and_with_one_that_diverges_a_sweep_is_its_serial_runs(
     _hook(monkeypatch, 12, _kill)
     with pytest.raises(_Killed):
         run_sweep(config, path, workdir)
-    assert "3 unfinished, 1 diverged" in (workdir / "results.md").read_text()  # a look in the middle
-    _hook(monkeypatch, 20 - 7, _signal(signal.SIGINT))  # the bar begins at the checkpoint of step 7
+    assert "1 diverged, 3 unfinished" in (workdir / "results.md").read_text()  # a look in the middle
+    monkeypatch.setattr(loop, "tqdm", original)
+    _hook(monkeypatch, 20, _signal(signal.SIGINT))
     with pytest.raises(Interrupted, match="the states of all trials are saved"):
         run_sweep(config, path, workdir)
     monkeypatch.setattr(loop, "tqdm", original)
     found = run_sweep(config, path, workdir)
     assert [o.status for o in found] == ["done", "done", "done", "diverged"]
     printed = capsys.readouterr().out
-    assert "going on from step 7" in printed and "3 MCMs of" in printed
+    assert "going on from step 10" in printed and "going on from step 20" in printed and "3 MCMs of" in printed
     for outcome, (_, expected) in zip(found, runs, strict=False):
         folder = workdir / outcome.trial.name
         assert (folder / "checkpoints").is_dir()
