@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mcm_jax import cli
-from mcm_jax.sweep.run import run_sweep
+from mcm_jax.sweep.run import MODES, run_sweep
 from mcm_jax.training import train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/scenes.py", lock_config=True)
@@ -20,6 +20,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, chec
 _PROFILE = flags.DEFINE_string("profile", None, "START:STOP, steps of which a trace is written into WORKDIR/profile")
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, e.g. configs/sweeps/draws.py: many runs, see docs/sweeps.md")
 _INDEX = flags.DEFINE_integer("sweep_index", None, "The one trial of the sweep to train, from 0, e.g. in a job array")
+_MODE = flags.DEFINE_enum("sweep_mode", None, MODES, "How trials share the devices. Default: auto")
 cli.define_distributed_flags()
 
 
@@ -28,12 +29,12 @@ def main(argv: list[str]) -> None:
     if _SWEEP.value is None:
         train_and_evaluate(_CONFIG.value, _WORKDIR.value, profile=cli.span(_PROFILE.value, "--profile"))
         return
-    command = cli.command("train.py", _CONFIG)
-    run_sweep(_CONFIG.value, _SWEEP.value, _WORKDIR.value, index=_INDEX.value, command=command)
+    mode, command = _MODE.value or "auto", cli.command("train.py", _CONFIG)
+    run_sweep(_CONFIG.value, _SWEEP.value, _WORKDIR.value, mode=mode, index=_INDEX.value, command=command)
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    cli.allow_only_with("sweep", ["sweep_index"])
+    cli.allow_only_with("sweep", ["sweep_index", "sweep_mode"])
     flags.mark_flags_as_mutual_exclusive(["sweep", "profile"])
     cli.run(main)

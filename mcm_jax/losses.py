@@ -46,11 +46,13 @@ class LossSettings:
         expect(self.snr_gamma > 0, "snr_gamma", "above 0", self.snr_gamma)
 
 
-def weight(weighting: str, alpha: jax.Array, sigma: jax.Array, snr_gamma: float = 5.0) -> jax.Array:
+def weight(
+    weighting: str | jax.Array, alpha: jax.Array, sigma: jax.Array, snr_gamma: float | jax.Array = 5.0
+) -> jax.Array:
     """The weight w of each example.
 
     Args:
-      weighting: one of :data:`WEIGHTINGS`.
+      weighting: one of :data:`WEIGHTINGS`, or its place among them, int32 ``[]``, where that is a program's input.
       alpha: of each example's timestep, ``[B]``.
       sigma: likewise.
       snr_gamma: the gamma of ``min_snr``; of no matter to the others.
@@ -61,6 +63,8 @@ def weight(weighting: str, alpha: jax.Array, sigma: jax.Array, snr_gamma: float 
     Raises:
       ValueError: an unknown weighting.
     """
+    if not isinstance(weighting, str):
+        return jnp.stack([weight(name, alpha, sigma, snr_gamma) for name in WEIGHTINGS])[weighting]
     abar = jnp.square(alpha)
     snr = abar / jnp.square(sigma)
     match weighting:

@@ -59,6 +59,11 @@ def small(base, changes=()):
     return tiny.make_config(base, CHANGES | dict(changes))
 
 
+def serially(*args, **kwargs):
+    """One trial after the other, which is what these tests look at."""
+    return run_sweep(*args, mode="serial", **kwargs)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("sweeps")
@@ -72,7 +77,7 @@ def save(folder, text=SWEEP, name="sweep.py"):
 @pytest.fixture(scope="module")
 def whole(small_path, folder):
     """The sweep without a break."""
-    run_sweep(small(small_path), save(folder), folder / "whole")
+    serially(small(small_path), save(folder), folder / "whole")
     return folder / "whole"
 
 
@@ -177,6 +182,7 @@ def test_a_bad_sweep_is_explained_and_writes_nothing(script, small_path, tmp_pat
         (["--sweep={sweep}", "--sweep_index=-1"], ["--sweep_index=-1", "3 trials"]),
         (["--sweep_index=1"], ["--sweep_index goes with --sweep"]),
         (["--sweep={sweep}", "--profile=1:2"], ["sweep", "profile"]),
+        (["--sweep={sweep}", "--sweep_mode=parallel"], ["sweep_mode", "together"]),
     ],
 )
 def test_bad_flags_of_a_sweep_are_explained_and_write_nothing(script, small_path, folder, tmp_path, flags, words):
@@ -307,7 +313,7 @@ def test_killed_stopped_and_ended_by_a_job_array_it_is_the_uninterrupted_one(
     first = tiny.contents(workdir / NAMES[0])
     _hook(monkeypatch, _kill)
     with pytest.raises(_Killed):
-        run_sweep(config, save(folder), workdir)
+        serially(config, save(folder), workdir)
     assert not (workdir / NAMES[2]).exists()
     # The same command again: the second trial goes on, and so does the sweep.
     bars = []
@@ -321,7 +327,7 @@ def test_killed_stopped_and_ended_by_a_job_array_it_is_the_uninterrupted_one(
 
     monkeypatch.setattr(loop, "tqdm", Bar)
     with pytest.raises(Interrupted, match=f"{NAMES[2]}. Go on with the same command"):
-        run_sweep(config, save(folder), workdir)
+        serially(config, save(folder), workdir)
     monkeypatch.setattr(loop, "tqdm", original)
     assert [row["status"] for row in table(workdir)] == ["done", "done", "not begun"]
     flags = [*tiny.config_flags(small_path, CHANGES), f"--sweep={save(folder)}", f"--workdir={workdir}"]
@@ -350,7 +356,7 @@ def test_a_trial_that_diverges_is_recorded_and_the_others_go_on(
 
     monkeypatch.setattr(step, "make_noise_step", broken)
     for _ in range(2):  # the second time, nothing is left to do
-        found = run_sweep(small(small_path), save(folder), workdir)
+        found = serially(small(small_path), save(folder), workdir)
         assert [o.status for o in found] == ["done", "diverged", "done"]
     assert capsys.readouterr().out.count("diverged, and is left at that: the loss is nan at step 1") == 1
     text = (workdir / "results.md").read_text()
@@ -363,30 +369,30 @@ def test_what_stops_a_trial_is_told_with_the_trials_that_are_whole(small_path, f
     (workdir / NAMES[1]).write_text("in the way")
     words = r"(?s)trial 1 \(learning_rate=0.001, seed=1\): .*cannot be written.*Whole are 2 of 3 trials \(0, 2\)"
     with pytest.raises(UserError, match=words):
-        run_sweep(small(small_path), save(folder), workdir)
+        serially(small(small_path), save(folder), workdir)
 
 
 def test_a_workdir_of_another_sweep_or_a_run_is_refused(small_path, folder, whole, tmp_path, capsys):
     with pytest.raises(
         UserError, match=r"(?s)another sweep.*config.train.ema_decay: there 0.999, now 0.9\n.*Take another"
     ):
-        run_sweep(small(small_path, {"train.ema_decay": 0.9}), save(folder), whole)
+        serially(small(small_path, {"train.ema_decay": 0.9}), save(folder), whole)
     other = save(tmp_path, SWEEP.replace("2e-3", "3e-3").rstrip() + " + [{'sampling.steps': 1001}]")
     words = (
         r"(?s)trials: there 3, now 4\n  trial 2: there train.learning_rate=0.002, seed=0, now train.learning_rate=0.003"
     )
     with pytest.raises(UserError, match=words):
-        run_sweep(small(small_path), other, whole)
+        serially(small(small_path), other, whole)
     with pytest.raises(UserError, match="holds a run, expected a sweep"):
-        run_sweep(small(small_path), save(folder), whole / NAMES[0])
+        serially(small(small_path), save(folder), whole / NAMES[0])
     # What may change in a run may change in a sweep; one that has not begun is nobody's.
     workdir = _begun(whole, tmp_path / "run")
-    run_sweep(small(small_path, {"train.keep": 5}), save(folder), workdir)
+    serially(small(small_path, {"train.keep": 5}), save(folder), workdir)
     assert json.loads((workdir / "sweep.json").read_text())["config"]["train"]["keep"] == 5
     (tmp_path / "new").mkdir()
     shutil.copy(whole / "sweep.json", tmp_path / "new")
     with pytest.raises(UserError, match="trial 3 .*got 1001"):  # what is wrong now is not whose it is
-        run_sweep(small(small_path), other, tmp_path / "new")
+        serially(small(small_path), other, tmp_path / "new")
 
 
 def test_what_another_process_holds_is_waited_for_or_passed_over(
@@ -395,11 +401,11 @@ def test_what_another_process_holds_is_waited_for_or_passed_over(
     workdir = _begun(whole, tmp_path / "run", 1)
     (workdir / NAMES[1]).mkdir()
     with lock(workdir / NAMES[1], "training in this workdir", "--workdir"):
-        found = run_sweep(small(small_path), save(folder), workdir)
+        found = serially(small(small_path), save(folder), workdir)
         assert [o.status for o in found] == ["done", "not begun", "done"]
         assert f"{NAMES[1]}: another process trains it" in capsys.readouterr().out
         with pytest.raises(UserError, match="another process is training in this workdir"):
-            run_sweep(small(small_path), save(folder), workdir, index=1)
+            serially(small(small_path), save(folder), workdir, index=1)
     monkeypatch.setattr(run, "_LOOKS", 0.01)
     held = lock(tmp_path, "building", "path")
     held.__enter__()

@@ -595,7 +595,7 @@ def main(_):
     distributed.synchronise("begun")
     if distributed.is_first():
         distributed.synchronise("never")
-    with assembly._closed(threading.Event().wait):
+    with assembly.closed(threading.Event().wait):
         raise UserError("a picture is damaged")
 
 distributed._SILENCE = 4

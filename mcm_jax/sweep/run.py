@@ -21,9 +21,11 @@ from mcm_jax.sweep.trials import Trial
 from mcm_jax.training import RunSettings, train_and_evaluate
 from mcm_jax.training.caching import known_card, shared_by
 from mcm_jax.training.parts import fitting_modulator
+from mcm_jax.training.together import TOGETHER_KEYS, train_together
 from mcm_jax.training.workdir import is_disk_error, is_free
 
 FILE = "sweep.json"
+MODES = ("auto", "serial", "together")
 
 _LOOKS = 2.0  # seconds between two looks at what another process holds
 _SHOWN = 12  # lines of what differs
@@ -34,6 +36,7 @@ def run_sweep(
     sweep: str | pathlib.Path,
     workdir: str | pathlib.Path,
     *,
+    mode: str = "auto",
     index: int | None = None,
     command: Sequence[str] = ("python", "train.py"),
 ) -> list[Outcome]:
@@ -47,6 +50,7 @@ def run_sweep(
       sweep: a sweep file.
       workdir: gets ``sweep.json``, a workdir for each trial, ``cache/`` with each cache that they need, and what
         :func:`.results.write` writes.
+      mode: ``serial``, one trial after the other; ``together``, all in one program; ``auto``, together what can be.
       index: of the one trial to train; None for all.
       command: words of the command that trains the config alone, without its workdir, for the results.
 
@@ -64,8 +68,8 @@ def run_sweep(
         raise UserError(f"--sweep_index={index}: the sweep has {len(trials)} trials, 0 to {len(trials) - 1}")
     _check_one_cache_a_path(trials)
     trials = _with_caches(trials, workdir, _check_workdir(base, trials, workdir))
-    chosen = trials if index is None else [trials[index]]
-    _check_fit(chosen, workdir)
+    groups = [[trials[index]]] if index is not None else groups_of(trials, mode)
+    _check_fit([trial for group in groups for trial in group], workdir)
     distributed.synchronise("sweep")  # all have read what the first one writes
     if distributed.is_first():
         check_writable(workdir, "--workdir")
@@ -73,33 +77,77 @@ def run_sweep(
     if not any(trial.settings.train.evaluate_every for trial in trials):
         print("train.evaluate_every is 0: nothing is measured on held-out examples, training's last loss ranks")
 
-    for trial in chosen:
-        _train(trial, trials, workdir, alone=index is not None)
+    def show() -> None:
         if distributed.is_first():
             _patiently(lambda: _write(trials, workdir, metric, command))
+
+    for group in groups:
+        _train(group, trials, workdir, show, alone=index is not None)
+        show()
     found = collect(trials, workdir)
     print(results.summary(found, workdir, metric_of(found, metric), command))
     return found
 
 
-def _train(trial: Trial, trials: Sequence[Trial], workdir: pathlib.Path, *, alone: bool) -> None:
-    """Trains a trial that has no end yet. One that diverged has its end, too."""
-    folder = workdir / trial.name
-    if status(trial.settings, folder) in ENDED:
-        return
-    print(f"\n{trial} of {len(trials)}: {folder}")
-    config = config_lib.to_dict(trial.settings)
-    try:
-        _patiently(lambda: train_and_evaluate(config, folder), unless=[folder])
-    except Busy as e:
-        if alone or e.folder != folder:
-            raise
-        print(f"{e.folder}: another process trains it")
-    except UserError as e:
-        ended = status(trial.settings, folder) in ENDED
-        if not ended or jax.process_count() > 1:  # of several processes, all end by it
-            raise UserError(f"{trial}: {e}\n{_whole(trials, workdir)}") from e
-        print(f"diverged, and is left at that: {e}")
+def groups_of(trials: Sequence[Trial], mode: str) -> list[list[Trial]]:
+    """What trains at a time.
+
+    Args:
+      trials: of the sweep.
+      mode: one of :data:`MODES`.
+
+    Raises:
+      UserError: all shall train together and cannot.
+    """
+    # What one program cannot do: several processes, and runs of Weights & Biases side by side.
+    apart = jax.process_count() > 1 or any(trial.settings.train.wandb for trial in trials)
+    if mode == "serial" or (mode == "auto" and apart):
+        return [[trial] for trial in trials]
+    flat = [config_lib.flatten(trial.settings) for trial in trials]
+    shared: dict[str, list[Trial]] = {}
+    for trial, values in zip(trials, flat, strict=True):
+        same = {key: value for key, value in values.items() if key not in TOGETHER_KEYS}
+        shared.setdefault(json.dumps(same, sort_keys=True), []).append(trial)
+    if mode == "together" and len(shared) > 1:
+        keys = sorted(set().union(*flat) - set(TOGETHER_KEYS))
+        wrong = [key for key in keys if len({str(values.get(key)) for values in flat}) > 1]
+        raise UserError(
+            f"--sweep_mode=together: the trials differ in {', '.join(wrong)}, and one program's may differ in "
+            f"{', '.join(sorted(TOGETHER_KEYS)) or 'none'} only. Take --sweep_mode=auto, which trains them in groups"
+        )
+    return list(shared.values())
+
+
+def _train(
+    group: Sequence[Trial], trials: Sequence[Trial], workdir: pathlib.Path, show: Callable[[], None], *, alone: bool
+) -> None:
+    """Trains what is left of a group. One that diverged has its end, too."""
+    left = {workdir / trial.name: trial for trial in group if status(trial.settings, workdir / trial.name) not in ENDED}
+    for folder, trial in left.items():
+        print(f"\n{trial} of {len(trials)}: {folder}")
+
+    def train() -> None:
+        if len(left) > 1:
+            train_together([(trial.settings, folder) for folder, trial in left.items()], looked=show)
+        for folder, trial in left.items() if len(left) == 1 else ():
+            train_and_evaluate(config_lib.to_dict(trial.settings), folder)
+
+    while left:
+        try:
+            _patiently(train, unless=list(left))
+            break
+        except Busy as e:
+            if alone or e.folder not in left:
+                raise
+            print(f"{e.folder}: another process trains it")
+            del left[e.folder]
+        except UserError as e:
+            missing = [trial for folder, trial in left.items() if status(trial.settings, folder) not in ENDED]
+            if missing or jax.process_count() > 1:  # of several processes, all end by it
+                which = ", ".join(map(str, missing or left.values()))
+                raise UserError(f"{which}: {e}\n{_whole(trials, workdir)}") from e
+            print(f"diverged, and is left at that: {e}")
+            break
     gc.collect()  # what one trial held, the next one may need
 
 

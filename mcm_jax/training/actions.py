@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from mcm_jax import config, distributed, pictures, sampling
 from mcm_jax.base import BaseCard
@@ -37,6 +36,10 @@ def less_is_better(name: str) -> bool:
     return name.rpartition("/")[2] in _LESS_IS_BETTER
 
 
+class Diverged(UserError):
+    """A loss that is not finite."""
+
+
 class Report:
     """Means of the steps' metrics since the last report, the pace and the learning rate, into the log.
 
@@ -57,7 +60,7 @@ class Report:
         *,
         every: int,
         batch_size: int,
-        learning_rate: optax.Schedule,
+        learning_rate: Callable[[int], Any],
         blame: Callable[[int], dict[str, Any]],
         workdir: pathlib.Path,
         reported: int = 0,
@@ -75,7 +78,7 @@ class Report:
         return {"reported": self._reported, "sums": self._sums and {k: float(v) for k, v in self._sums.items()}}
 
     def check(self) -> None:
-        """Raises UserError where a loss since the last report is not finite; what its batch was is written first."""
+        """Raises Diverged where a loss since the last report is not finite; what its batch was is written first."""
         # A gradient may overflow where the loss does not, and the params with it.
         if self._sums is None or all(np.isfinite(float(value)) for value in self._sums.values()):
             return
@@ -86,7 +89,7 @@ class Report:
         if distributed.is_first():
             batch = {"step": step, "loss": str(loss), **self._blame(step - 1)}
             write_atomically(path, (json.dumps(batch, indent=1) + "\n").encode())
-        raise UserError(
+        raise Diverged(
             f"the loss is {loss} at step {step}, its gradient's norm {norm}; lower train.learning_rate or "
             f"set train.clip_norm, and train in another workdir. The last checkpoint is from before; "
             f"{path} has the examples of that batch"

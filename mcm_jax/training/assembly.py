@@ -3,10 +3,12 @@
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from mcm_jax import config as config_lib
 from mcm_jax import distributed, sharding
@@ -22,6 +24,7 @@ from mcm_jax.training.actions import Checkpoint, Control, HeldOutLoss, Profile, 
 from mcm_jax.training.caching import agree_on
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.compiled import CompiledStep
+from mcm_jax.training.feed import Feed
 from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Action, Clock, train
 from mcm_jax.training.optimizer import make_optimizer, make_schedule
@@ -84,31 +87,22 @@ def _run(
     """The run itself, in a workdir that is its own."""
     t, card, modulator, feed = settings.train, parts.card, parts.modulator, parts.feed
     distributed.agree({"the data": feed.data if feed else ""})
-    meta = {"base": card.name, "fingerprint": card.fingerprint, "config": config_lib.to_dict(settings)}
-    meta["examples"] = feed and feed.data
-    schedule = make_schedule(
-        t.schedule,
-        steps=t.steps,
-        learning_rate=t.learning_rate,
-        warmup_steps=t.warmup_steps,
-        decay_steps=t.decay_steps,
-    )
+    meta, schedule = meta_of(settings, parts), schedule_of(settings)
     optimizer = make_optimizer(t.optimizer, schedule, weight_decay=t.weight_decay, clip_norm=t.clip_norm)
     checkpoints = Checkpoints(workdir, t.keep)
-    with _closed(checkpoints.close):
-        at = _last_step(checkpoints, settings, before, workdir)
-        state, pending = _state(settings, parts, optimizer, checkpoints, meta, mesh, at)
+    with closed(checkpoints.close):
+        at = last_step(checkpoints, settings, before, workdir)
+        begin = make_begin(parts, optimizer)
+        state, pending = begin_or_restore(settings, parts, begin, checkpoints, meta, mesh, at)
         first = int(state.step)
-        _check_best(settings, parts)
+        check_best(settings, parts)
         if profile and parts.feed and not (profile[0] < t.steps and first < profile[1]):
             raise UserError(
                 f"--profile={profile[0]}:{profile[1]}: none of these steps is left to trace: {first} of {t.steps} are "
                 f"done. Take others, between these two numbers"
             )
-        # Nothing of the workdir has changed so far. Checkpoints first: without them the old config still goes on.
-        checkpoints.drop([step for step in checkpoints.steps() if step > (at or 0)])
-        if distributed.is_first() and before != settings:
-            config_lib.save(settings, workdir)
+        # Nothing of the workdir has changed so far.
+        take_over(settings, before, checkpoints, at, workdir)
         size = parameter_count(state.params)
         share = size / card.unet_parameters
         print(f"MCM of {size:,} parameters ({share:.1%} of the U-Net of {card.name!r}), on {mesh.size} device(s)")
@@ -117,11 +111,7 @@ def _run(
             return state
         if first:
             print(f"going on from step {first}")
-        if feed.repeat and (times := t.steps * t.batch_size / (feed.examples * feed.repeat)) >= _OFTEN:
-            print(
-                f"training will see each cached draw {times:.0f} times and overfit to it: more draws an example "
-                f"(config.draws.count, now {feed.repeat}) give better control (docs/cache.md)"
-            )
+        say_if_draws_come_often(settings, feed)
         drops = settings.modalities.drop_rate
         noise_step = steps_lib.make_noise_step(modulator, settings.draws_for(card), seed=settings.seed, drop_rate=drops)
         steps, clock = range(first, t.steps), Clock()
@@ -134,32 +124,79 @@ def _run(
         )
         config = config_lib.to_dict(settings)
         log = Log(workdir, first, wandb=t.wandb, config=config, active=distributed.is_first())
-        with _closed(log.close):
-            actions = _actions(settings, workdir, parts, log, jax.jit(schedule), checkpoints, meta, pending, mesh)
+        with closed(log.close):
+            held_out = None
+            if parts.held_out:
+                held_out = held_out_records(settings, parts, mesh), jax.jit(steps_lib.make_loss(modulator, **how))
+            actions = actions_of(settings, workdir, parts, log, jax.jit(schedule), checkpoints, meta, pending, held_out)
             if profile:
                 actions.append(trace := Profile(workdir / "profile", *profile))
                 trace.begin(first)
             try:
-                return train(state, _Ahead(train_step, t.accumulate), records, steps, actions, clock)
+                return train(state, Ahead(train_step, t.accumulate), records, steps, actions, clock)
             except Interrupted as e:
                 raise Interrupted(f"{e}; the state is saved in {workdir}. Go on with the same command") from None
 
 
-class _Ahead:
+class Ahead:
     """A training step that is compiled ahead with its first arguments, and says what it costs."""
 
     def __init__(self, train_step: Any, repeats: int):
         self._train_step, self._repeats, self._compiled = train_step, repeats, None
 
     def __call__(self, *arguments: Any) -> Any:
+        """Does the step."""
         if self._compiled is None:
             self._compiled = CompiledStep(self._train_step, *arguments, repeats=self._repeats)
             print(self._compiled)
         return self._compiled(*arguments)
 
 
+def meta_of(settings: RunSettings, parts: Parts) -> dict[str, Any]:
+    """What checkpoints of a run belong to."""
+    card, feed = parts.card, parts.feed
+    meta = {"base": card.name, "fingerprint": card.fingerprint, "config": config_lib.to_dict(settings)}
+    return meta | {"examples": feed and feed.data}
+
+
+def schedule_of(settings: RunSettings) -> optax.Schedule:
+    """The learning rate of each step of a run."""
+    t = settings.train
+    return make_schedule(
+        t.schedule,
+        steps=t.steps,
+        learning_rate=t.learning_rate,
+        warmup_steps=t.warmup_steps,
+        decay_steps=t.decay_steps,
+    )
+
+
+def take_over(
+    settings: RunSettings,
+    before: RunSettings | None,
+    checkpoints: Checkpoints,
+    at: int | None,
+    workdir: pathlib.Path,
+) -> None:
+    """Makes a workdir that of the run that goes on from step ``at``."""
+    # Checkpoints first: without them the old config still goes on.
+    checkpoints.drop([step for step in checkpoints.steps() if step > (at or 0)])
+    if distributed.is_first() and before != settings:
+        config_lib.save(settings, workdir)
+
+
+def say_if_draws_come_often(settings: RunSettings, feed: Feed) -> None:
+    """Prints a word where a run will see each of a cache's draws so often that it overfits to them."""
+    t = settings.train
+    if feed.repeat and (times := t.steps * t.batch_size / (feed.examples * feed.repeat)) >= _OFTEN:
+        print(
+            f"training will see each cached draw {times:.0f} times and overfit to it: more draws an example "
+            f"(config.draws.count, now {feed.repeat}) give better control (docs/cache.md)"
+        )
+
+
 @contextlib.contextmanager
-def _closed(close: Callable[[], object]):
+def closed(close: Callable[[], object]):
     """Closes something after the block; where the block failed, what closing raises as well is not told."""
     try:
         yield
@@ -171,7 +208,7 @@ def _closed(close: Callable[[], object]):
     close()
 
 
-def _last_step(
+def last_step(
     checkpoints: Checkpoints, settings: RunSettings, before: RunSettings | None, workdir: pathlib.Path
 ) -> int | None:
     """The checkpoint to go on from: the newest; of a ``wsd`` run made longer, the newest before its decay."""
@@ -188,7 +225,7 @@ def _last_step(
     return max(there, default=None)
 
 
-def _check_best(settings: RunSettings, parts: Parts) -> None:
+def check_best(settings: RunSettings, parts: Parts) -> None:
     """Raises UserError where what shall be best is not measured."""
     known = list(HeldOutLoss.names) if parts.held_out else []
     known += [name for judge in (parts.control or (None, []))[1] for name in judge.watched]
@@ -200,42 +237,49 @@ def _check_best(settings: RunSettings, parts: Parts) -> None:
         )
 
 
-def _state(
+def make_begin(parts: Parts, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], states.TrainState]:
+    """Returns jitted ``begin(key) -> state``, before the first step."""
+    # One program: made by many small ones, the state takes seconds to begin with.
+    modulator, shape = parts.modulator, parts.card.latent_shape
+    return jax.jit(lambda key: states.init_state(modulator.init(key, shape), optimizer))
+
+
+def begin_or_restore(
     settings: RunSettings,
     parts: Parts,
-    optimizer: Any,
+    begin: Callable[[jax.Array], states.TrainState],
     checkpoints: Checkpoints,
     meta: dict[str, Any],
     mesh: jax.sharding.Mesh,
     at: int | None,
 ) -> tuple[states.TrainState, dict[str, Any]]:
     """The state that the run goes on from, on all devices, and what was not reported or is the best so far."""
-    card, modulator = parts.card, parts.modulator
-    key = jax.random.fold_in(jax.random.key(settings.seed), 1)
-    # One program: made by many small ones, the state takes seconds to begin with.
-    begin = jax.jit(lambda key: states.init_state(modulator.init(key, card.latent_shape), optimizer))
-    state = sharding.replicate(begin(key), mesh)
+    state = sharding.replicate(begin(jax.random.fold_in(jax.random.key(settings.seed), 1)), mesh)
     if at is not None:
         state, found = checkpoints.restore(state, meta, at)
         return state, {name: found.get(name) for name in ("reported", "sums", "best")}
     if settings.train.init_from:
-        params = start_from(settings.train.init_from, settings.mcm, modulator, card)
-        state = sharding.replicate(states.init_state(params, optimizer), mesh)
+        params = start_from(settings.train.init_from, settings.mcm, parts.modulator, parts.card)
+        state = state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+        state = sharding.replicate(state, mesh)
     return state, {"reported": 0, "sums": None, "best": None}
 
 
-def _actions(
+def actions_of(
     settings: RunSettings,
     workdir: pathlib.Path,
     parts: Parts,
     log: Log,
-    learning_rate: Any,
+    learning_rate: Callable[[int], Any],
     checkpoints: Checkpoints,
     meta: dict[str, Any],
     pending: dict[str, Any],
-    mesh: jax.sharding.Mesh,
+    held_out: tuple[Sequence[steps_lib.Record], Callable[..., Any]] | None,
 ) -> list[Action]:
-    """What the run does every n steps, in its order: a checkpoint knows what was measured before it."""
+    """What the run does every n steps, in its order: a report comes first, a checkpoint after all that is measured.
+
+    `held_out` has records of the held-out examples and their loss; None where it is not measured.
+    """
     t, feed = settings.train, parts.feed
     order = Order(feed.examples, t.batch_size, settings.seed)
 
@@ -254,11 +298,12 @@ def _actions(
         sums=pending["sums"],
     )
     actions: list[Action] = [report]
-    if parts.held_out:
-        actions.append(_held_out_loss(settings, parts, log, mesh))
+    if held_out:
+        records, loss_of = held_out
+        actions.append(HeldOutLoss(log, every=t.evaluate_every, records=records, loss_of=loss_of))
     if parts.control and parts.pipeline:
-        held_out, judges = parts.control
-        control = Control(log, every=t.evaluate_every, pipeline=parts.pipeline, held_out=held_out, judges=judges)
+        shown, judges = parts.control
+        control = Control(log, every=t.evaluate_every, pipeline=parts.pipeline, held_out=shown, judges=judges)
         actions.append(control)
     actions.append(
         Checkpoint(
@@ -272,8 +317,8 @@ def _actions(
     return actions
 
 
-def _held_out_loss(settings: RunSettings, parts: Parts, log: Log, mesh: jax.sharding.Mesh) -> HeldOutLoss:
-    """Records of all draws of the held-out examples, made once."""
+def held_out_records(settings: RunSettings, parts: Parts, mesh: jax.sharding.Mesh) -> list[steps_lib.Record]:
+    """Records of all draws of the held-out examples."""
     feed, t, draws = parts.held_out, settings.train, settings.held_out().draws_for(parts.card)
     noise_step = steps_lib.make_noise_step(
         parts.modulator, draws, seed=draws.seed, drop_rate=settings.modalities.drop_rate
@@ -281,7 +326,4 @@ def _held_out_loss(settings: RunSettings, parts: Parts, log: Log, mesh: jax.shar
     unit = mesh.size * t.accumulate
     size = min(t.batch_size, -(-feed.examples // unit) * unit)
     steps = range(-(-feed.examples * draws.count // size))
-    records = feed.records(noise_step, batch_size=size, seed=0, steps=steps, mesh=mesh)
-    how = dict(weighting=settings.loss.weighting, l1=settings.loss.l1, snr_gamma=settings.loss.snr_gamma)
-    loss_of = jax.jit(steps_lib.make_loss(parts.modulator, **how))
-    return HeldOutLoss(log, every=t.evaluate_every, records=list(records), loss_of=loss_of)
+    return list(feed.records(noise_step, batch_size=size, seed=0, steps=steps, mesh=mesh))

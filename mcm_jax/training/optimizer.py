@@ -77,7 +77,7 @@ def make_schedule(
 
 
 def make_optimizer(
-    name: str, schedule: optax.Schedule, *, weight_decay: float, clip_norm: float
+    name: str, schedule: optax.Schedule, *, weight_decay: float | jax.Array, clip_norm: float
 ) -> optax.GradientTransformation:
     """An optimizer with decoupled weight decay, after clipping of the whole gradient's norm.
 

@@ -31,7 +31,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
-def update_ema(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
+def update_ema(ema: Any, params: Any, step: jax.Array, decay: float | jax.Array) -> Any:
     """One step of the moving average; early on its decay is (1 + step) / (10 + step), to forget the start faster."""
     now = jnp.minimum(decay, (1 + step) / (10 + step)).astype(jnp.float32)
     return jax.tree.map(lambda a, b: a * now + b * (1 - now), ema, params)

@@ -4,7 +4,7 @@ These are separate jitted functions. The last one, which holds the gradient, has
 params: a gradient with respect to them cannot be asked for.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,14 +22,15 @@ Record = dict[str, Any]
 
 
 def make_noise_step(
-    modulator: Modulator, draws: Draws, *, seed: int, drop_rate: float
+    modulator: Modulator, draws: Draws, *, seed: int, drop_rate: float | Sequence[float]
 ) -> Callable[[Mapping[str, jax.Array]], Record]:
     """Returns jitted ``noise_step(batch) -> record``, a record that only lacks the base's prediction.
 
     A batch has ``latent`` (float16) or ``image`` (uint8), ``[B, H, W, C]``, ``index`` (which example), ``draw`` (which
     draw; both int32 ``[B]``), ``seen`` (how often the example was seen before, int32 ``[B]``) and every modality. A
     record has ``x_t``, ``noise`` (the target), ``t``, ``importance`` (of t), ``conditions`` and ``present``. Which
-    modalities are hidden is drawn anew each time that an example is seen, by the run's own seed.
+    modalities are hidden is drawn anew each time that an example is seen, by the run's own seed. ``present`` is bool
+    ``[B, M]``; of several drop rates ``[rates, B, M]``, each as the rate by itself would have it.
     """
     names, schedule = [m.name for m in modulator.modalities], modulator.schedule
     maps = [m.name for m in modulator.modalities if m.kind != "labels"]
@@ -40,7 +41,12 @@ def make_noise_step(
         x0 = values["image"] if "image" in batch else batch["latent"].astype(jnp.float32)
         x_t, noise, t = draws.noised(schedule, x0, batch["index"], batch["draw"])
         drop_keys = example_keys(seed, MODALITY_DROP, batch["index"], batch["seen"])
-        present = jax.vmap(lambda k: modalities.drop(k, len(names), drop_rate))(drop_keys)
+
+        def shown(rate: float) -> jax.Array:
+            return jax.vmap(lambda k: modalities.drop(k, len(names), rate))(drop_keys)
+
+        several = isinstance(drop_rate, Sequence)
+        present = jnp.stack([shown(rate) for rate in drop_rate]) if several else shown(drop_rate)
         conditions = {name: values[name] for name in names}
         importance = draws.importance(t)
         return {
@@ -56,7 +62,11 @@ def make_noise_step(
 
 
 def make_loss(
-    modulator: Modulator, *, weighting: str, l1: float, snr_gamma: float = 5.0
+    modulator: Modulator,
+    *,
+    weighting: str | jax.Array,
+    l1: float | jax.Array,
+    snr_gamma: float | jax.Array = 5.0,
 ) -> Callable[[Any, Record], tuple[jax.Array, dict[str, jax.Array]]]:
     """Returns ``loss_of(params, record) -> (loss, metrics)``, means over the record; arguments as below."""
 
@@ -90,12 +100,29 @@ def make_train_step(
     snr_gamma: float = 5.0,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Record], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns jitted ``train_step(state, record) -> (state, metrics)``; the state is donated.
+    """Returns :func:`make_update`'s function jitted; the state is donated."""
+    how = dict(weighting=weighting, l1=l1, ema_decay=ema_decay, snr_gamma=snr_gamma, accumulate=accumulate)
+    return jax.jit(make_update(modulator, optimizer, **how), donate_argnums=0)
+
+
+def make_update(
+    modulator: Modulator,
+    optimizer: optax.GradientTransformation,
+    *,
+    weighting: str | jax.Array,
+    l1: float | jax.Array,
+    ema_decay: float | jax.Array,
+    snr_gamma: float | jax.Array = 5.0,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Record], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns ``train_step(state, record) -> (state, metrics)``.
+
+    Numbers are Python's, which are compiled into the step, or scalars that are traced: inputs of the program around it.
 
     Args:
       modulator: the MCM and its modulation.
       optimizer: of the MCM's params.
-      weighting: of the timesteps, see :mod:`mcm_jax.losses`.
+      weighting: of the timesteps, see :func:`mcm_jax.losses.weight`.
       l1: factor of the size of gamma and nu.
       ema_decay: of the averaged params, see :func:`mcm_jax.training.state.update_ema`.
       snr_gamma: of the weighting ``min_snr``.
@@ -129,7 +156,7 @@ def make_train_step(
         metrics |= {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return train_step
 
 
 def micro_batches(a: jax.Array, count: int) -> jax.Array:
