@@ -78,7 +78,7 @@ def as_text(result: Mapping[str, Any], judges: Sequence[Judge]) -> str:
 def _facts(result: Mapping[str, Any]) -> list[str]:
     """What was measured with."""
     share = result["mcm_parameters"] / result["base_parameters"]
-    how = [f"{result[key]} {key}" for key in ("maps", "seeds", "steps")]
+    how = [f"{n} {key if n > 1 else key[:-1]}" for key in ("maps", "seeds", "steps") for n in (result[key],)]
     how += [
         f"{key} {result[key]}" for key in ("sampler", "guidance", "text_guidance", "seed") if result[key] is not None
     ]

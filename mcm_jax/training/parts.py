@@ -160,11 +160,16 @@ def _validation_examples(settings: RunSettings, card: BaseCard, modulator: Modul
 
 
 def _control(settings: RunSettings, card: BaseCard, modulator: Modulator) -> tuple[HeldOut, list[Judge]] | None:
-    """What samples are judged by while training; None, and a word on why, where nothing can."""
+    """What samples are judged by while training; None, and a word on why, where nothing can by itself.
+
+    A judge that the config names and that cannot be had is a mistake, and ends the run before it begins.
+    """
     try:
         held_out = HeldOut(settings.data, card, modulator.modalities, settings.train.held_out)
         return held_out, judges_of(held_out, settings.evaluation.judges)
     except UserError as e:
+        if any(settings.evaluation.judges.values()):
+            raise
         print(f"control is not measured while training: {e}")
         return None
 

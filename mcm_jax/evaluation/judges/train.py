@@ -41,7 +41,7 @@ RECIPE = {
     "augmentation": {"flip": 0.5, "blur": 0.6, "gain": 0.1, "shift": 0.1, "noise": 0.08},
     "seed": 0,
 }
-"""How a judge is trained: about 9 minutes of processor time at 32x32, and four times that at twice the size."""
+"""How a judge is trained: about 10 minutes of processor time at 32x32, and four times that at twice the size."""
 
 LOG = "training_log.jsonl"
 
