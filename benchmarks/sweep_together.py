@@ -2,8 +2,9 @@
 
 python -m benchmarks.sweep_together --out=benchmarks/results/sweep_together_cpu.json
 
-Learning rates by two seeds on scenes-ddpm, one cache, both ways in one process in turn, `--repeats` times; compiling
-counts, since each run of a sweep must. Losses are those of each step's report.
+Learning rates by two seeds on scenes-ddpm, one cache, both ways in one process in turn, `--repeats` times. Compiling
+counts, since each run of a sweep compiles: each time begins without compiled programs, and keeps what it compiles on
+disk, as train.py does. Losses are those of each step's report.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import unittest.mock
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import common
 from configs import default
@@ -57,6 +59,9 @@ def measure(way, settings: list[RunSettings], root: pathlib.Path) -> tuple[float
         return original(self, index, draw)
 
     folders = [root / f"{i:03d}" for i in range(len(settings))]
+    jax.clear_caches()
+    common.use_compilation_cache(root)
+    compilation_cache.reset_cache()
     began = time.perf_counter()
     with unittest.mock.patch.object(Cache, "read", counting):
         way(list(zip(settings, folders, strict=True)))
@@ -93,7 +98,6 @@ def main() -> None:
             found = {name: [] for name in ways}
             for _ in range(args.repeats):
                 for name, way in ways.items():
-                    jax.clear_caches()
                     found[name].append(measure(way, settings, args.workdir / name))
             row = {"size": size, "trials": count}
             for name, runs in found.items():
