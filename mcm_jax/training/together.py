@@ -288,8 +288,14 @@ def make_program(modulator: Modulator, settings: RunSettings, mesh: Mesh, seeds:
         due = state.step == record["step"]
         return jax.tree.map(lambda a, b: jnp.where(due, a, b), new, state), metrics
 
+    def trials(states: TrainState, hypers: Hyper, record: Record) -> tuple[TrainState, dict[str, jax.Array]]:
+        if states.step.shape[0] > 1:
+            return jax.vmap(one, in_axes=(0, 0, None))(states, hypers, record)
+        # On CPUs a convolution vmapped over a single trial is slower than one of that trial.
+        found = one(*jax.tree.map(lambda leaf: leaf[0], (states, hypers)), record)
+        return jax.tree.map(lambda leaf: leaf[None], found)
+
     split = PartitionSpec(mesh.axis_names)
-    trials = jax.vmap(one, in_axes=(0, 0, None))
     specs = dict(in_specs=(split, split, PartitionSpec()), out_specs=(split, split))
     return jax.jit(jax.shard_map(trials, mesh=mesh, check_vma=False, **specs), donate_argnums=0)
 
