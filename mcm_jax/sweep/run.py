@@ -144,7 +144,8 @@ def _train(
         except UserError as e:
             missing = [trial for folder, trial in left.items() if status(trial.settings, folder) not in ENDED]
             if missing or jax.process_count() > 1:  # of several processes, all end by it
-                which = ", ".join(map(str, missing or left.values()))
+                of = missing or list(left.values())
+                which = str(of[0]) if len(of) == 1 else f"{len(of)} trials"
                 raise UserError(f"{which}: {e}\n{_whole(trials, workdir)}") from e
             print(f"diverged, and is left at that: {e}")
             break
