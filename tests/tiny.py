@@ -364,17 +364,19 @@ def script(monkeypatch, capfd):
     return run
 
 
-def environment():
+def environment(devices=None):
     """Of a script's own process: compiled programs are read back from the tests' cache."""
-    cache = {
+    count = f"--xla_force_host_platform_device_count={devices or jax.device_count()}"
+    changes = {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}",  # the last one counts
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     }
-    return os.environ | cache
+    return os.environ | changes
 
 
-def run_process(command, **kwargs):
+def run_process(command, timeout=300, **kwargs):
     """Runs a command from the repository's root to its end."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, **kwargs)
     return Outcome(done.returncode, done.stdout, done.stderr)
