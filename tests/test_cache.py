@@ -37,7 +37,7 @@ from mcm_jax.training import caching, feed, loop, precompute, step, train_and_ev
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
-SMALL = {"data.size": 10, "draws.count": 2, "cache.shard_draws": 8, "cache.batch_size": 4, "train.validate_every": 0}
+SMALL = tiny.SMALL | {"data.size": 10, "draws.count": 2, "cache.shard_draws": 8, "train.validate_every": 0}
 SHARDS = 3  # 10 examples x 2 draws, 4 examples a shard
 
 
