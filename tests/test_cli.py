@@ -164,11 +164,12 @@ def test_a_finished_workdir_says_so(script, trained, base_path):
     assert tiny.contents(trained.workdir) == before
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(base_path, tmp_path):
+def test_ctrl_c_saves_and_the_same_command_goes_on(small_path, tmp_path):
     """In a real process: 130, one message, and in the end every report once."""
     workdir = tmp_path / "run"
     changes = {"train.steps": 150, "train.log_every": 5, "train.checkpoint_every": 1000, "train.validate_every": 0}
-    command = [sys.executable, "train.py", *tiny.config_flags(base_path, changes), f"--workdir={workdir}"]
+    flags = tiny.config_flags(small_path, tiny.SMALL | changes)
+    command = [sys.executable, "train.py", *flags, f"--workdir={workdir}"]
     with (tmp_path / "err").open("w+") as err:
         process = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stderr=err, stdout=err)
         metrics, until = workdir / "metrics.jsonl", time.monotonic() + 200
@@ -393,10 +394,10 @@ def test_a_sketch_that_looks_inverted_is_pointed_out(trained, maps, tmp_path):
         generate(str(trained.workdir), {"sketch": str(file)}, tmp_path, num_samples=1)
 
 
-def test_train_py_killed_while_it_saves_goes_on_to_the_same_end(base_path, tmp_path):
+def test_train_py_killed_while_it_saves_goes_on_to_the_same_end(small_path, tmp_path):
     """SIGKILL of the script with a checkpoint half written: what comes is bit for bit what would have come."""
     changes = {"train.steps": 20, "train.checkpoint_every": 1, "train.validate_every": 0}
-    command = [sys.executable, "train.py", *tiny.config_flags(base_path, changes)]
+    command = [sys.executable, "train.py", *tiny.config_flags(small_path, tiny.SMALL | changes)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert tiny.run_process([*command, f"--workdir={whole}"], env=tiny.environment()).status == 0
     command.append(f"--workdir={killed}")
@@ -412,7 +413,9 @@ def test_train_py_killed_while_it_saves_goes_on_to_the_same_end(base_path, tmp_p
         until = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < until:
             done = [int(p.name) for p in (killed / "checkpoints").glob("*") if p.name.isdecimal()]
-            if max(done, default=0) >= after and half_written():
+            if max(done, default=0) < after:
+                time.sleep(0.01)
+            elif half_written():
                 process.kill()
         assert process.wait(60) == -signal.SIGKILL
         hits += bool(half_written())

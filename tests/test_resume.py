@@ -27,24 +27,19 @@ pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 QUIET = {"train.validate_every": 0, "train.log_every": 3}
 
 
-@pytest.fixture(scope="module")
-def small_path(tmp_path_factory):
-    return tiny.save_base(tmp_path_factory.mktemp("bases") / "tiny", seed=0, size=8)
-
-
 def small(base, changes):
-    return tiny.make_config(base, QUIET | {"mcm.channels": 4, "mcm.groups": 2, "cache.batch_size": 4} | changes)
+    return tiny.make_config(base, QUIET | tiny.SMALL | changes)
 
 
 @pytest.mark.parametrize("mode", ["off", "build"])
-def test_stopped_at_ten_random_steps_it_is_the_uninterrupted_run(small_path, tmp_path, monkeypatch, mode):
+def test_stopped_at_five_random_steps_it_is_the_uninterrupted_run(small_path, tmp_path, monkeypatch, mode):
     """With accumulation and the average; every other time the process is gone, and the last checkpoint counts."""
     changes = {"cache.mode": mode, "cache.path": str(tmp_path / "cache") if mode == "build" else ""}
     changes |= {"train.steps": 30, "train.accumulate": 2, "train.checkpoint_every": 4, "train.evaluate_every": 8}
     config = small(small_path, changes | {"train.held_out": 4, "train.best": "held_out_loss"})
     whole = train_and_evaluate(config, tmp_path / "whole")
-    rng, original = random.Random(0), loop.tqdm
-    steps = sorted(rng.sample(range(1, 30), 10))
+    rng, original = random.Random(mode), loop.tqdm
+    steps = sorted(rng.sample(range(1, 30), 5))
     for i, at in enumerate(steps):
         action, error = ((_signal(signal.SIGTERM), Interrupted), (_kill, _Killed))[i % 2]
         _hook(monkeypatch, at, action)
@@ -74,7 +69,7 @@ while True:
 
 
 def test_killed_at_random_moments_of_saving_the_last_whole_checkpoint_counts(tmp_path):
-    """20 processes that do nothing but save, in the background, each killed at a random moment."""
+    """Ten processes that do nothing but save, in the background, each killed at a random moment."""
     rng, hits = random.Random(0), 0
 
     def kill_one(folder):
@@ -87,7 +82,7 @@ def test_killed_at_random_moments_of_saving_the_last_whole_checkpoint_counts(tmp
         process.wait()
 
     like = None
-    for _ in range(20):
+    for _ in range(10):
         kill_one(tmp_path)
         hits += bool(list((tmp_path / "checkpoints").glob("*.orbax-checkpoint-tmp*")))
         checkpoints = Checkpoints(tmp_path)
@@ -101,7 +96,7 @@ def test_killed_at_random_moments_of_saving_the_last_whole_checkpoint_counts(tmp
             assert int(found.step) == step
             assert all((np.asarray(v) == step).all() for v in found.params.values())
         checkpoints.close()
-    print(f"{hits} of 20 kills hit a save; the last step is {step}")
+    print(f"{hits} of 10 kills hit a save; the last step is {step}")
     assert hits >= 3 and step >= 3
 
 

@@ -17,17 +17,12 @@ import tiny
 pytestmark = [pytest.mark.slow]
 
 SAME = {
+    **tiny.SMALL,
     **{"data.size": 12, "draws.count": 2, "cache.dtype": "float32", "cache.batch_size": 8, "loss.weighting": "eps"},
     **{"train.batch_size": 16, "train.accumulate": 2, "train.schedule": "constant", "train.warmup_steps": 0},
-    **{
-        "mcm.channels": 4,
-        "mcm.groups": 2,
-        "train.log_every": 1,
-        "train.checkpoint_every": 100,
-        "train.validate_every": 0,
-    },
+    **{"train.log_every": 1, "train.checkpoint_every": 100, "train.validate_every": 0},
 }
-STEPS = 30
+STEPS = 15
 
 
 def free_port():
@@ -38,8 +33,7 @@ def free_port():
 
 def start(root, base, plan, devices, processes=1):
     """The processes of a cluster, started."""
-    env = tiny.environment() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    env["PYTHONPATH"] = f"{tiny.ROOT}:{tiny.ROOT / 'tests'}"
+    env = tiny.environment(devices) | {"PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT / 'tests'}"}
     command = [sys.executable, str(tiny.ROOT / "tests/scale_program.py"), str(root), str(base), json.dumps(plan)]
     cluster = [f"localhost:{free_port()}", str(processes)]
     extra = [[*cluster, str(i)] if processes > 1 else [] for i in range(processes)]
@@ -54,21 +48,15 @@ def finish(started):
 
 
 @pytest.fixture(scope="module")
-def base_path(tmp_path_factory):
-    """Smaller than the other tests': convolutions in a loop, as accumulation has them, are slow on a CPU."""
-    return tiny.save_base(tmp_path_factory.mktemp("bases") / "tiny", seed=0, size=8)
-
-
-@pytest.fixture(scope="module")
-def curves(base_path, tmp_path_factory):
+def curves(small_path, tmp_path_factory):
     """Workdirs of the same training: on one device, on eight, on two processes with four each, and on all in turn."""
     root = tmp_path_factory.mktemp("scale")
     cached = SAME | {"cache.mode": "build", "cache.path": str(root / "cache")}
     steps = lambda n, changes: {**changes, "train.steps": n}  # noqa: E731
-    finish(start(root, base_path, [("two_x_four", steps(STEPS, SAME)), ("mixed", steps(10, cached))], 4, 2))
-    one = [("one", steps(STEPS, SAME)), ("one_cached", steps(STEPS, cached)), ("mixed", steps(20, cached))]
-    finish(start(root, base_path, one, 1))
-    finish(start(root, base_path, [("eight", steps(STEPS, SAME)), ("mixed", steps(STEPS, cached))], 8))
+    finish(start(root, small_path, [("two_x_four", steps(STEPS, SAME)), ("mixed", steps(5, cached))], 4, 2))
+    one = [("one", steps(STEPS, SAME)), ("one_cached", steps(STEPS, cached)), ("mixed", steps(10, cached))]
+    finish(start(root, small_path, one, 1))
+    finish(start(root, small_path, [("eight", steps(STEPS, SAME)), ("mixed", steps(STEPS, cached))], 8))
     return root
 
 
@@ -80,7 +68,7 @@ def losses(workdir):
 
 @pytest.mark.parametrize("name, reference", [("eight", "one"), ("two_x_four", "one"), ("mixed", "one_cached")])
 def test_devices_and_processes_train_as_one(curves, name, reference):
-    """30 steps, with accumulation, online and from a cache, float32; `mixed` changes the machine twice on the way."""
+    """15 steps, with accumulation, online and from a cache, float32; `mixed` changes the machine twice on the way."""
     found, expected = losses(curves / name), losses(curves / reference)
     print(f"{name}: largest difference {np.abs(found - expected).max():.1e}")
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -94,16 +82,16 @@ def test_processes_write_once(curves):
     assert [p.name for p in (curves / "two_x_four/checkpoints").iterdir()] == [str(STEPS)]
 
 
-def _command(base_path, workdir, port, number, changes):
-    flags = tiny.config_flags(base_path, SAME | {"train.steps": 4000, "train.log_every": 5} | changes)
+def _command(small_path, workdir, port, number, changes):
+    flags = tiny.config_flags(small_path, SAME | {"train.steps": 4000, "train.log_every": 5} | changes)
     cluster = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={number}"]
     return [sys.executable, "train.py", *flags, f"--workdir={workdir}", *cluster]
 
 
-def _start_training(base_path, workdir, changes=((), ())):
-    port, env = free_port(), tiny.environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+def _start_training(small_path, workdir, changes=((), ())):
+    port, env = free_port(), tiny.environment(devices=1)
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    commands = [_command(base_path, workdir, port, i, dict(changes[i])) for i in range(2)]
+    commands = [_command(small_path, workdir, port, i, dict(changes[i])) for i in range(2)]
     return [subprocess.Popen(c, cwd=tiny.ROOT, env=env, **pipe) for c in commands]
 
 
@@ -116,9 +104,9 @@ def _wait_for_steps(processes, workdir):
     raise AssertionError([p.communicate() for p in processes])
 
 
-def test_a_signal_to_one_process_saves_on_all(base_path, tmp_path):
+def test_a_signal_to_one_process_saves_on_all(small_path, tmp_path):
     workdir = tmp_path / "run"
-    processes = _start_training(base_path, workdir)
+    processes = _start_training(small_path, workdir)
     try:
         _wait_for_steps(processes, workdir)
         processes[1].send_signal(signal.SIGTERM)
@@ -130,9 +118,9 @@ def test_a_signal_to_one_process_saves_on_all(base_path, tmp_path):
     assert (workdir / f"checkpoints/{stopped}/state").is_dir() and "Traceback" not in said[0][1] + said[1][1]
 
 
-def test_a_death_of_one_process_ends_the_other(base_path, tmp_path):
+def test_a_death_of_one_process_ends_the_other(small_path, tmp_path):
     workdir = tmp_path / "run"
-    processes = _start_training(base_path, workdir)
+    processes = _start_training(small_path, workdir)
     try:
         _wait_for_steps(processes, workdir)
         os.kill(processes[1].pid, signal.SIGKILL)
@@ -144,8 +132,8 @@ def test_a_death_of_one_process_ends_the_other(base_path, tmp_path):
     assert processes[0].returncode == 1 and "error: process 1" in err and "Traceback" not in err, err
 
 
-def test_processes_that_differ_are_refused(base_path, tmp_path):
-    processes = _start_training(base_path, tmp_path / "run", ((), {"train.learning_rate": 0.5}.items()))
+def test_processes_that_differ_are_refused(small_path, tmp_path):
+    processes = _start_training(small_path, tmp_path / "run", ((), {"train.learning_rate": 0.5}.items()))
     said = [p.communicate(timeout=120)[1] for p in processes]
     assert [p.returncode for p in processes] == [1, 1], said
     assert all("config.train.learning_rate" in err and "0.5" in err for err in said), said

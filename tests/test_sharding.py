@@ -171,7 +171,7 @@ def test_gathered_parameters_are_whole_and_rows_stay_split(rows):
 @pytest.mark.slow
 def test_a_split_base_is_the_base(sd_path, base_path):
     """On eight devices, in groups of four: see sharding_check.py."""
-    env = tiny.environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(tiny.ROOT)}
+    env = tiny.environment(devices=8) | {"PYTHONPATH": str(tiny.ROOT)}
     check = os.path.join(os.path.dirname(__file__), "sharding_check.py")
     done = tiny.run_process([sys.executable, check, str(sd_path), str(base_path)], env=env)
     assert done.status == 0, done.err

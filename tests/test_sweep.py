@@ -41,18 +41,9 @@ CHANGES = {
     "train.log_every": 1,
     "train.steps": 4,
     "train.checkpoint_every": 2,
-    "mcm.channels": 4,
-    "mcm.multipliers": (1,),
-    "mcm.attention": (0,),
-    "mcm.groups": 2,
-    "cache.batch_size": 4,
+    **tiny.SMALL,
     "cache.mode": "build",
 }
-
-
-@pytest.fixture(scope="module")
-def small_path(tmp_path_factory):
-    return tiny.save_base(tmp_path_factory.mktemp("bases") / "tiny", seed=0, size=8)
 
 
 def small(base, changes=()):
