@@ -18,9 +18,8 @@ from mcm_jax.training.together import TOGETHER_KEYS, train_together
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
-SAME = {
-    **{"data.size": 12, "draws.count": 2, "cache.mode": "build", "cache.batch_size": 4, "mcm.channels": 4},
-    **{"mcm.multipliers": (1,), "mcm.attention": (0,), "mcm.groups": 2},
+SAME = tiny.SMALL | {
+    **{"data.size": 12, "draws.count": 2, "cache.mode": "build"},
     **{"train.steps": 30, "train.log_every": 1, "train.checkpoint_every": 7, "train.held_out": 4},
     **{"train.validate_every": 0, "train.evaluate_every": 10, "train.best": "held_out_loss"},
 }
@@ -29,11 +28,6 @@ TRIALS = (
     {"seed": 1, "loss.weighting": "min_snr", "loss.snr_gamma": 3.0, "loss.l1": 0.15, "train.warmup_steps": 5},
     {"modalities.drop_rate": 0.6, "train.weight_decay": 0.2, "train.warmup_steps": 0, "train.ema_decay": 0.5},
 )
-
-
-@pytest.fixture(scope="module")
-def small_path(tmp_path_factory):
-    return tiny.save_base(tmp_path_factory.mktemp("bases") / "tiny", seed=0, size=8)
 
 
 def settings_of(base, changes):
