@@ -8,9 +8,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from mcm_jax import data
 from mcm_jax.base import Base
-from mcm_jax.data.emoji import Emoji
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.mcm import Modulator
 from mcm_jax.schedules import Schedule
@@ -64,7 +62,7 @@ def _parameters(config, shape):
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *OVERRIDES])
-def test_every_config_trains_a_step(name, request, pairs, tmp_path, monkeypatch):
+def test_every_config_trains_a_step(name, request, pairs, tmp_path):
     config = _config(name)
     tiny.settings_of(config)
     stand_in, shape = BASES[config.base.path]
@@ -75,9 +73,7 @@ def test_every_config_trains_a_step(name, request, pairs, tmp_path, monkeypatch)
     config.base.dtype = "float32"
     if config.data.name == "folder":
         config.data.path = str(pairs)
-    config.data.size, config.draws.count = 4, 1
-    # Emoji come all, in no number that a config could say; a cache of them is 24,000 predictions.
-    monkeypatch.setattr(data, "Emoji", lambda split, height, width, limit: Emoji(split, height, width, limit or 4))
+    config.data.size = 4
     config.mcm.update(channels=8, multipliers=(1, 1), attention=(0, 0), blocks=1, head_dim=0, groups=4)
     config.train.update(steps=1, batch_size=2, log_every=1, validate_every=int(pictures))
     config.sampling.steps = 2
