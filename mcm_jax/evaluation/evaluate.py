@@ -4,7 +4,9 @@ What is sampled stands in :mod:`.rows`, what judges in :mod:`.judges`, what is w
 goes through the rows, one after the other, and keeps what each gave, so that the same command goes on.
 """
 
+import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -209,11 +211,34 @@ def evaluate(
 class _Measured:
     """What a row gave: numbers of each seed, and of the first one intervals, scores by judge and some pictures."""
 
-    numbers: list[dict[str, float | str]]
+    numbers: list[dict[str, float | str]] = dataclasses.field(default_factory=list)
     within: dict[str, float] = dataclasses.field(default_factory=dict)
     scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     shown: np.ndarray | None = None
     cases: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def add(self, judged: Mapping[str, dict], arrays: Mapping[str, np.ndarray]) -> None:
+        """Adds a seed, what :func:`_judged` gave of it."""
+        self.numbers.append(judged["numbers"])
+        if len(self.numbers) == 1:
+            self.within, self.shown = judged["within"], arrays["shown"]
+            self.scores = {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith("scores/")}
+            self.cases = {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith("cases/")}
+
+
+def _judged(
+    judges: Sequence[Judge], images: np.ndarray, which: np.ndarray
+) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
+    """What judges say of pictures for some of the examples, and which pictures are kept: as :class:`Parts` keeps it."""
+    numbers, within, arrays = {}, {}, {"shown": pictures.to_uint8(images[:_SHOWN])}
+    for judge in judges:
+        judgement = judge(images, which)
+        numbers |= flatten(judgement.numbers)
+        within |= judgement.within
+        if judgement.scores is not None:
+            arrays[f"scores/{judge.name}"] = judgement.scores
+            arrays[f"cases/{judge.name}"] = pictures.to_uint8(images[_chosen(judgement.scores)])
+    return {"numbers": numbers, "within": within}, arrays
 
 
 def _measure(
@@ -229,73 +254,43 @@ def _measure(
     count, everyone = len(held_out), np.arange(len(held_out))
     seeds, seed, of = measured["seeds"], measured["seed"], measured["diversity_of"]
     spread = of["conditions"] * of["seeds"] if of["seeds"] >= 2 else 0
-    everything = next(row.name for row in rows if row.given)
-    found: dict[str, _Measured] = {}
+    conditional = [judge for judge in judges if judge.conditional]
+    found: dict[str, _Measured] = collections.defaultdict(_Measured)
 
-    def judged(
-        images: np.ndarray, which: np.ndarray, by: Sequence[Judge] = judges
-    ) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
-        numbers, within, arrays = {}, {}, {"shown": pictures.to_uint8(images[:_SHOWN])}
-        for judge in by:
-            judgement = judge(images, which)
-            numbers |= flatten(judgement.numbers)
-            within |= judgement.within
-            if judgement.scores is not None:
-                arrays[f"scores/{judge.name}"] = judgement.scores
-                arrays[f"cases/{judge.name}"] = pictures.to_uint8(images[_chosen(judgement.scores)])
-        return {"numbers": numbers, "within": within}, arrays
+    def sampled(row: Row, number: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        # The first seed's noise is that of evaluations with one; no other seed's is a sample's elsewhere.
+        images = sampler(row, sampling.sample_keys(seed + 2 * number, count), everyone, bar.update)
+        own, arrays = _judged(judges, images, everyone)
+        if row != everything or count == 1:
+            return {"own": own}, arrays
+        return {"own": own, "shuffled": _judged(conditional, images, np.roll(everyone, 1))[0]}, arrays
 
-    def add(name: str, found_by: dict, arrays: dict[str, np.ndarray]) -> None:
-        row = found.setdefault(name, _Measured([]))
-        row.numbers.append(found_by["numbers"])
-        if len(row.numbers) == 1:
-            row.within = found_by["within"]
-            row.shown = arrays["shown"]
-            row.scores = {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith("scores/")}
-            row.cases = {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith("cases/")}
+    def spread_of(row: Row) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        which = np.tile(np.arange(of["conditions"]), of["seeds"])
+        many = sampler(row, sampling.sample_keys(seed + 1, len(which)), which, bar.update)
+        return {"diversity": float(metrics.diversity(many.reshape(of["seeds"], of["conditions"], *many.shape[1:])))}, {}
 
-    numbers, arrays = judged(held_out.images, everyone)
-    parts.check(numbers["numbers"])
-    add("real", numbers, arrays)
+    judged, arrays = _judged(judges, held_out.images, everyone)
+    parts.check(judged["numbers"])
+    found["real"].add(judged, arrays)
     if pipeline.base.is_latent:
-        add("autoencoder", *judged(_through_autoencoder(pipeline, held_out.images), everyone))
-    total = len(rows) * (count * seeds + spread)
+        found["autoencoder"].add(*_judged(judges, _through_autoencoder(pipeline, held_out.images), everyone))
+    everything = next(row for row in rows if row.given)
+    done, total = 0, len(rows) * (count * seeds + spread)
     with tqdm.tqdm(total=total, unit="picture", dynamic_ncols=True, disable=None) as bar:
         for row in rows:
             bar.set_description(row.name)
             for number in range(seeds):
-                name = f"{row.name}, seed {number}"
-                kept = parts.get(name)
-                if kept is None:
-                    # The first seed's noise is that of evaluations with one; no other seed's is a sample's elsewhere.
-                    keys = sampling.sample_keys(seed + 2 * number, count)
-                    images = sampler(row, keys, everyone, bar.update)
-                    numbers, arrays = judged(images, everyone)
-                    if row.name == everything and count > 1:
-                        other = judged(images, np.roll(everyone, 1), [j for j in judges if j.conditional])[0]
-                        numbers = {"own": numbers, "shuffled": other}
-                    else:
-                        numbers = {"own": numbers}
-                    parts.put(name, numbers, arrays)
-                    kept = numbers, arrays
-                else:
-                    bar.update(count)
-                numbers, arrays = kept
+                numbers, arrays = parts.kept(f"{row.name}, seed {number}", functools.partial(sampled, row, number))
+                found[row.name].add(numbers["own"], arrays)
                 if "shuffled" in numbers:
-                    add("shuffled", numbers["shuffled"], arrays)
-                add(row.name, numbers["own"], arrays)
+                    found["shuffled"].add(numbers["shuffled"], arrays)
+                done += count
+                bar.update(done - bar.n)  # of what was kept
             if spread:
-                name = f"{row.name}, diversity"
-                kept = parts.get(name)
-                if kept is None:
-                    which = np.tile(np.arange(of["conditions"]), of["seeds"])
-                    many = sampler(row, sampling.sample_keys(seed + 1, len(which)), which, bar.update)
-                    many = many.reshape(of["seeds"], of["conditions"], *many.shape[1:])
-                    kept = {"diversity": float(metrics.diversity(many))}, {}
-                    parts.put(name, *kept)
-                else:
-                    bar.update(spread)
-                found[row.name].numbers[0] |= kept[0]
+                found[row.name].numbers[0] |= parts.kept(f"{row.name}, diversity", functools.partial(spread_of, row))[0]
+                done += spread
+                bar.update(done - bar.n)
     order = ["real", "autoencoder", "unprompted", "base", "shuffled"]
     return {name: found[name] for name in [*filter(found.__contains__, order), *(r.name for r in rows if r.given)]}
 

@@ -5,7 +5,7 @@ import io
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,14 @@ class Parts:
         with np.load(self._path(name), allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         return json.loads(str(arrays.pop("numbers"))), arrays
+
+    def kept(self, name: str, make: Callable[[], tuple[dict[str, Any], dict[str, np.ndarray]]]) -> tuple[dict, dict]:
+        """What was put by that name; else what `make` gives, and keeps that."""
+        found = self.get(name)
+        if found is None:
+            found = make()
+            self.put(name, *found)
+        return found
 
     def put(self, name: str, numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         """Keeps numbers and arrays."""
