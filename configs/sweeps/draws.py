@@ -5,6 +5,7 @@ python train.py --config=configs/scenes.py --sweep=configs/sweeps/draws.py --wor
 10 trials, 5 caches: one for each number of draws, as the cache is what is swept.
 """
 
+from configs import default
 from mcm_jax import sweep
 
 METRIC = "mean_iou"
@@ -12,7 +13,7 @@ METRIC = "mean_iou"
 
 def get_hyper():
     return sweep.product(
-        [{"train.evaluate_every": 700}],
+        [default.SHORT | default.sized("tiny")],
         sweep.values("draws.count", [1, 2, 4, 8, 16]),
         sweep.values("seed", [0, 1]),
     )

@@ -14,8 +14,8 @@ SIZES = ("tiny", "small", "medium", "large")
 
 def get_hyper():
     return sweep.product(
-        [{"train.evaluate_every": 700}],
-        sweep.choices("size", {name: {f"mcm.{k}": v for k, v in default.SIZES[name].items()} for name in SIZES}),
+        [default.SHORT],
+        sweep.choices("size", {name: default.sized(name) for name in SIZES}),
         sweep.values("train.learning_rate", [1e-3, 2e-3, 4e-3]),
         sweep.values("seed", [0, 1]),
     )

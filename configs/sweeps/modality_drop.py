@@ -6,6 +6,7 @@ python train.py --config=configs/scenes.py --sweep=configs/sweeps/modality_drop.
 control by one alone, evaluate.py shows: python evaluate.py --workdir=runs/modality_drop/NAME --out=METRICS.json
 """
 
+from configs import default
 from mcm_jax import sweep
 
 METRIC = "mean_iou"
@@ -13,7 +14,7 @@ METRIC = "mean_iou"
 
 def get_hyper():
     return sweep.product(
-        [{"train.evaluate_every": 700}],
+        [default.SHORT | default.sized("tiny")],
         sweep.values("modalities.drop_rate", [0.0, 0.1, 0.3, 0.5, 0.7]),
         sweep.values("seed", [0, 1]),
     )

@@ -3,10 +3,11 @@
 python train.py --config=configs/scenes.py --sweep=configs/sweeps/paper_choices.py --workdir=runs/paper_choices
 python train.py --config=configs/scenes_sd.py --sweep=configs/sweeps/paper_choices.py --workdir=runs/paper_choices_sd
 
-66 trials from one cache: 11 choices, 3 rates, 2 seeds. What a choice does not name is as in OURS; docs/mcm.md explains
-each.
+66 trials of the size `tiny` from one cache, 500 steps each: 11 choices, 3 rates, 2 seeds. What a choice does not name
+is as in OURS; docs/mcm.md explains each.
 """
 
+from configs import default
 from mcm_jax import sweep
 
 METRIC = "mean_iou"  # losses of different weightings do not compare
@@ -36,7 +37,7 @@ CHOICES = {
 
 def get_hyper():
     return sweep.product(
-        [{"train.evaluate_every": 700}],
+        [default.SHORT | default.sized("tiny")],
         sweep.choices("choice", {name: OURS | changes for name, changes in CHOICES.items()}),
         sweep.values("train.learning_rate", [1e-3, 2e-3, 4e-3]),
         sweep.values("seed", [0, 1]),
