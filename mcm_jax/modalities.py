@@ -60,10 +60,16 @@ class Modality:
             unknown = np.unique(array[(array < 0) | ((array >= self.channels) & (array != self.ignore))])
             if len(unknown):
                 void = "" if self.ignore == -1 else f", and {self.ignore} for unknown"
+                known = f"but this model knows 0..{self.channels - 1} ({self.channels} classes{void})"
+                if len(unknown) == 1 and unknown[0] > self.channels and self.ignore == -1:
+                    raise UserError(
+                        f"{source}: found the class {unknown[0]}, {known}. If {unknown[0]} means unlabelled, train "
+                        f"with config.modalities.{self.name}.ignore={unknown[0]}; if it is a class, with "
+                        f"config.modalities.{self.name}.channels set to how many there are, or map it to another one"
+                    )
                 raise UserError(
-                    f"{source}: found the classes {unknown[:10].tolist()}, but this model knows 0..{self.channels - 1} "
-                    f"({self.channels} classes{void}). Map the others to one of these, or train with "
-                    f"config.modalities.{self.name}.channels set to how many there are, or with "
+                    f"{source}: found the classes {unknown[:10].tolist()}, {known}. Map the others to one of these, or "
+                    f"train with config.modalities.{self.name}.channels set to how many there are, or with "
                     f"config.modalities.{self.name}.ignore set to the one value that is no class but means unknown"
                 )
         else:

@@ -12,8 +12,6 @@ from mcm_jax.data.scenes import PALETTE
 from mcm_jax.files import write_atomically
 from mcm_jax.modalities import Modality
 
-_UNKNOWN = np.uint8(128)  # grey
-
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Images in [-1, 1] as 8-bit values; outside values are clipped."""
@@ -23,7 +21,8 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 def show(modality: Modality, conditions: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
     """A batch of conditions as RGB uint8 ``[B, H, W, 3]``: labels in colours, maps in grey (or as they are).
 
-    Labels have the colours of `palette`, uint8 ``[channels, 3]``, if it is given; where they are unknown, grey.
+    Labels have the colours of `palette`, uint8 ``[channels, 3]``, if it is given; where they are unknown, a
+    checkerboard, which no class looks like.
     """
     conditions = np.asarray(conditions)
     if modality.kind == "labels":
@@ -32,7 +31,8 @@ def show(modality: Modality, conditions: np.ndarray, palette: np.ndarray | None 
         elif palette is None:
             palette = np.random.default_rng(0).integers(0, 256, (modality.channels, 3), dtype=np.uint8)
         unknown = conditions == modality.ignore
-        return np.where(unknown[..., None], _UNKNOWN, palette[np.where(unknown, 0, conditions)])
+        checkered = (np.indices(unknown.shape[-2:]).sum(0) % 2 * 255).astype(np.uint8)
+        return np.where(unknown[..., None], checkered[..., None], palette[np.where(unknown, 0, conditions)])
     values = np.round(conditions * 255).astype(np.uint8)
     if values.ndim == 3:
         values = values[..., None]

@@ -74,7 +74,11 @@ def test_check_accepts_conditions(modality, array):
         (SEGMENTATION, np.zeros((2, 2, 6), np.int32), "2-D integer array of classes, got int32[2, 2, 6]"),
         (SEGMENTATION, np.array([[0, 6, 9]]), "found the classes [6, 9], but this model knows 0..5 (6 classes)"),
         (SEGMENTATION, np.array([[-1, 0]]), "found the classes [-1], but this model knows 0..5 (6 classes)"),
-        (SEGMENTATION, np.array([[0, 255]]), "or with config.modalities.segmentation.ignore set to"),
+        (
+            SEGMENTATION,
+            np.array([[0, 255]]),
+            "If 255 means unlabelled, train with config.modalities.segmentation.ignore=255",
+        ),
         (PARTIAL, np.array([[7, 255]]), "found the classes [7], but this model knows 0..5 (6 classes, and 255 for"),
         (SKETCH, np.zeros(4), "has 1 channel(s), got shape [4]"),
         (SKETCH, np.zeros((2, 2, 3)), "has 1 channel(s), got shape [2, 2, 3]"),
@@ -243,12 +247,14 @@ def test_where_a_label_is_unknown_the_modality_is_absent(dtype):
     assert not absent.any()
 
 
-def test_unknown_survives_the_grid_and_is_shown_in_grey():
+def test_unknown_survives_the_grid_and_is_shown_as_a_checkerboard():
     small = np.where(np.eye(4, dtype=bool), 255, _labels(4, 4)).astype(np.uint8)
     large = small.repeat(3, 0).repeat(2, 1)
     np.testing.assert_array_equal(PARTIAL.resize(large, 4, 4), small)
     shown = show(PARTIAL, small[None])[0]
-    assert shown.dtype == np.uint8 and (shown[small == 255] == 128).all()
+    rows, columns = np.nonzero(small == 255)
+    assert shown.dtype == np.uint8
+    np.testing.assert_array_equal(shown[rows, columns], ((rows + columns) % 2 * 255)[:, None].repeat(3, 1))
     np.testing.assert_array_equal(shown[small < 255], show(SEGMENTATION, small[small < 255][None, None])[0, 0])
 
 

@@ -148,7 +148,7 @@ def test_all_trials_are_checked_and_named(hyper, words):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("", ["has no attribute 'get_hyper'", "docs/sweeps.md"]),
+        ("", ["it has no get_hyper()", "docs/sweeps.md"]),
         ("def get_hyper(): return []", ["a list of dicts"]),
         ("def get_hyper(): return [{1: 2}]", ["a list of dicts"]),
         ("def get_hyper(): return 1 / 0", ["ZeroDivisionError"]),
@@ -447,3 +447,10 @@ def test_a_cache_is_shared_where_what_is_in_it_is_the_same(small_path):
 def test_shipped_sweeps_read(name):
     hyper, metric = trials.load(tiny.ROOT / f"configs/sweeps/{name}.py")
     assert metric == "mean_iou" and len(trials.read(tiny.settings_of(scenes.get_config()), hyper)) == len(hyper)
+
+
+def test_a_metric_that_no_trial_will_measure_is_refused_before_the_first_one(small_path, folder, tmp_path):
+    path = save(tmp_path, 'METRIC = "mean_iou"\n' + SWEEP)
+    with pytest.raises(UserError, match=r"METRIC='mean_iou'.*trial 0 \(.*has config.train.evaluate_every=0"):
+        run_sweep(small(small_path, {"train.evaluate_every": 0}), path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

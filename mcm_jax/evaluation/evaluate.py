@@ -277,7 +277,7 @@ def _measure(
         found["autoencoder"].add(*_judged(judges, _through_autoencoder(pipeline, held_out.images), everyone))
     everything = next(row for row in rows if row.given)
     done, total = 0, len(rows) * (count * seeds + spread)
-    with tqdm.tqdm(total=total, unit="picture", dynamic_ncols=True, disable=None) as bar:
+    with tqdm.tqdm(total=total, unit="picture", dynamic_ncols=True) as bar:
         for row in rows:
             bar.set_description(row.name)
             for number in range(seeds):

@@ -100,7 +100,7 @@ def _curves(plot: Any, outcomes: Sequence[Outcome], rows: Sequence[Setting], met
             named.add(i)
         if outcome.status == DIVERGED:
             how |= {"linestyle": ":", "color": "red"}
-        plot.plot(*zip(*curve, strict=True), **how)
+        plot.plot(*zip(*curve, strict=True), marker="o" if len(curve) == 1 else None, **how)
     if shown.endswith(("loss", "mse")):
         plot.set_yscale("log")
     plot.set_xlabel("step")

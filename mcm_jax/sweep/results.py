@@ -100,7 +100,8 @@ def _report(
     seeded = any(len(row.outcomes) > 1 for row in rows)
     lines = [f"# {workdir.name}", "", f"{counts(outcomes)}.", ""]
     over = "; mean and standard deviation over seeds" if seeded else ""
-    lines += [f"Ranked by the last `{metric}` of each trial, {better} is better{over}.", ""]
+    nothing = "" if any(row.scores for row in rows) else " None is done yet, so that none is ranked."
+    lines += [f"Ranked by the last `{metric}` of each trial, {better} is better{over}.{nothing}", ""]
     if caution := _caution(outcomes, metric):
         lines += [caution, ""]
     lines += [_row(["", *axes, metric, "trials"]), _row(["---"] * (len(axes) + 3))]

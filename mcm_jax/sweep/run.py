@@ -16,7 +16,7 @@ from mcm_jax.errors import Busy, UserError
 from mcm_jax.files import check_writable, lock, write_atomically
 from mcm_jax.sweep import results
 from mcm_jax.sweep import trials as trials_lib
-from mcm_jax.sweep.outcomes import DONE, ENDED, Outcome, collect, metric_of, status
+from mcm_jax.sweep.outcomes import DONE, ENDED, NotMeasured, Outcome, check_measured, collect, metric_of, status
 from mcm_jax.sweep.trials import Trial
 from mcm_jax.training import RunSettings, train_and_evaluate
 from mcm_jax.training.caching import known_card, shared_by
@@ -66,6 +66,7 @@ def run_sweep(
     trials = trials_lib.read(base, hyper)
     if index is not None and not 0 <= index < len(trials):
         raise UserError(f"--sweep_index={index}: the sweep has {len(trials)} trials, 0 to {len(trials) - 1}")
+    check_measured(trials, metric)
     _check_one_cache_a_path(trials)
     trials = _with_caches(trials, workdir, _check_workdir(base, trials, workdir))
     groups = [[trials[index]]] if index is not None else groups_of(trials, mode)
@@ -123,8 +124,7 @@ def _train(
 ) -> None:
     """Trains what is left of a group. One that diverged has its end, too."""
     left = {workdir / trial.name: trial for trial in group if status(trial.settings, workdir / trial.name) not in ENDED}
-    for folder, trial in left.items():
-        print(f"\n{trial} of {len(trials)}: {folder}")
+    print(*("", *(f"{trial} of {len(trials)}: {folder}" for folder, trial in left.items())), sep="\n")
 
     def train() -> None:
         if len(left) > 1:
@@ -141,6 +141,8 @@ def _train(
                 raise
             print(f"{e.folder}: another process trains it")
             del left[e.folder]
+        except NotMeasured:  # by what shows the results
+            raise
         except UserError as e:
             missing = [trial for folder, trial in left.items() if status(trial.settings, folder) not in ENDED]
             if missing or jax.process_count() > 1:  # of several processes, all end by it

@@ -151,11 +151,16 @@ def load(path: str | pathlib.Path) -> tuple[Hyper, str | None]:
     """
     path = pathlib.Path(path)
     if path.suffix != ".py" or not path.is_file():
-        raise UserError(f"--sweep={path}: expected a Python file with get_hyper(), e.g. configs/sweeps/draws.py")
+        found = "found another kind" if path.is_file() else "found no such file"
+        raise UserError(
+            f"--sweep={path}: {found}, expected a Python file with get_hyper(), e.g. configs/sweeps/draws.py"
+        )
     spec = importlib.util.spec_from_file_location(f"sweep_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_hyper"):
+            raise UserError("it has no get_hyper(), which returns the trials: see docs/sweeps.md")
         hyper = module.get_hyper()
     except UserError as e:
         raise UserError(f"--sweep={path}: {e}") from e
