@@ -11,6 +11,7 @@ from test_training import _hook, _kill, _Killed, _signal
 
 from mcm_jax import config as config_lib
 from mcm_jax.errors import Interrupted, UserError
+from mcm_jax.files import lock
 from mcm_jax.sweep.run import groups_of, run_sweep
 from mcm_jax.sweep.trials import read
 from mcm_jax.training import loop, train_and_evaluate
@@ -82,7 +83,7 @@ def test_each_is_its_serial_run(runs, tmp_path):
 def test_killed_stopped_and_with_one_that_diverges_a_sweep_is_its_serial_runs(
     runs, small_path, tmp_path, monkeypatch, capsys
 ):
-    """One trial a device: more calls a step than one, as on CPUs."""
+    """One trial a device: more calls a step than one, as on CPUs. In between, another process holds the first trial."""
     path, workdir, original = tmp_path / "sweep.py", tmp_path / "run", loop.tqdm
     diverging = {"train.learning_rate": 1e30, "train.warmup_steps": 0}
     path.write_text(f"def get_hyper(): return {[*TRIALS, diverging]}")
@@ -93,13 +94,24 @@ def test_killed_stopped_and_with_one_that_diverges_a_sweep_is_its_serial_runs(
     assert "1 diverged, 3 unfinished" in (workdir / "results.md").read_text()  # a look in the middle
     monkeypatch.setattr(loop, "tqdm", original)
     _hook(monkeypatch, 20, _signal(signal.SIGINT))
-    with pytest.raises(Interrupted, match="the states of all trials are saved"):
+    held = next(workdir.glob("000_*"))
+    with (
+        lock(held, "training in this workdir", "--workdir"),
+        pytest.raises(Interrupted, match="the states of all trials are saved"),
+    ):
         run_sweep(config, path, workdir)
     monkeypatch.setattr(loop, "tqdm", original)
+    hyper = path.read_text()
+    path.write_text(f"{hyper}\nMETRIC = 'mean_iou'\n")
+    with pytest.raises(UserError, match="^METRIC='mean_iou' of the sweep file: trial 0 .* did not measure it"):
+        run_sweep(config, path, workdir)
+    path.write_text(hyper)
     found = run_sweep(config, path, workdir)
     assert [o.status for o in found] == ["done", "done", "done", "diverged"]
     printed = capsys.readouterr().out
-    assert "going on from step 10" in printed and "going on from step 20" in printed and "3 MCMs of" in printed
+    assert f"{held}: another process trains it" in printed
+    assert "2 MCMs of" in printed and "going on from step 10; some are ahead, up to step 20" in printed
+    assert "diverged, and is left at that" not in printed  # the missing metric is no divergence
     for outcome, (_, expected) in zip(found, runs, strict=False):
         folder = workdir / outcome.trial.name
         assert (folder / "checkpoints").is_dir()

@@ -24,10 +24,6 @@ _OF_EACH_STEP = ("loss", "mse", "mse_of_base", "modulation", "gradient_norm")
 _RANKED_BY = ("mean_iou", "edge_f1", "held_out_loss", "loss")  # the first that all trials have
 
 
-class NotMeasured(UserError):
-    """The trials do not have the number by which they shall be ranked."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What became of a trial so far.
@@ -106,10 +102,10 @@ def _outcome(trial: Trial, workdir: pathlib.Path) -> Outcome:
 
 
 def check_measured(trials: Sequence[Trial], wanted: str | None) -> None:
-    """Raises NotMeasured where a trial will not have the number that the sweep file ranks by."""
+    """Raises UserError where a trial will not have the number that the sweep file ranks by."""
     for trial in trials:
         if wanted and wanted not in _OF_EACH_STEP and not trial.settings.train.evaluate_every:
-            raise NotMeasured(
+            raise UserError(
                 f"METRIC={wanted!r} of the sweep file is measured on held-out examples, but {trial} has "
                 f"config.train.evaluate_every=0. Set it to every how many steps that shall be, or take one of "
                 f"{', '.join(_OF_EACH_STEP)}"
@@ -124,12 +120,12 @@ def metric_of(outcomes: Sequence[Outcome], wanted: str | None) -> str:
       wanted: what the sweep file says; None for the first that all have of mean_iou, edge_f1, held_out_loss, loss.
 
     Raises:
-      NotMeasured: a trial is done that has not what is wanted.
+      UserError: a trial is done that has not what is wanted.
     """
     done = [o for o in outcomes if o.status == DONE]
     if wanted:
         if lacking := [o for o in done if wanted not in o.numbers]:
-            raise NotMeasured(
+            raise UserError(
                 f"METRIC={wanted!r} of the sweep file: {lacking[0].trial} did not measure it, but "
                 f"{', '.join(lacking[0].numbers)}. Name one of these, and run the same command again"
             )

@@ -16,9 +16,10 @@ from mcm_jax.errors import Busy, UserError
 from mcm_jax.files import check_writable, lock, write_atomically
 from mcm_jax.sweep import results
 from mcm_jax.sweep import trials as trials_lib
-from mcm_jax.sweep.outcomes import DONE, ENDED, NotMeasured, Outcome, check_measured, collect, metric_of, status
+from mcm_jax.sweep.outcomes import DONE, ENDED, Outcome, check_measured, collect, metric_of, status
 from mcm_jax.sweep.trials import Trial
 from mcm_jax.training import RunSettings, train_and_evaluate
+from mcm_jax.training.actions import Diverged
 from mcm_jax.training.caching import known_card, shared_by
 from mcm_jax.training.parts import fitting_modulator
 from mcm_jax.training.together import TOGETHER_KEYS, train_together
@@ -141,16 +142,17 @@ def _train(
                 raise
             print(f"{e.folder}: another process trains it")
             del left[e.folder]
-        except NotMeasured:  # by what shows the results
-            raise
         except UserError as e:
+            diverged = isinstance(e, Diverged)
+            if diverged and jax.process_count() == 1:  # of several processes, all end by it
+                print(f"diverged, and is left at that: {e}")
+                break
             missing = [trial for folder, trial in left.items() if status(trial.settings, folder) not in ENDED]
-            if missing or jax.process_count() > 1:  # of several processes, all end by it
-                of = missing or list(left.values())
-                which = str(of[0]) if len(of) == 1 else f"{len(of)} trials"
-                raise UserError(f"{which}: {e}\n{_whole(trials, workdir)}") from e
-            print(f"diverged, and is left at that: {e}")
-            break
+            if not (missing or diverged):  # it is of the results
+                raise
+            of = missing or list(left.values())
+            which = str(of[0]) if len(of) == 1 else f"{len(of)} trials"
+            raise UserError(f"{which}: {e}\n{_whole(trials, workdir)}") from e
     gc.collect()  # what one trial held, the next one may need
 
 

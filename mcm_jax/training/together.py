@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mcm_jax import config as config_lib
 from mcm_jax import losses, sharding
-from mcm_jax.errors import Interrupted, UserError
+from mcm_jax.errors import Busy, Interrupted, UserError
 from mcm_jax.files import check_writable
 from mcm_jax.mcm import Modulator, parameter_count
 from mcm_jax.training import assembly
@@ -105,8 +105,8 @@ def train_together(
     """Trains several MCMs in one program, each into a workdir as :func:`.assembly.train_and_evaluate` leaves it.
 
     Each is the run that it would be by itself, to rounding. Those that are finished are left alone, the others go on
-    from their own newest checkpoints, where one that is ahead waits for the rest. One whose loss is not finite is told
-    of and recorded in its ``diverged.json``, and the rest go on.
+    from their own newest checkpoints, where one that is ahead waits for the rest. Those that another process trains are
+    passed over. One whose loss is not finite is told of and recorded in its ``diverged.json``, and the rest go on.
 
     Args:
       trials: settings and workdir of each. The settings differ in :data:`TOGETHER_KEYS` alone.
@@ -114,7 +114,8 @@ def train_together(
       looked: is called after each step at which trials were measured or saved.
 
     Raises:
-      UserError: bad input, see its message, and no workdir is changed; or, at the end, trials that diverged.
+      UserError: bad input, see its message, and no workdir is changed; or one cannot be written.
+      Diverged: at the end, of all that did.
       Interrupted: SIGINT or SIGTERM came; the states were saved.
     """
     if not trials:
@@ -135,11 +136,17 @@ def train_together(
     parts = assemble(left[0].settings, left[0].workdir, mesh)
     assembly.check_best(one, parts)
     with contextlib.ExitStack() as stack:
+        own = []
         for trial in left:
             check_writable(trial.workdir, "--workdir")
-            stack.enter_context(workdirs.disk_errors(trial.workdir))
-            stack.enter_context(assembly.lock_once(trial.workdir, False))
-        _train(left, parts, mesh, stack, width, looked)
+            try:
+                stack.enter_context(assembly.lock_once(trial.workdir, False))
+            except Busy:
+                print(f"{trial.workdir}: another process trains it")
+            else:
+                own.append(trial)
+        if own:
+            _train(own, parts, mesh, stack, width, looked)
 
 
 def _check(trials: Sequence[RunSettings]) -> None:
@@ -187,16 +194,19 @@ def _train(
     optimizer = make_optimizer(t.optimizer, schedule, weight_decay=t.weight_decay, clip_norm=t.clip_norm)
     begin, states, restored = assembly.make_begin(parts, optimizer), [], []
     for trial in trials:
+        stack.enter_context(workdirs.disk_errors(trial.workdir))  # of this loop and of closing
         checkpoints = Checkpoints(trial.workdir, t.keep)
         stack.enter_context(assembly.closed(checkpoints.close))
         at = assembly.last_step(checkpoints, trial.settings, trial.before, trial.workdir)
         meta = assembly.meta_of(trial.settings, parts)
         state, pending = assembly.begin_or_restore(trial.settings, parts, begin, checkpoints, meta, mesh, at)
+        state = jax.device_get(state)  # the devices keep none
         trial.start = int(state.step)
-        states.append(jax.device_get(state))
+        states.append(state)
         restored.append((checkpoints, at, meta, pending))
     for trial, (checkpoints, at, _, _) in zip(trials, restored, strict=True):
-        assembly.take_over(trial.settings, trial.before, checkpoints, at, trial.workdir)
+        with workdirs.disk_errors(trial.workdir):
+            assembly.take_over(trial.settings, trial.before, checkpoints, at, trial.workdir)
 
     first, last = min(trial.start for trial in trials), max(trial.start for trial in trials)
     size = parameter_count(states[0].params)
@@ -207,7 +217,8 @@ def _train(
 
     held_out = _held_out(parts, mesh) if parts.held_out else lambda settings, hyper: None
     for trial, hyper, (checkpoints, _, meta, pending) in zip(trials, hypers, restored, strict=True):
-        log = Log(trial.workdir, trial.start)
+        with workdirs.disk_errors(trial.workdir):
+            log = Log(trial.workdir, trial.start)
         stack.enter_context(assembly.closed(log.close))
         rate, measured = hyper.learning_rate.__getitem__, held_out(trial.settings, hyper)
         trial.actions = assembly.actions_of(
@@ -219,7 +230,8 @@ def _train(
     calls = tuple(_calls(states, wide * mesh.size, mesh))
     inputs = _calls(hypers, wide * mesh.size, mesh)
     states.clear()
-    program = assembly.Ahead(make_program(parts.modulator, trials[0].settings, mesh, len(seeds)), t.accumulate)
+    repeats = t.accumulate * len(calls)
+    program = assembly.Ahead(make_program(parts.modulator, trials[0].settings, mesh, len(seeds)), repeats)
 
     def train_step(states: Any, record: Record) -> tuple[Any, Any]:
         done = [program(state, hyper, record) for state, hyper in zip(states, inputs, strict=True)]
@@ -421,12 +433,12 @@ class _Each:
         return sharding.replicate(_take(jax.tree.map(held, states), row % wide), self._mesh)
 
     def tell(self) -> None:
-        """Raises UserError where trials have diverged."""
+        """Raises Diverged where trials have."""
         if wrong := [f"{trial.workdir}: {trial.diverged}" for trial in self._trials if trial.diverged]:
             more = [f"and {len(wrong) - _SHOWN} more"] * (len(wrong) > _SHOWN)
             lines = "\n".join([*wrong[:_SHOWN], *more])
             rest = "the others are whole" if len(wrong) < len(self._trials) else "none is left"
-            raise UserError(f"{len(wrong)} of {len(self._trials)} trials diverged, {rest}:\n{lines}")
+            raise Diverged(f"{len(wrong)} of {len(self._trials)} trials diverged, {rest}:\n{lines}")
 
 
 def _quiet(**shown: Any) -> None:
