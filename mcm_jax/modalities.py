@@ -63,7 +63,7 @@ class Modality:
                 known = f"but this model knows 0..{self.channels - 1} ({self.channels} classes{void})"
                 if len(unknown) == 1 and unknown[0] > self.channels and self.ignore == -1:
                     raise UserError(
-                        f"{source}: found the class {unknown[0]}, {known}. If {unknown[0]} means unlabelled, train "
+                        f"{source}: found the classes [{unknown[0]}], {known}. If {unknown[0]} means unlabelled, train "
                         f"with config.modalities.{self.name}.ignore={unknown[0]}; if it is a class, with "
                         f"config.modalities.{self.name}.channels set to how many there are, or map it to another one"
                     )

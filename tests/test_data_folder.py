@@ -502,7 +502,7 @@ def test_unknown_labels_keep_their_value(ignore, tmp_path):
 def test_labels_are_read_as_everywhere(tmp_path):
     labels = np.zeros((48, 64), np.uint8)
     labels[0, 0] = 255  # in the part that is cut off, too
-    with pytest.raises(UserError, match=re.escape("found the class 255, but this model knows 0..5")):
+    with pytest.raises(UserError, match=re.escape("found the classes [255], but this model knows 0..5")):
         _condition(tmp_path, SEGMENTATION, labels, (48, 64), (8, 8))
     with pytest.raises(UserError, match=re.escape("found a colour picture (mode RGB)")):
         _condition(tmp_path, SEGMENTATION, _noise(48, 64, 3), (48, 64), (8, 8))

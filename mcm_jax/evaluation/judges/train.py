@@ -311,7 +311,7 @@ class _Pairs:
         return sha.hexdigest()
 
 
-def _labels_of(data: DataSettings, modality: str, classes: int | Sequence[str] | None, ignore: int) -> Modality:
+def _labels_of(data: DataSettings, modality: str, classes: int | Sequence[str] | None, ignore: int = -1) -> Modality:
     """The modality that is read; of a folder whose classes are not told with as many as a file can hold."""
     if data.name != "folder":
         known = {m.name: m for m in data.holds if m.kind == "labels"}
