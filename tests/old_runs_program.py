@@ -24,8 +24,7 @@ from mcm_jax.training import train_and_evaluate
 
 OLD = tiny.ROOT / "tests/fixtures/v0_1"
 MAPS = {name: str(tiny.ROOT / f"docs/examples/{name}.png") for name in ("segmentation", "sketch")}
-        missing = set(expected) - set(found) - {"facts"}  # empty then, where nothing had captions
-        assert not missing
+
 
 def main(folder):
     folder = pathlib.Path(folder)
