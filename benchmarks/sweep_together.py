@@ -90,7 +90,7 @@ def main() -> None:
     args = parser.parse_args()
     cache, rows = args.workdir / "cache", []
     # Builds the cache, and warms what neither way shall pay for.
-    measure(serial, [*trials_of(args, args.sizes[0], cache, 1)], args.workdir / "warm")
+    measure(serial, trials_of(args, args.sizes[0], cache, 1), args.workdir / "warm")
     for size in args.sizes:
         for count in args.trials:
             settings = trials_of(args, size, cache, count)

@@ -20,7 +20,7 @@ SIZES = {
     "paper": dict(channels=32, multipliers=(1, 1, 2, 4), blocks=2, attention=(0, 0, 1, 0), head_dim=0, groups=32),
 }
 
-# What the shipped sweeps train: far from converged, but enough to tell forms apart, in minutes on 2 cores.
+# What the shipped sweeps train, for any size: far from converged, to compare.
 SHORT = {
     "data.size": 1_500,
     "train.steps": 500,

@@ -119,7 +119,7 @@ def test_conditions_are_cut_in_sampling_as_in_training(config, data, base, tmp_p
     np.testing.assert_allclose(seen["sketch"][0], source[3]["sketch"] / 255.0, atol=0.5 / 255 + 1e-6)
 
 
-def test_bad_data_leave_no_workdir_and_once_mended_train(config, data, tmp_path):
+def test_bad_data_leave_no_workdir_and_once_mended_train(config, data, tmp_path, capsys):
     workdir = tmp_path / "run"
     file = data / "train/segmentation/4.png"
     good = file.read_bytes()
@@ -135,8 +135,16 @@ def test_bad_data_leave_no_workdir_and_once_mended_train(config, data, tmp_path)
         train_and_evaluate(config, workdir)
     assert not workdir.exists() or not any(workdir.iterdir())
 
-    config.train.validate_every = 0
+    config.train.validate_every, config.train.evaluate_every = 0, 2
+    _write(data / "test", "2", np.random.default_rng(2))
+    config.evaluation.judges.segmentation = "misspelt"
+    with pytest.raises(UserError, match="misspelt"):
+        train_and_evaluate(config, workdir)
+    assert not workdir.exists() or not any(workdir.iterdir())
+
+    tiny.shutil.rmtree(data / "test")  # without a held-out split there is nothing to judge
     assert int(train_and_evaluate(config, workdir).step) == 2
+    assert "control is not measured while training" in capsys.readouterr().out
 
 
 def test_other_files_are_another_run(config, data, tmp_path):

@@ -121,14 +121,16 @@ def test_killed_stopped_and_with_one_that_diverges_a_sweep_is_its_serial_runs(
 
 def test_what_trains_at_a_time(small_path):
     def numbers(hyper, mode):
-        trials = read(tiny.settings_of(tiny.make_config(small_path, SAME)), hyper)
+        trials = read(tiny.settings_of(tiny.make_config(small_path, SAME | {"cache.path": "cache"})), hyper)
         return [[trial.number for trial in group] for group in groups_of(trials, mode)]
 
     hyper = [{"mcm.channels": c, "seed": s} for s in (0, 1) for c in (4, 8)] + [{"train.steps": 31}]
     assert numbers(hyper, "auto") == [[0, 2], [1, 3], [4]]
     assert numbers(hyper, "serial") == [[0], [1], [2], [3], [4]]
     assert numbers(hyper[::2], "serial") == [[0], [1], [2]]
-    with pytest.raises(UserError, match="sweep_mode=together: the trials differ in mcm.channels, train.steps, and one"):
+    with pytest.raises(
+        UserError, match="sweep_mode=together: trials differ in mcm.channels, train.steps; those of one program"
+    ):
         numbers(hyper, "together")
     assert numbers(hyper[::2][:2], "together") == [[0, 1]]
     assert numbers([h | {"train.wandb": "p"} for h in hyper[::2][:2]], "auto") == [[0], [1]]
@@ -137,7 +139,7 @@ def test_what_trains_at_a_time(small_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train.steps": 31}, "trials differ in train.steps; those that train together may in loss.l1, "),
+        ({"train.steps": 31}, "trials differ in train.steps; those of one program may in loss.l1, "),
         ({"cache.path": ""}, "cache.path: found '', a cache in each workdir"),
         ({"train.wandb": "project"}, "train.wandb: found 'project', expected ''"),
     ],

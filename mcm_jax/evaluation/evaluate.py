@@ -194,15 +194,15 @@ def evaluate(
     for name, (_, sheet) in cases.items():
         pictures.save_png(out.parent / f"cases_{name}.png", sheet)
     given = [f"{name} only" if name in names else name for name in drawn[1:]]
-    rows = f"{', '.join(names)}; samples of the base alone, {', '.join(given)}"
-    sheets = {"samples.png": f"Rows: {rows}."}
+    drawn_rows = f"{', '.join(names)}; samples of the base alone, {', '.join(given)}"
+    sheets = {"samples.png": f"Rows: {drawn_rows}."}
     sheets |= {f"cases_{name}.png": said for name, (said, _) in cases.items()}
     report.write(out.parent, result, of_all, sheets, title=os.fspath(workdir))
     write_atomically(out, (json.dumps(result, indent=2) + "\n").encode())
     shutil.rmtree(parts.folder, ignore_errors=True)
     print(
         f"\n{len(held_out)} held-out maps, guidance {settings.guidance:g}. {out.parent / 'report.html'} has it all; "
-        f"rows of {out.parent / 'samples.png'}: {rows}"
+        f"rows of {out.parent / 'samples.png'}: {drawn_rows}"
     )
     return result
 

@@ -71,7 +71,9 @@ class Parts:
             arrays = {key: file[key] for key in file.files}
         return json.loads(str(arrays.pop("numbers"))), arrays
 
-    def kept(self, name: str, make: Callable[[], tuple[dict[str, Any], dict[str, np.ndarray]]]) -> tuple[dict, dict]:
+    def kept(
+        self, name: str, make: Callable[[], tuple[dict[str, Any], dict[str, np.ndarray]]]
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What was put by that name; else what `make` gives, and keeps that."""
         found = self.get(name)
         if found is None:

@@ -22,7 +22,7 @@ from mcm_jax.training import RunSettings, train_and_evaluate
 from mcm_jax.training.actions import Diverged
 from mcm_jax.training.caching import known_card, shared_by
 from mcm_jax.training.parts import fitting_modulator
-from mcm_jax.training.together import TOGETHER_KEYS, train_together
+from mcm_jax.training.together import check_together, shared_by_all, train_together
 from mcm_jax.training.workdir import is_disk_error, is_free
 
 FILE = "sweep.json"
@@ -101,23 +101,25 @@ def groups_of(trials: Sequence[Trial], mode: str) -> list[list[Trial]]:
     Raises:
       UserError: all shall train together and cannot.
     """
-    # What one program cannot do: several processes, and runs of Weights & Biases side by side.
-    apart = jax.process_count() > 1 or any(trial.settings.train.wandb for trial in trials)
-    if mode == "serial" or (mode == "auto" and apart):
+    if mode == "serial":
         return [[trial] for trial in trials]
-    flat = [config_lib.flatten(trial.settings) for trial in trials]
+    if mode == "together":
+        try:
+            check_together([trial.settings for trial in trials])
+        except UserError as e:
+            raise UserError(f"--sweep_mode=together: {e}. Take --sweep_mode=auto, which trains the others apart") from e
+        return [list(trials)]
     shared: dict[str, list[Trial]] = {}
-    for trial, values in zip(trials, flat, strict=True):
-        same = {key: value for key, value in values.items() if key not in TOGETHER_KEYS}
-        shared.setdefault(json.dumps(same, sort_keys=True), []).append(trial)
-    if mode == "together" and len(shared) > 1:
-        keys = sorted(set().union(*flat) - set(TOGETHER_KEYS))
-        wrong = [key for key in keys if len({str(values.get(key)) for values in flat}) > 1]
-        raise UserError(
-            f"--sweep_mode=together: the trials differ in {', '.join(wrong)}, and one program's may differ in "
-            f"{', '.join(sorted(TOGETHER_KEYS)) or 'none'} only. Take --sweep_mode=auto, which trains them in groups"
-        )
-    return list(shared.values())
+    for trial in trials:
+        shared.setdefault(shared_by_all(trial.settings), []).append(trial)
+    groups = []
+    for group in shared.values():
+        try:
+            check_together([trial.settings for trial in group])
+            groups.append(group)
+        except UserError:  # several processes, or Weights & Biases
+            groups += [[trial] for trial in group]
+    return groups
 
 
 def _train(
@@ -125,28 +127,28 @@ def _train(
 ) -> None:
     """Trains what is left of a group. One that diverged has its end, too."""
     left = {workdir / trial.name: trial for trial in group if status(trial.settings, workdir / trial.name) not in ENDED}
+    if not left:
+        return
     print(*("", *(f"{trial} of {len(trials)}: {folder}" for folder, trial in left.items())), sep="\n")
 
     def train() -> None:
         if len(left) > 1:
             train_together([(trial.settings, folder) for folder, trial in left.items()], looked=show)
-        for folder, trial in left.items() if len(left) == 1 else ():
+        else:
+            [(folder, trial)] = left.items()
             train_and_evaluate(config_lib.to_dict(trial.settings), folder)
 
-    while left:
-        try:
-            _patiently(train, unless=list(left))
-            break
-        except Busy as e:
-            if alone or e.folder not in left:
-                raise
-            print(f"{e.folder}: another process trains it")
-            del left[e.folder]
-        except UserError as e:
-            diverged = isinstance(e, Diverged)
-            if diverged and jax.process_count() == 1:  # of several processes, all end by it
-                print(f"diverged, and is left at that: {e}")
-                break
+    try:
+        _patiently(train, unless=list(left))
+    except Busy as e:
+        if alone or e.folder not in left:
+            raise
+        print(f"{e.folder}: another process trains it")
+    except UserError as e:
+        diverged = isinstance(e, Diverged)
+        if diverged and jax.process_count() == 1:  # of several processes, all end by it
+            print(f"diverged, and is left at that: {e}")
+        else:
             missing = [trial for folder, trial in left.items() if status(trial.settings, folder) not in ENDED]
             if not (missing or diverged):  # it is of the results
                 raise

@@ -164,11 +164,12 @@ def _control(settings: RunSettings, card: BaseCard, modulator: Modulator) -> tup
 
     A judge that the config names and that cannot be had is a mistake, and ends the run before it begins.
     """
+    held_out = None
     try:
         held_out = HeldOut(settings.data, card, modulator.modalities, settings.train.held_out)
         return held_out, judges_of(held_out, settings.evaluation.judges)
     except UserError as e:
-        if any(settings.evaluation.judges.values()):
+        if held_out is not None and any(settings.evaluation.judges.values()):
             raise
         print(f"control is not measured while training: {e}")
         return None

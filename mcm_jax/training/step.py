@@ -91,17 +91,9 @@ def make_loss(
 
 
 def make_train_step(
-    modulator: Modulator,
-    optimizer: optax.GradientTransformation,
-    *,
-    weighting: str,
-    l1: float,
-    ema_decay: float,
-    snr_gamma: float = 5.0,
-    accumulate: int = 1,
+    modulator: Modulator, optimizer: optax.GradientTransformation, **how: Any
 ) -> Callable[[TrainState, Record], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns :func:`make_update`'s function jitted; the state is donated."""
-    how = dict(weighting=weighting, l1=l1, ema_decay=ema_decay, snr_gamma=snr_gamma, accumulate=accumulate)
+    """Returns :func:`make_update`'s function jitted, with the same arguments; the state is donated."""
     return jax.jit(make_update(modulator, optimizer, **how), donate_argnums=0)
 
 

@@ -1,9 +1,7 @@
-"""Trials that differ only in numbers which the compiled step can take as inputs, trained as one program.
+"""Runs that differ only in numbers which the compiled step can take as inputs, trained as one :mod:`.program`.
 
-Their states are stacked over a leading axis, the trials, over which a single run's step is vmapped; the axis is split
-over the devices, so that a trial lies on one device. A batch is read, noised and given its prediction once for all
-trials of a seed. What is done every n steps is done for each trial by itself, by a single run's actions on its part of
-the state: its workdir is that of a single run.
+What is done every n steps is done for each trial by itself, by a single run's actions on its part of the state: its
+workdir is that of a single run.
 
 On a CPU a call of the program has one trial on each device, and a step takes as many calls as there are trials for it:
 vmapped, the convolutions of several trials are grouped ones, which take XLA about twice as long there as one after the
@@ -13,20 +11,19 @@ other. On accelerators one call has them all.
 import contextlib
 import dataclasses
 import functools
+import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from mcm_jax import config as config_lib
-from mcm_jax import losses, sharding
+from mcm_jax import sharding
 from mcm_jax.errors import Busy, Interrupted, UserError
 from mcm_jax.files import check_writable
-from mcm_jax.mcm import Modulator, parameter_count
+from mcm_jax.mcm import parameter_count
 from mcm_jax.training import assembly
 from mcm_jax.training import step as steps_lib
 from mcm_jax.training import workdir as workdirs
@@ -36,43 +33,12 @@ from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Action, Clock, Moment, train
 from mcm_jax.training.optimizer import make_optimizer
 from mcm_jax.training.parts import Parts, assemble
+from mcm_jax.training.program import TOGETHER_KEYS, Hyper, hyper_of, make_program, records_of, stacked
 from mcm_jax.training.settings import RunSettings
 from mcm_jax.training.state import TrainState
 from mcm_jax.training.step import Record
 
-TOGETHER_KEYS = frozenset(
-    {
-        *("seed", "train.learning_rate", "train.warmup_steps", "train.weight_decay", "train.ema_decay"),
-        *("loss.weighting", "loss.l1", "loss.snr_gamma", "modalities.drop_rate"),
-    }
-)
-"""Keys of a config, dotted, in which trials of one program may differ."""
-
 _SHOWN = 8  # lines of a message, of trials that diverged
-
-
-class Hyper(NamedTuple):
-    """What differs between trials, as inputs of the program: of one trial, or stacked over several.
-
-    Attributes:
-      learning_rate: of each step of the run, float32 ``[steps]``: whatever its schedule is.
-      weight_decay: as in the config, like the next three; float32 ``[]``.
-      ema_decay: of the averaged params.
-      l1: of the loss.
-      snr_gamma: of the loss.
-      weighting: place among :data:`mcm_jax.losses.WEIGHTINGS`, int32 ``[]``.
-      seed: place among the seeds that records are made for, int32 ``[]``.
-      drop: place among the drop rates that they are made for, int32 ``[]``.
-    """
-
-    learning_rate: Any
-    weight_decay: Any
-    ema_decay: Any
-    l1: Any
-    snr_gamma: Any
-    weighting: Any
-    seed: Any
-    drop: Any
 
 
 @dataclasses.dataclass
@@ -120,7 +86,7 @@ def train_together(
     """
     if not trials:
         return
-    _check([settings for settings, _ in trials])
+    check_together([settings for settings, _ in trials])
     one = trials[0][0]
     mesh = sharding.make_mesh(one.mesh)
     sharding.check_batch_size(one.train.batch_size, mesh, "config.train.batch_size", one.train.accumulate)
@@ -149,14 +115,19 @@ def train_together(
             _train(own, parts, mesh, stack, width, looked)
 
 
-def _check(trials: Sequence[RunSettings]) -> None:
+def shared_by_all(settings: RunSettings) -> str:
+    """What must be the same in all trials of one program, as a text to compare."""
+    flat = config_lib.flatten(settings)
+    return json.dumps({key: value for key, value in flat.items() if key not in TOGETHER_KEYS}, sort_keys=True)
+
+
+def check_together(trials: Sequence[RunSettings]) -> None:
     """Raises UserError where the trials are none for one program."""
     one, flat = trials[0], [config_lib.flatten(settings) for settings in trials]
     keys = sorted(set().union(*flat) - TOGETHER_KEYS)
     if wrong := [key for key in keys if any(values.get(key) != flat[0].get(key) for values in flat)]:
         raise UserError(
-            f"trials differ in {', '.join(wrong)}; those that train together may in {', '.join(sorted(TOGETHER_KEYS))}."
-            f" Train these one after the other"
+            f"trials differ in {', '.join(wrong)}; those of one program may in {', '.join(sorted(TOGETHER_KEYS))} only"
         )
     if one.cache.mode != "off" and not one.cache.path:
         raise UserError(
@@ -166,7 +137,7 @@ def _check(trials: Sequence[RunSettings]) -> None:
     if one.train.wandb:
         raise UserError(
             f"config.train.wandb: found {one.train.wandb!r}, expected '' for trials that train together: Weights & "
-            f"Biases has one run at a time in a process. Train them one after the other"
+            f"Biases has one run at a time in a process"
         )
     if jax.process_count() > 1:
         raise UserError(
@@ -187,7 +158,7 @@ def _train(
     t = trials[0].settings.train
     seeds = sorted({trial.settings.seed for trial in trials})
     rates = sorted({trial.settings.modalities.drop_rate for trial in trials})
-    hypers = [_hyper_of(trial.settings, seeds, rates) for trial in trials]
+    hypers = [hyper_of(trial.settings, seeds, rates) for trial in trials]
 
     # Values of the first trial: the state that the optimizer begins with has none of them.
     schedule = assembly.schedule_of(trials[0].settings)
@@ -227,8 +198,8 @@ def _train(
 
     wide = -(-len(trials) // mesh.size)  # trials of each device
     wide = min(wide, width or (1 if jax.default_backend() == "cpu" else wide))
-    calls = tuple(_calls(states, wide * mesh.size, mesh))
-    inputs = _calls(hypers, wide * mesh.size, mesh)
+    calls = tuple(stacked(states, wide * mesh.size, mesh))
+    inputs = stacked(hypers, wide * mesh.size, mesh)
     states.clear()
     repeats = t.accumulate * len(calls)
     program = assembly.Ahead(make_program(parts.modulator, trials[0].settings, mesh, len(seeds)), repeats)
@@ -238,104 +209,12 @@ def _train(
         return tuple(state for state, _ in done), tuple(metrics for _, metrics in done)
 
     clock, steps, each = Clock(), range(first, t.steps), _Each(trials, wide * mesh.size, mesh, looked)
-    records = _records(parts, trials[0].settings, seeds, rates, steps, mesh, clock)
+    records = records_of(parts, trials[0].settings, seeds, rates, steps, mesh, clock)
     try:
         train(calls, train_step, records, steps, [each], clock)
     except Interrupted as e:
         raise Interrupted(f"{e}; the states of all trials are saved. Go on with the same command") from None
     each.tell()
-
-
-def _hyper_of(settings: RunSettings, seeds: Sequence[int], rates: Sequence[float]) -> Hyper:
-    t, loss = settings.train, settings.loss
-    with jax.numpy_dtype_promotion("standard"):
-        learning_rate = np.asarray(assembly.schedule_of(settings)(jnp.arange(t.steps)), np.float32)
-    return Hyper(
-        learning_rate=learning_rate,
-        weight_decay=np.float32(t.weight_decay),
-        ema_decay=np.float32(t.ema_decay),
-        l1=np.float32(loss.l1),
-        snr_gamma=np.float32(loss.snr_gamma),
-        weighting=np.int32(losses.WEIGHTINGS.index(loss.weighting)),
-        seed=np.int32(seeds.index(settings.seed)),
-        drop=np.int32(rates.index(settings.modalities.drop_rate)),
-    )
-
-
-def _calls(each: Sequence[Any], size: int, mesh: Mesh) -> list[Any]:
-    """Pytrees of trials stacked, `size` of them for each call of the program, on the devices; the last is repeated."""
-    padded = [*each, *[each[-1]] * (-len(each) % size)]
-    parts = (padded[start : start + size] for start in range(0, len(padded), size))
-    return [sharding.split_batch(jax.tree.map(lambda *leaves: np.stack(leaves), *part), mesh) for part in parts]
-
-
-def make_program(modulator: Modulator, settings: RunSettings, mesh: Mesh, seeds: int) -> Callable[..., Any]:
-    """Returns jitted ``program(states, hypers, record) -> (states, metrics)``; the states are donated.
-
-    States, hypers and metrics are stacked over trials, which are split over all devices. A record is one of
-    :func:`mcm_jax.training.step.make_noise_step` for several drop rates with its ``eps``, each stacked over seeds, on
-    all devices, and ``step``: a state of another step stays as it is.
-
-    Args:
-      modulator: the MCM and its modulation.
-      settings: of any trial.
-      mesh: of the devices.
-      seeds: how many a record is made for.
-    """
-    t = settings.train
-
-    def one(state: TrainState, hyper: Hyper, record: Record) -> tuple[TrainState, dict[str, jax.Array]]:
-        optimizer = make_optimizer(
-            t.optimizer,
-            lambda count: hyper.learning_rate[count],
-            weight_decay=hyper.weight_decay,
-            clip_norm=t.clip_norm,
-        )
-        numbers = {k: getattr(hyper, k) for k in ("weighting", "l1", "snr_gamma", "ema_decay")}
-        update = steps_lib.make_update(modulator, optimizer, **numbers, accumulate=t.accumulate)
-        shared = {k: v for k, v in record.items() if k not in ("step", "present")}
-        # Of one seed, no trial has a copy of its own.
-        own = jax.tree.map(lambda a: a[hyper.seed] if seeds > 1 else a[0], shared)
-        new, metrics = update(state, own | {"present": record["present"][hyper.seed, hyper.drop]})
-        due = state.step == record["step"]
-        return jax.tree.map(lambda a, b: jnp.where(due, a, b), new, state), metrics
-
-    def trials(states: TrainState, hypers: Hyper, record: Record) -> tuple[TrainState, dict[str, jax.Array]]:
-        if states.step.shape[0] > 1:
-            return jax.vmap(one, in_axes=(0, 0, None))(states, hypers, record)
-        # On CPUs a convolution vmapped over a single trial is slower than one of that trial.
-        found = one(*jax.tree.map(lambda leaf: leaf[0], (states, hypers)), record)
-        return jax.tree.map(lambda leaf: leaf[None], found)
-
-    split = PartitionSpec(mesh.axis_names)
-    specs = dict(in_specs=(split, split, PartitionSpec()), out_specs=(split, split))
-    return jax.jit(jax.shard_map(trials, mesh=mesh, check_vma=False, **specs), donate_argnums=0)
-
-
-def _records(
-    parts: Parts,
-    settings: RunSettings,
-    seeds: Sequence[int],
-    rates: Sequence[float],
-    steps: range,
-    mesh: Mesh,
-    clock: Clock,
-) -> Iterator[Record]:
-    """Yields the record of each step for all seeds and drop rates, each seed's batch read and noised once."""
-    draws, whole = settings.draws_for(parts.card), NamedSharding(mesh, PartitionSpec())
-
-    @functools.partial(jax.jit, out_shardings=whole)
-    def stack(step: int, *each: Record) -> Record:
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) | {"step": step}
-
-    how = dict(batch_size=settings.train.batch_size, steps=steps, mesh=mesh, waited=clock.wait)
-    with contextlib.ExitStack() as closing:
-        feeds = []
-        for seed in seeds:
-            noise_step = steps_lib.make_noise_step(parts.modulator, draws, seed=seed, drop_rate=rates)
-            feeds.append(closing.enter_context(contextlib.closing(parts.feed.records(noise_step, seed=seed, **how))))
-        for step, *each in zip(steps, *feeds, strict=True):
-            yield stack(np.int32(step), *each)
 
 
 def _held_out(parts: Parts, mesh: Mesh) -> Callable[[RunSettings, Hyper], tuple[list[Record], Callable[..., Any]]]:
