@@ -6,11 +6,13 @@ condition, zeros, and a presence flag tells it from a map that happens to be zer
 Where a condition says "unknown here" (:meth:`Modality.known_at`), its channels and flag are the null condition's, too.
 One-hot labels, flags and zeros are ours; the paper claims the subsets and shows the grids (see also ``drop``).
 
-Each kind of condition is a class in one place (:mod:`.labels`, :mod:`.maps`), that knows all of it.
+Each kind of condition is a class in one place (:mod:`.labels`, :mod:`.maps`, :mod:`.normals`,
+:mod:`.sparse`), that knows all of it; :mod:`.known` says what usual names mean.
 """
 
 from mcm_jax.modalities.channels import drop, stack, total_channels
 from mcm_jax.modalities.kind import PICTURES, Kind
+from mcm_jax.modalities.known import Known, known
 from mcm_jax.modalities.modality import KINDS, Modality, cover, read_png
 from mcm_jax.modalities.settings import ModalitiesSettings
 
@@ -18,10 +20,12 @@ __all__ = [
     "KINDS",
     "PICTURES",
     "Kind",
+    "Known",
     "ModalitiesSettings",
     "Modality",
     "cover",
     "drop",
+    "known",
     "read_png",
     "stack",
     "total_channels",

@@ -10,10 +10,19 @@ from PIL import Image, UnidentifiedImageError
 
 from mcm_jax.errors import UserError
 from mcm_jax.modalities.kind import Kind
+from mcm_jax.modalities.known import known
 from mcm_jax.modalities.labels import Labels
 from mcm_jax.modalities.maps import Lines, Map
+from mcm_jax.modalities.normals import Normals
+from mcm_jax.modalities.sparse import Sparse
 
-KINDS: dict[str, type[Kind]] = {"labels": Labels, "map": Map, "lines": Lines}
+KINDS: dict[str, type[Kind]] = {
+    "labels": Labels,
+    "map": Map,
+    "lines": Lines,
+    "normals": Normals,
+    "sparse": Sparse,
+}
 """Every kind of condition, by what configs call it."""
 
 
@@ -24,9 +33,9 @@ class Modality:
     Attributes:
       name: what flags, configs and data sets call it.
       kind: one of :data:`KINDS`: ``labels`` (integer classes ``[H, W]``, one-hot to ``channels`` channels), ``map``
-        (values in [0, 1], ``[H, W]`` for one channel or ``[H, W, channels]``), or ``lines``: a map of black lines on
-        white, whose lines keep their strength when a large drawing is brought to a small grid. The MCM sees the ink,
-        1 - value.
+        (values in [0, 1], ``[H, W]`` for one channel or ``[H, W, channels]``), ``lines`` (a map of black lines on
+        white, whose lines keep their strength when a large drawing is brought to a small grid: the MCM sees the ink,
+        1 - value), ``normals`` (unit vectors as colours), ``sparse`` (colours where alpha, the last plane, is opaque).
       channels: number of classes, or of the map's channels.
       ignore: the pixel value of labels that means "unknown here" (often 255), which is no class; -1 for none.
     """
@@ -64,6 +73,9 @@ class Modality:
     @property
     def judge(self) -> str:
         """What judges it where nothing else is said, as ``evaluation.judges`` takes it; '' where the user must say."""
+        by_name = known(self.name)
+        if by_name and by_name.judge and (by_name.kind, by_name.channels) == (self.kind, self.channels):
+            return by_name.judge
         return self.definition.judge
 
     def check(self, array: np.ndarray, source: str) -> None:
@@ -144,7 +156,7 @@ def read_png(path: str | pathlib.Path, modality: Modality) -> np.ndarray:
 
     Labels come from a PNG whose pixel values are the classes (greyscale or palette indices); a colour picture or a
     lossy one (JPEG, WebP) is refused, since its values are no classes. Maps come from any picture, grey for one channel
-    and RGB for three, divided by 255.
+    and RGB for three, divided by 255; what is sparse from one with transparency.
 
     Returns:
       int32 ``[H, W]`` for labels, float32 ``[H, W]`` or ``[H, W, planes]`` in [0, 1] for the others.
