@@ -129,6 +129,50 @@ def read_classes(path: str | os.PathLike) -> Classes:
     return Classes(names, table, ignore, swap, tuple(void) if void is not None else None)
 
 
+def labels_of_colors(pixels: np.ndarray, classes: Classes, ignore: int, source: str) -> np.ndarray:
+    """Classes of a picture that shows each by its colour.
+
+    Args:
+      pixels: uint8 ``[H, W, 3]``.
+      classes: with colours.
+      ignore: what pixels of :attr:`Classes.ignore_color` become; -1 where none may be unknown.
+      source: for messages.
+
+    Returns:
+      int32 ``[H, W]``.
+
+    Raises:
+      UserError: a pixel has a colour that is no class's: names the most frequent one, how many there are, and the class
+        that is nearest.
+    """
+    table = dict(zip(_codes(classes.colors).tolist(), range(len(classes.names)), strict=True))
+    if classes.ignore_color is not None and ignore != -1:
+        table[int(_codes(np.array(classes.ignore_color)))] = ignore
+    found, where, counts = np.unique(_codes(pixels), return_inverse=True, return_counts=True)
+    unknown = [i for i, code in enumerate(found.tolist()) if code not in table]
+    if unknown:
+        code = int(found[most := max(unknown, key=counts.__getitem__)])
+        color = np.array([code >> 16, code >> 8 & 255, code & 255])
+        nearest = int(((classes.colors.astype(int) - color) ** 2).sum(-1).argmin())
+        count, others = int(counts[unknown].sum()), len(unknown) - 1
+        blended = (
+            " Mixed colours along the borders come from anti-aliasing, from resizing or from a JPEG: draw or save "
+        )
+        blended += "the map without (nearest neighbour, PNG)."
+        raise UserError(
+            f"{source}: {count:,} of {pixels.shape[0] * pixels.shape[1]:,} pixels have a colour that is no class's: "
+            f"{color.tolist()} in {counts[most]:,} of them{f', and {others:,} other(s)' if others else ''}; the "
+            f"nearest class is {classes.names[nearest]!r}, {classes.colors[nearest].tolist()}.{blended} A colour that "
+            f"is a class belongs into {FILE}, one that means unknown there as ignore_color"
+        )
+    return np.array([table[code] for code in found.tolist()], np.int32)[where].reshape(pixels.shape[:2])
+
+
+def _codes(colors: np.ndarray) -> np.ndarray:
+    """Colours ``[..., 3]`` as numbers."""
+    return colors.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+
+
 def _is_color(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(type(v) is int and 0 <= v <= 255 for v in value)
 
