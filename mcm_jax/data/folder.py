@@ -18,12 +18,13 @@ import os
 import pathlib
 import struct
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 from PIL.Image import Transpose
 
+from mcm_jax.data.problems import Problem, few, refuse
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality, cover, read_png
 
@@ -31,7 +32,6 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 """Endings of the files that are pictures, in any case."""
 
 _CLUTTER = ("thumbs.db", "desktop.ini")  # and hidden files: what file managers leave behind
-_SHOWN = 3  # names in a message
 _ORIENTATION = 0x0112  # of EXIF, and what undoes each
 _UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -89,24 +89,9 @@ class Folder:
         endings = {m.name: (".png",) if m.kind == "labels" else PICTURES for m in self.modalities}
         if captions:
             endings["caption"] = (".txt",)
-        if not self._root.is_dir():
-            parent = self._root.parent
-            found = f"there are {_few(sorted(os.listdir(parent)))}" if parent.is_dir() else f"nor is there {parent}"
-            raise UserError(f"{self._root}: no such folder; {found}. Expected {_layout(self._root)}")
-
-        self._files = {"image": _files(self._root / "image", PICTURES)}
+        self._files, problems = scan(self._root, endings)
+        refuse(problems)
         self.names = tuple(sorted(self._files["image"]))[:limit]
-        if not self.names:
-            raise UserError(f"{self._root / 'image'}: holds no pictures. Expected {_layout(self._root)}")
-        problems = []
-        for name, known in endings.items():
-            try:
-                self._files[name] = _files(self._root / name, known)
-                _check_pairs(self._root / name, self._files[name], self._files["image"], known[0])
-            except UserError as e:
-                problems.append(str(e))
-        if problems:
-            raise UserError("\n".join(problems))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -114,24 +99,19 @@ class Folder:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         name = self.names[index]
         path = self._path("image", name)
-        picture = _read_image(path)
+        picture = read_image(path)
         box = cover(picture.height, picture.width, self.height, self.width)
         top, left, bottom, right = box
         resized = picture.resize((self.width, self.height), Image.Resampling.LANCZOS, (left, top, right, bottom))
         example = {"image": np.array(resized)}
         for modality in self.modalities:
             condition = read_png(self._path(modality.name, name), modality)
-            if not _same_aspect_ratio(condition.shape[:2], (picture.height, picture.width)):
-                raise UserError(
-                    f"{self._path(modality.name, name)} is {_size(*condition.shape[:2])}, which is another shape than "
-                    f"{path}: {_size(picture.height, picture.width)}{_turned(path)}. A {modality.name} shows all of "
-                    f"its picture; its resolution may differ, its aspect ratio may not"
-                )
+            check_shape(self._path(modality.name, name), condition, path, picture)
             scales = (condition.shape[0] / picture.height, condition.shape[1] / picture.width)
             scaled = tuple(edge * scale for edge, scale in zip(box, scales * 2, strict=True))
             example[modality.name] = to_grid(modality, condition, scaled, self.height, self.width)
         if self.captions:
-            example["caption"] = np.array(_read_caption(self._path("caption", name)))
+            example["caption"] = np.array(read_caption(self._path("caption", name)))
         return example
 
     def fingerprints(self) -> dict[str, str]:
@@ -165,55 +145,70 @@ class Folder:
 # The tree
 
 
-def _files(folder: pathlib.Path, endings: Sequence[str]) -> dict[str, str]:
-    """File names by what they are called without ending."""
+def scan(root: pathlib.Path, endings: Mapping[str, Sequence[str]]) -> tuple[dict[str, dict[str, str]], list[Problem]]:
+    """Pairs the files of a split by their names.
+
+    Args:
+      root: the split's folder.
+      endings: of the files, by folder, without ``image``.
+
+    Returns:
+      For each folder its files by their names without ending, and all that is wrong with the tree.
+    """
+    if not root.is_dir():
+        found = f"there are {few(sorted(os.listdir(root.parent)))}" if root.parent.is_dir() else f"nor is {root.parent}"
+        return {"image": {}}, [Problem(str(root), f"no such folder; {found}", f"Expected {_layout(root)}")]
+    files, problems = {}, []
+    for name, known in {"image": PICTURES, **endings}.items():
+        files[name], wrong = _files(root / name, known)
+        if name == "image" and not files[name] and not wrong:
+            wrong = [Problem(str(root / name), "holds no pictures", f"Expected {_layout(root)}")]
+        elif name != "image" and (root / name).is_dir():
+            wrong += _unpaired(root / name, files[name], files["image"], known[0])
+        problems += wrong
+    return files, problems
+
+
+def _files(folder: pathlib.Path, endings: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
+    """File names by what they are called without ending, and what else there is."""
     try:
-        with os.scandir(folder) as entries:
-            files = {e.name: e.is_file() for e in entries}
+        entries = sorted(os.listdir(folder))
     except OSError as e:
-        raise UserError(
-            f"{folder}: cannot be read as a folder ({e.strerror}). Expected {_layout(folder.parent)}"
-        ) from e
-    names, others, twice = {}, [], []
-    for file in sorted(f for f in files if not f.startswith(".") and f.lower() not in _CLUTTER):
+        wrong = Problem(str(folder), f"cannot be read as a folder ({e.strerror})", f"Expected {_layout(folder.parent)}")
+        return {}, [wrong]
+    names, problems = {}, []
+    for file in (f for f in entries if not f.startswith(".") and f.lower() not in _CLUTTER):
+        path = folder / file
         stem, ending = os.path.splitext(file)
         stem = unicodedata.normalize("NFC", stem)  # an accent is one character or two, by who wrote the archive
-        if not files[file] or ending.lower() not in endings:
-            others.append(file)
+        if not os.path.isfile(path):
+            kind = "a folder" if path.is_dir() else "a link that leads nowhere" if path.is_symlink() else "no file"
+            problems.append(Problem(str(path), f"{kind}, expected files only ({', '.join(endings)})", "Remove it"))
+        elif ending.lower() not in endings:
+            lossy = endings == (".png",) and ending.lower() in PICTURES
+            fix = "Labels are PNGs: lossy formats change the classes, so write PNGs from the labels themselves"
+            found = f"expected {', '.join(endings)} files only"
+            problems.append(Problem(str(path), found, fix if lossy else "Convert or remove it"))
         elif stem in names:
-            twice.append(f"{names[stem]} and {file}")
+            found = f"has the same name as {names[stem]}, and files of one name are one example"
+            problems.append(Problem(str(path), found, "Keep one"))
         else:
             names[stem] = file
-    if others:
-        lossy = endings == (".png",) and any(f.lower().endswith(PICTURES[1:]) for f in others)
-        why = ". Labels are PNGs: lossy formats change the classes, so write PNGs from the labels themselves"
-        raise UserError(
-            f"{folder}: expected {', '.join(endings)} files only, found {len(others)} other(s): {_few(others)}"
-            + (why if lossy else "")
-        )
-    if twice:
-        raise UserError(
-            f"{folder}: files of one name are one example, but {len(twice)} name(s) have two: {_few(twice)}. Keep one"
-        )
-    return names
+    return names, problems
 
 
-def _check_pairs(folder: pathlib.Path, files: Mapping[str, str], images: Mapping[str, str], ending: str) -> None:
-    problems = []
-    if missing := sorted(images.keys() - files.keys()):
-        problems.append(
-            f"no file for {len(missing)} of {len(images)} pictures: {_few(missing)} (expected "
-            f"{folder / (missing[0] + ending)} for {folder.parent / 'image' / images[missing[0]]})"
-        )
-    if extra := sorted(files.keys() - images.keys()):
-        problems.append(f"{len(extra)} file(s) without a picture: {_few([files[name] for name in extra])}")
-    if problems:
-        raise UserError(f"{folder}: {'; '.join(problems)}. Files are paired by their names without ending")
-
-
-def _few(names: Collection[str]) -> str:
-    shown = ", ".join(list(names)[:_SHOWN]) or "no files"
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+def _unpaired(folder: pathlib.Path, files: Mapping[str, str], images: Mapping[str, str], ending: str) -> list[Problem]:
+    rule = "Files are paired by their names without ending: add or rename one, or remove the other"
+    missing = sorted(images.keys() - files.keys())
+    extra = sorted(files[name] for name in files.keys() - images.keys())
+    image = folder.parent / "image"
+    return [
+        *(
+            Problem(str(folder / (n + ending)), f"missing, but {image} has a picture of its name", rule)
+            for n in missing
+        ),
+        *(Problem(str(folder / file), f"{image} has no picture of its name", rule) for file in extra),
+    ]
 
 
 def _layout(root: pathlib.Path) -> str:
@@ -226,12 +221,12 @@ def _layout(root: pathlib.Path) -> str:
 # The files
 
 
-def _read_image(path: pathlib.Path) -> Image.Image:
-    """Any picture as upright RGB, its transparent parts over white."""
+def read_image(path: pathlib.Path) -> Image.Image:
+    """Any picture as upright RGB, its transparent parts over white. Raises UserError where it cannot be read."""
     try:
         with Image.open(path) as picture:
             picture.load()
-        turn = _turn(picture)
+        turn = turn_of(picture)
         if picture.mode.startswith("I;16"):  # convert() would cut it off at 255
             picture = Image.fromarray(np.round(np.asarray(picture) / 257).astype(np.uint8))
         if picture.has_transparency_data:
@@ -245,7 +240,7 @@ def _read_image(path: pathlib.Path) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
-def _turn(picture: Image.Image) -> Transpose | None:
+def turn_of(picture: Image.Image) -> Transpose | None:
     """What makes a picture upright. EXIF data that cannot be read turn nothing, as in any viewer."""
     try:
         return _UPRIGHT.get(picture.getexif().get(_ORIENTATION))
@@ -253,18 +248,29 @@ def _turn(picture: Image.Image) -> Transpose | None:
         return None
 
 
-def _read_caption(path: pathlib.Path) -> str:
+def read_caption(path: pathlib.Path) -> str:
+    """The prompt in a file. Raises UserError where it is no text of one line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not a text file in UTF-8 ({e})") from e
+        raise UserError(f"{path}: not a text file in UTF-8 ({e}). Save it as UTF-8") from e
     prompts = [line.strip() for line in lines if line.strip()]
     if len(prompts) != 1:
-        raise UserError(f"{path}: expected one line, the prompt, found {len(prompts)}")
+        raise UserError(f"{path}: expected one line, the prompt, found {len(prompts)}. Write one")
     return prompts[0]
 
 
 # The grid
+
+
+def check_shape(path: pathlib.Path, condition: np.ndarray, image: pathlib.Path, picture: Image.Image) -> None:
+    """Raises UserError where a condition ``[H, W]`` or ``[H, W, C]`` has another aspect ratio than its picture."""
+    if not _same_aspect_ratio(condition.shape[:2], (picture.height, picture.width)):
+        raise UserError(
+            f"{path}: is {_size(*condition.shape[:2])}, which is another shape than {image}: "
+            f"{_size(picture.height, picture.width)}{_turned(image)}. A {path.parent.name} shows all of its picture; "
+            f"its resolution may differ, its aspect ratio may not"
+        )
 
 
 def _same_aspect_ratio(a: tuple[int, int], b: tuple[int, int]) -> bool:
@@ -300,7 +306,7 @@ def _size(height: int, width: int) -> str:
 def _turned(path: pathlib.Path) -> str:
     """A remark for a picture that its EXIF data turns by 90 degrees, where many tools do not."""
     with Image.open(path) as picture:
-        sideways = _turn(picture) in (
+        sideways = turn_of(picture) in (
             Transpose.TRANSPOSE,
             Transpose.ROTATE_270,
             Transpose.TRANSVERSE,
