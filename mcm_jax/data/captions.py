@@ -14,53 +14,43 @@ import json
 import os
 import pathlib
 import unicodedata
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from mcm_jax.errors import UserError
+from mcm_jax.data.problems import Problem, few
 
 FOLDER = "caption"
-LINES = ("captions.jsonl", "metadata.jsonl", "image/metadata.jsonl")
+BESIDE_PICTURES = "metadata.jsonl"
+LINES = ("captions.jsonl", "metadata.jsonl", f"image/{BESIDE_PICTURES}")
 """Files of JSON lines, below a split."""
 
 _NAME_KEYS, _TEXT_KEYS = ("file", "file_name", "name"), ("caption", "text")
 _EXPECTED = '{"file": "NAME.jpg", "caption": "the prompt"}'
-_SHOWN = 3
 _LONG = 80  # characters of somebody else's text in a message
 
 
-def find_captions(root: str | os.PathLike) -> pathlib.Path | None:
-    """Where a split's prompts are: the folder ``caption``, or a file of JSON lines; None where there are none.
-
-    Raises:
-      UserError: there are several, of which nobody knows which counts.
-    """
-    root = pathlib.Path(root)
-    found = [path for path in (root / FOLDER, *(root / file for file in LINES)) if path.exists()]
-    if len(found) > 1:
-        raise UserError(
-            f"{root}: prompts are in {' and in '.join(map(str, found))}, expected one of these. Keep the one that "
-            f"counts, and move the others out of {root}"
-        )
-    return found[0] if found else None
+def find_captions(root: pathlib.Path) -> list[pathlib.Path]:
+    """Where a split's prompts are: the folder ``caption``, or files of JSON lines. More than one is too many."""
+    return [path for path in (root / FOLDER, *(root / file for file in LINES)) if os.path.lexists(path)]
 
 
-def read_lines(path: pathlib.Path, endings: tuple[str, ...], pictures: Container[str]) -> dict[str, str]:
-    """Prompts by the pictures' names without ending, out of a file of JSON lines.
+def read_lines(
+    path: pathlib.Path, endings: tuple[str, ...], pictures: Collection[str]
+) -> tuple[dict[str, str], list[Problem]]:
+    """Prompts by the pictures' names without ending, out of a file of JSON lines, and what is wrong with it.
+
+    Wrong is a line that is no JSON, lacks a key, names no picture of the folder or one that another line named, each
+    named by its number; and a picture without a line.
 
     Args:
       path: the file.
       endings: of pictures.
       pictures: names without ending, of those that there are.
-
-    Raises:
-      UserError: a line is no JSON, lacks a key, names no picture of the folder, or one that another line named: names
-        the first such lines by number.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not a text file in UTF-8 ({e}). Expected {_EXPECTED} on each line") from e
+        return {}, [Problem(str(path), f"not a text file in UTF-8 ({e})", f"Write {_EXPECTED} on each line")]
     prompts: dict[str, str] = {}
     seen: dict[str, int] = {}
     wrong = []
@@ -72,15 +62,15 @@ def read_lines(path: pathlib.Path, endings: tuple[str, ...], pictures: Container
             if name not in pictures:
                 raise ValueError(f"there is no picture {_short(name)}")
             if name in seen:
-                raise ValueError(f"line {seen[name]} already has a prompt for {_short(name)}")
+                raise ValueError(f"line {seen[name]} has a prompt for {_short(name)} already")
         except (ValueError, RecursionError) as e:
-            wrong.append(f"line {number}: {e}")
+            wrong.append(Problem(str(path), f"line {number}: {e}", f"Expected {_EXPECTED} on each line"))
             continue
         prompts[name], seen[name] = text, number
-    if wrong:
-        more = f"; and {len(wrong) - _SHOWN} more lines" if len(wrong) > _SHOWN else ""
-        raise UserError(f"{path}: {'; '.join(wrong[:_SHOWN])}{more}. Expected {_EXPECTED} on each line")
-    return prompts
+    if missing := sorted(set(pictures) - prompts.keys()):
+        found = f"no line for {len(missing)} of {len(pictures)} pictures: {few(map(_short, missing))}"
+        wrong.append(Problem(str(path), found, "Each picture needs its prompt: add them"))
+    return prompts, wrong
 
 
 def _parse(line: str, endings: tuple[str, ...]) -> tuple[str, str]:
@@ -112,18 +102,6 @@ def _one_of(entry: Mapping[str, Any], keys: tuple[str, ...]) -> str:
     if not isinstance(entry[found[0]], str):
         raise ValueError(f"{found[0]} is {_short(json.dumps(entry[found[0]]))}, expected a text")
     return entry[found[0]]
-
-
-def read_text(path: pathlib.Path) -> str:
-    """The one line of a prompt's own file. Raises UserError."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not a text file in UTF-8 ({e})") from e
-    prompts = [line.strip() for line in lines if line.strip()]
-    if len(prompts) != 1:
-        raise UserError(f"{path}: expected one line, the prompt, found {len(prompts)}")
-    return prompts[0]
 
 
 def _short(text: str) -> str:

@@ -7,7 +7,7 @@
     DATA/train/sketch/NAME.png
     DATA/train/caption/NAME.txt       their prompts, for text-conditional bases; or all in one file: .captions
     DATA/test/...                     the same, held out
-    DATA/classes.json                 names and colours of label classes, see .classes
+    DATA/classes.json                 names and colours of label classes: .classes
 
 Whatever is wrong with the tree is said at once; the files are opened as they are asked for.
 """
@@ -28,6 +28,7 @@ from PIL.Image import Transpose
 
 from mcm_jax.data import captions as captions_lib
 from mcm_jax.data.classes import Classes, classes_path, labels_of_colors, read_classes
+from mcm_jax.data.problems import Problem, few, refuse
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality, cover, read_png
 
@@ -35,7 +36,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 """Endings of the files that are pictures, in any case."""
 
 _CLUTTER = ("thumbs.db", "desktop.ini")  # and hidden files: what file managers leave behind
-_SHOWN = 3  # names in a message
+_NO_SUCH = "Add it, or take the modality out of the config"
 _ORIENTATION = 0x0112  # of EXIF, and what undoes each
 _UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -98,8 +99,7 @@ class Folder:
         self.modalities, self.height, self.width, self.captions = tuple(modalities), height, width, captions
         self.partial = partial
         tree = read_tree(path, split, modalities, captions, partial, held_out_share)
-        if tree.errors:
-            raise UserError("\n".join(str(e) for _, e in tree.errors))
+        refuse(tree.problems)
         self._root, self._files, self.classes, self._prompts = tree.root, tree.files, tree.classes, tree.prompts
         self.names = tree.names[:limit]
 
@@ -109,7 +109,7 @@ class Folder:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         name = self.names[index]
         path = self._path("image", name)
-        picture = _read_image(path)
+        picture = read_image(path)
         box = cover(picture.height, picture.width, self.height, self.width)
         top, left, bottom, right = box
         resized = picture.resize((self.width, self.height), Image.Resampling.LANCZOS, (left, top, right, bottom))
@@ -122,19 +122,13 @@ class Folder:
                 example[modality.name] = _eight_bits(modality, null)
                 continue
             condition = read_condition(self._path(modality.name, name), modality, self.classes.get(modality.name))
-            if not _same_aspect_ratio(condition.shape[:2], (picture.height, picture.width)):
-                raise UserError(
-                    f"{self._path(modality.name, name)} is {_size(*condition.shape[:2])}, which is another shape than "
-                    f"{path}: {_size(picture.height, picture.width)}{_turned(path)}. A {modality.name} shows all of "
-                    f"its picture; its resolution may differ, its aspect ratio may not"
-                )
+            check_shape(self._path(modality.name, name), condition, path, picture)
             scales = (condition.shape[0] / picture.height, condition.shape[1] / picture.width)
             scaled = tuple(edge * scale for edge, scale in zip(box, scales * 2, strict=True))
             example[modality.name] = to_grid(modality, condition, scaled, self.height, self.width)
         if self.captions:
             prompts = self._prompts
-            prompt = prompts[name] if prompts else captions_lib.read_text(self._path(captions_lib.FOLDER, name))
-            example["caption"] = np.array(prompt)
+            example["caption"] = np.array(prompts[name] if prompts else read_caption(self._path("caption", name)))
         return example
 
     def shares(self) -> dict[str, float]:
@@ -193,7 +187,7 @@ class Tree:
       files: of ``image``, each modality and ``caption``: file names by names without ending.
       classes: of the modalities that a ``classes.json`` describes.
       prompts: by name, where they are in one file; empty where each has its own or none are asked for.
-      errors: whatever is wrong, each with the file or folder that it is about.
+      problems: whatever is wrong.
     """
 
     root: pathlib.Path
@@ -201,7 +195,7 @@ class Tree:
     files: dict[str, dict[str, str]]
     classes: dict[str, Classes]
     prompts: dict[str, str]
-    errors: list[tuple[pathlib.Path, UserError]]
+    problems: list[Problem]
 
 
 def read_tree(
@@ -212,57 +206,36 @@ def read_tree(
     partial: bool = False,
     held_out_share: float = 0.0,
 ) -> Tree:
-    """Lists a split's files and pairs them; opens no picture. The arguments are those of :class:`Folder`.
-
-    Raises:
-      UserError: there is no such split, or it holds no pictures; all else is in :attr:`Tree.errors`.
-    """
+    """Lists a split's files and pairs them; opens no picture. The arguments are those of :class:`Folder`."""
     path = pathlib.Path(path)
     borrowed = held_out_share > 0 and not (path / "test").is_dir()
     root = path / ("train" if borrowed else split)
-    if not root.is_dir():
-        found = f"there are {_few(sorted(os.listdir(path)))}" if path.is_dir() else f"nor is there {path}"
-        raise UserError(f"{root}: no such folder; {found}. Expected {_layout(root)}")
-    images = _files(root / "image", PICTURES, besides=captions_lib.LINES)
+    found = captions_lib.find_captions(root) if captions else []
+    endings = {m.name: (".png",) if m.kind == "labels" else PICTURES for m in modalities}
+    if captions and not any(p.suffix for p in found):
+        endings["caption"] = (".txt",)
+    files, problems = scan(root, endings, [m.name for m in modalities] if partial else ())
+    images = files["image"]
     held_out = held_out_names(images, held_out_share) if borrowed else set()
     names = tuple(sorted(held_out if borrowed and split == "test" else images.keys() - held_out))
-    if not names:
-        few = f"{len(images)} picture(s), of which none can be held out" if images else "no pictures"
-        raise UserError(f"{root / 'image'}: holds {few}. Expected {_layout(root)}")
+    if images and not names:
+        fix = "Add pictures, or a test split"
+        problems.append(Problem(str(root / "image"), "holds one picture, so none can be held out", fix))
 
-    files, classes, prompts = {"image": images}, {}, {}
-    errors: list[tuple[pathlib.Path, UserError]] = []
+    classes, prompts = {}, {}
     for m in modalities:
-        folder, endings = root / m.name, (".png",) if m.kind == "labels" else PICTURES
-        files[m.name] = {}
-        try:
-            if not partial or os.path.lexists(folder):
-                files[m.name] = _files(folder, endings)
-            _check_pairs(folder, files[m.name], images, endings[0], partial)
-        except UserError as e:
-            errors.append((folder, e))
         if m.kind == "labels" and (file := classes_path(path, m.name)):
             try:
                 classes[m.name] = _fitting(read_classes(file), m, file)
             except UserError as e:
-                errors.append((file, e))
-    if captions:
-        folder = root / captions_lib.FOLDER
-        try:
-            found = captions_lib.find_captions(root) or folder
-            if found == folder:
-                files[captions_lib.FOLDER] = _files(folder, (".txt",))
-                _check_pairs(folder, files[captions_lib.FOLDER], images, ".txt")
-            else:
-                prompts = captions_lib.read_lines(found, PICTURES, images)
-                if missing := sorted(images.keys() - prompts.keys()):
-                    raise UserError(
-                        f"{found}: no line for {len(missing)} of {len(images)} pictures: {_few(missing)}. Each picture "
-                        f"needs its prompt"
-                    )
-        except UserError as e:
-            errors.append((folder, e))
-    return Tree(root, names, files, classes, prompts, errors)
+                problems.append(Problem.of(e, file))
+    if len(found) > 1:
+        where = " and in ".join(map(str, found))
+        problems.append(Problem(str(root), f"prompts are in {where}", "Keep those that count, move the others away"))
+    elif found and images and "caption" not in endings:
+        prompts, wrong = captions_lib.read_lines(found[0], PICTURES, images)
+        problems += wrong
+    return Tree(root, names, files, classes, prompts, problems)
 
 
 def held_out_names(names: Iterable[str], share: float) -> set[str]:
@@ -288,10 +261,7 @@ def has_split(path: str | os.PathLike, split: str, held_out_share: float) -> boo
     path = pathlib.Path(path)
     if (path / split).is_dir() or split != "test" or held_out_share <= 0:
         return (path / split).is_dir()
-    try:
-        return len(_files(path / "train" / "image", PICTURES, besides=captions_lib.LINES)) >= 2
-    except UserError:
-        return False
+    return len(_files(path / "train" / "image", PICTURES)[0]) >= 2
 
 
 def _fitting(classes: Classes, modality: Modality, path: pathlib.Path) -> Classes:
@@ -304,68 +274,82 @@ def _fitting(classes: Classes, modality: Modality, path: pathlib.Path) -> Classe
     return classes
 
 
-def _files(folder: pathlib.Path, endings: Sequence[str], besides: Collection[str] = ()) -> dict[str, str]:
-    """File names by what they are called without ending. `besides` names what else may be there, by FOLDER/FILE."""
+def scan(
+    root: pathlib.Path, endings: Mapping[str, Sequence[str]], partial: Collection[str] = ()
+) -> tuple[dict[str, dict[str, str]], list[Problem]]:
+    """Pairs the files of a split by their names.
+
+    Args:
+      root: the split's folder.
+      endings: of the files, by folder, without ``image``.
+      partial: folders that need not have a file for every picture, if they have one for any.
+
+    Returns:
+      For each folder its files by their names without ending, and all that is wrong with the tree.
+    """
+    if not root.is_dir():
+        found = f"there are {few(sorted(os.listdir(root.parent)))}" if root.parent.is_dir() else f"nor is {root.parent}"
+        return {"image": {}}, [Problem(str(root), f"no such folder; {found}", f"Expected {_layout(root)}")]
+    files, problems = {}, []
+    for name, known in {"image": PICTURES, **endings}.items():
+        if name in partial and not os.path.lexists(root / name):
+            files[name], wrong = {}, [Problem(str(root / name), "no such folder, so no picture has one", _NO_SUCH)]
+        else:
+            files[name], wrong = _files(root / name, known)
+        if name == "image" and not files[name] and not wrong:
+            wrong = [Problem(str(root / name), "holds no pictures", f"Expected {_layout(root)}")]
+        elif name != "image" and (root / name).is_dir():
+            some = name in partial and not files[name].keys().isdisjoint(files["image"])
+            wrong += _unpaired(root / name, files[name], files["image"], known[0], some)
+        problems += wrong
+    return files, problems
+
+
+def _files(folder: pathlib.Path, endings: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
+    """File names by what they are called without ending, and what else there is."""
     try:
-        with os.scandir(folder) as entries:
-            files = {e.name: _is_file(e) for e in entries if f"{folder.name}/{e.name}" not in besides}
+        entries = sorted(os.listdir(folder))
     except OSError as e:
-        raise UserError(
-            f"{folder}: cannot be read as a folder ({e.strerror}). Expected {_layout(folder.parent)}"
-        ) from e
-    names, others, twice = {}, [], []
-    for file in sorted(f for f in files if not f.startswith(".") and f.lower() not in _CLUTTER):
+        wrong = Problem(str(folder), f"cannot be read as a folder ({e.strerror})", f"Expected {_layout(folder.parent)}")
+        return {}, [wrong]
+    names, problems = {}, []
+    apart = _CLUTTER + (captions_lib.BESIDE_PICTURES,) * (folder.name == "image")
+    for file in (f for f in entries if not f.startswith(".") and f.lower() not in apart):
+        path = folder / file
         stem, ending = os.path.splitext(file)
         stem = unicodedata.normalize("NFC", stem)  # an accent is one character or two, by who wrote the archive
-        if not files[file] or ending.lower() not in endings:
-            others.append(file)
+        if not os.path.isfile(path):
+            kind = "a folder" if path.is_dir() else "a link that leads nowhere" if path.is_symlink() else "no file"
+            problems.append(Problem(str(path), f"{kind}, expected files only ({', '.join(endings)})", "Remove it"))
+        elif ending.lower() not in endings:
+            lossy = endings == (".png",) and ending.lower() in PICTURES
+            fix = "Labels are PNGs: lossy formats change the classes, so write PNGs from the labels themselves"
+            found = f"expected {', '.join(endings)} files only"
+            problems.append(Problem(str(path), found, fix if lossy else "Convert or remove it"))
         elif stem in names:
-            twice.append(f"{names[stem]} and {file}")
+            found = f"has the same name as {names[stem]}, and files of one name are one example"
+            problems.append(Problem(str(path), found, "Keep one"))
         else:
             names[stem] = file
-    if others:
-        lossy = endings == (".png",) and any(f.lower().endswith(PICTURES[1:]) for f in others)
-        why = ". Labels are PNGs: lossy formats change the classes, so write PNGs from the labels themselves"
-        raise UserError(
-            f"{folder}: expected {', '.join(endings)} files only, found {len(others)} other(s): {_few(others)}"
-            + (why if lossy else "")
-        )
-    if twice:
-        raise UserError(
-            f"{folder}: files of one name are one example, but {len(twice)} name(s) have two: {_few(twice)}. Keep one"
-        )
-    return names
+    return names, problems
 
 
-def _is_file(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:  # a link that leads to itself
-        return False
-
-
-def _check_pairs(
-    folder: pathlib.Path, files: Mapping[str, str], images: Mapping[str, str], ending: str, partial: bool = False
-) -> None:
-    problems = []
-    hint = ""
-    missing = sorted(images.keys() - files.keys())
-    if missing and (not partial or len(missing) == len(images)):
-        if ending != ".txt" and len(missing) < len(images):
-            hint = "; config.data.partial=True trains with pictures that miss some of their conditions"
-        problems.append(
-            f"no file for {len(missing)} of {len(images)} pictures: {_few(missing)} (expected "
-            f"{folder / (missing[0] + ending)} for {folder.parent / 'image' / images[missing[0]]})"
-        )
-    if extra := sorted(files.keys() - images.keys()):
-        problems.append(f"{len(extra)} file(s) without a picture: {_few([files[name] for name in extra])}")
-    if problems:
-        raise UserError(f"{folder}: {'; '.join(problems)}. Files are paired by their names without ending{hint}")
-
-
-def _few(names: Collection[str]) -> str:
-    shown = ", ".join(list(names)[:_SHOWN]) or "no files"
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+def _unpaired(
+    folder: pathlib.Path, files: Mapping[str, str], images: Mapping[str, str], ending: str, partial: bool
+) -> list[Problem]:
+    rule = "Files are paired by their names without ending: add or rename one, or remove the other"
+    missing = [] if partial else sorted(images.keys() - files.keys())
+    if missing and ending != ".txt" and len(missing) < len(images):
+        rule += "; config.data.partial=True trains with pictures that miss some of their conditions"
+    extra = sorted(files[name] for name in files.keys() - images.keys())
+    image = folder.parent / "image"
+    return [
+        *(
+            Problem(str(folder / (n + ending)), f"missing, but {image} has a picture of its name", rule)
+            for n in missing
+        ),
+        *(Problem(str(folder / file), f"{image} has no picture of its name", rule) for file in extra),
+    ]
 
 
 def _layout(root: pathlib.Path) -> str:
@@ -378,12 +362,12 @@ def _layout(root: pathlib.Path) -> str:
 # The files
 
 
-def _read_image(path: pathlib.Path) -> Image.Image:
-    """Any picture as upright RGB, its transparent parts over white."""
+def read_image(path: pathlib.Path) -> Image.Image:
+    """Any picture as upright RGB, its transparent parts over white. Raises UserError where it cannot be read."""
     try:
         with Image.open(path) as picture:
             picture.load()
-        turn = _turn(picture)
+        turn = turn_of(picture)
         if picture.mode.startswith("I;16"):  # convert() would cut it off at 255
             picture = Image.fromarray(np.round(np.asarray(picture) / 257).astype(np.uint8))
         if picture.has_transparency_data:
@@ -397,12 +381,24 @@ def _read_image(path: pathlib.Path) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
-def _turn(picture: Image.Image) -> Transpose | None:
+def turn_of(picture: Image.Image) -> Transpose | None:
     """What makes a picture upright. EXIF data that cannot be read turn nothing, as in any viewer."""
     try:
         return _UPRIGHT.get(picture.getexif().get(_ORIENTATION))
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
         return None
+
+
+def read_caption(path: pathlib.Path) -> str:
+    """The prompt in a file. Raises UserError where it is no text of one line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not a text file in UTF-8 ({e}). Save it as UTF-8") from e
+    prompts = [line.strip() for line in lines if line.strip()]
+    if len(prompts) != 1:
+        raise UserError(f"{path}: expected one line, the prompt, found {len(prompts)}. Write one")
+    return prompts[0]
 
 
 def read_condition(path: pathlib.Path, modality: Modality, classes: Classes | None = None) -> np.ndarray:
@@ -437,6 +433,16 @@ def read_condition(path: pathlib.Path, modality: Modality, classes: Classes | No
 
 
 # The grid
+
+
+def check_shape(path: pathlib.Path, condition: np.ndarray, image: pathlib.Path, picture: Image.Image) -> None:
+    """Raises UserError where a condition ``[H, W]`` or ``[H, W, C]`` has another aspect ratio than its picture."""
+    if not _same_aspect_ratio(condition.shape[:2], (picture.height, picture.width)):
+        raise UserError(
+            f"{path}: is {_size(*condition.shape[:2])}, which is another shape than {image}: "
+            f"{_size(picture.height, picture.width)}{_turned(image)}. A {path.parent.name} shows all of its picture; "
+            f"its resolution may differ, its aspect ratio may not"
+        )
 
 
 def _same_aspect_ratio(a: tuple[int, int], b: tuple[int, int]) -> bool:
@@ -477,7 +483,7 @@ def _size(height: int, width: int) -> str:
 def _turned(path: pathlib.Path) -> str:
     """A remark for a picture that its EXIF data turns by 90 degrees, where many tools do not."""
     with Image.open(path) as picture:
-        sideways = _turn(picture) in (
+        sideways = turn_of(picture) in (
             Transpose.TRANSPOSE,
             Transpose.ROTATE_270,
             Transpose.TRANSVERSE,
