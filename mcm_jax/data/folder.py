@@ -114,7 +114,7 @@ class Folder:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         name = self.names[index]
         path = self._path("image", name)
-        picture = _read_image(path)
+        picture = read_image(path)
         box = cover(picture.height, picture.width, self.height, self.width)
         top, left, bottom, right = box
         resized = picture.resize((self.width, self.height), Image.Resampling.LANCZOS, (left, top, right, bottom))
@@ -226,7 +226,7 @@ def _layout(root: pathlib.Path) -> str:
 # The files
 
 
-def _read_image(path: pathlib.Path) -> Image.Image:
+def read_image(path: pathlib.Path) -> Image.Image:
     """Any picture as upright RGB, its transparent parts over white."""
     try:
         with Image.open(path) as picture:
