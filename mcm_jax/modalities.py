@@ -138,7 +138,8 @@ class Modality:
 
 
 # What else an example or a record holds.
-_TAKEN = ("image", "latent", "caption", "prompt", "index", "draw", "seen", "t", "eps", "eps_scale", "noise", "x_t")
+_TAKEN = ("image", "latent", "caption", "prompt", "present", "index", "draw", "seen")
+_TAKEN += ("t", "eps", "eps_scale", "noise", "x_t")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,19 +12,28 @@ from mcm_jax.data.scenes import PALETTE
 from mcm_jax.files import write_atomically
 from mcm_jax.modalities import Modality
 
+_ABSENT = 160
+
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Images in [-1, 1] as 8-bit values; outside values are clipped."""
     return np.round((np.clip(np.asarray(images, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
-def show(modality: Modality, conditions: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
+def show(
+    modality: Modality,
+    conditions: np.ndarray,
+    palette: np.ndarray | None = None,
+    present: np.ndarray | None = None,
+) -> np.ndarray:
     """A batch of conditions as RGB uint8 ``[B, H, W, 3]``: labels in colours, maps in grey (or as they are).
 
     Labels have the colours of `palette`, uint8 ``[channels, 3]``, if it is given; where they are unknown, a
-    checkerboard, which no class looks like.
+    checkerboard, which no class looks like. Where `present`, bool ``[B]``, says that there is none, all is grey.
     """
     conditions = np.asarray(conditions)
+    if present is not None:
+        return np.where(present[:, None, None, None], show(modality, conditions, palette), np.uint8(_ABSENT))
     if modality.kind == "labels":
         if palette is None and modality.channels <= len(PALETTE):
             palette = PALETTE

@@ -141,7 +141,8 @@ class DataSettings:
 
         Returns:
           Random access to examples of ``image`` (uint8 ``[height, width, 3]``), the modalities on the same grid (labels
-          as integers, maps as value * 255), ``caption`` (a text, if the base takes it; scenes always have it).
+          as integers, maps as value * 255), ``caption`` (a text, if the base takes it; scenes always have it), and
+          where examples may miss modalities ``present`` (uint8 ``[len(modalities)]``, 0 for those that it lacks).
 
         Raises:
           UserError: a folder that is not as docs/data.md says.

@@ -68,6 +68,12 @@ class HeldOut:
         return {m.name: self._arrays[m.name] for m in self.judged}
 
     @functools.cached_property
+    def present(self) -> dict[str, np.ndarray]:
+        """Which examples have each modality, bool ``[N]``: all, but where a data set has gaps."""
+        there = self._arrays.get("present", np.ones((len(self), len(self.judged)))) > 0
+        return {m.name: there[:, i] for i, m in enumerate(self.judged)}
+
+    @functools.cached_property
     def captions(self) -> list[str]:
         """One of each example, whether the base takes them or not. Raises UserError where the data set has none."""
         found = self._arrays.get("caption")
