@@ -25,10 +25,7 @@ from PIL import Image
 from PIL.Image import Transpose
 
 from mcm_jax.errors import UserError
-from mcm_jax.modalities import Modality, cover, read_png
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-"""Endings of the files that are pictures, in any case."""
+from mcm_jax.modalities import PICTURES, Modality, cover, read_png
 
 _CLUTTER = ("thumbs.db", "desktop.ini")  # and hidden files: what file managers leave behind
 _SHOWN = 3  # names in a message
@@ -86,7 +83,7 @@ class Folder:
     ):
         self.modalities, self.height, self.width, self.captions = tuple(modalities), height, width, captions
         self._root = pathlib.Path(path) / split
-        endings = {m.name: (".png",) if m.kind == "labels" else PICTURES for m in self.modalities}
+        endings = {m.name: m.endings for m in self.modalities}
         if captions:
             endings["caption"] = (".txt",)
         if not self._root.is_dir():
@@ -277,20 +274,7 @@ def _same_aspect_ratio(a: tuple[int, int], b: tuple[int, int]) -> bool:
 
 def to_grid(modality: Modality, condition: np.ndarray, box: Sequence[float], height: int, width: int) -> np.ndarray:
     """The part ``box`` (top, left, bottom, right, in the condition's pixels) on the grid, 8 bits a value."""
-    top, left, bottom, right = box
-    if modality.kind == "labels" or (bottom - top <= height and right - left <= width):
-        # The pixel under each centre. Area averaging does the same where it enlarges.
-        rows = (top + (np.arange(height) + 0.5) * (bottom - top) / height).astype(int)
-        columns = (left + (np.arange(width) + 0.5) * (right - left) / width).astype(int)
-        part = condition[rows[:, None], columns[None, :]]
-    else:
-        # Cut at whole pixels, at most half of one away: less than half of the grid's.
-        part = condition[round(top) : round(bottom), round(left) : round(right)]
-        part = modality.resize(part, height, width)
-    if modality.kind != "labels":
-        return np.round(part * 255).astype(np.uint8)
-    most = max(modality.channels - 1, modality.ignore)
-    return part.astype(np.uint8 if most < 2**8 else np.uint16 if most < 2**16 else np.int32)
+    return modality.pack(modality.crop(condition, box, height, width))
 
 
 def _size(height: int, width: int) -> str:

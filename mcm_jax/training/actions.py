@@ -265,7 +265,7 @@ class ValidationPictures:
     """
 
     def __init__(self, folder: pathlib.Path, *, every: int, pipeline: Pipeline, examples: Mapping[str, np.ndarray]):
-        maps = [m.name for m in pipeline.modulator.modalities if m.kind != "labels"]
+        maps = [m.name for m in pipeline.modulator.modalities if m.continuous]
         self._folder, self._every, self._pipeline = folder, every, pipeline
         self._examples = to_float(dict(examples), maps)
 
