@@ -1,6 +1,8 @@
 """Paired examples: an image and its conditions."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -41,6 +43,8 @@ _SOURCES = {
     "folder": _Known(),
 }
 
+_SWAP = ".swap"  # after a modality's name
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
@@ -56,6 +60,8 @@ class DataSettings:
       views: augmented versions of each example, the first one as it is; see docs/data.md.
       flip: whether every other view is mirrored.
       crop: the least share of the picture's sides that a view shows.
+      jitter: how far views change the picture's brightness, contrast and saturation, each by a factor of at most 1 +
+        jitter and at least 1 - jitter; the conditions stay.
     """
 
     name: str = "scenes"
@@ -66,6 +72,7 @@ class DataSettings:
     views: int = 1
     flip: bool = False
     crop: float = 1.0
+    jitter: float = dataclasses.field(default=0.0, repr=False)  # names of caches are made of the others' repr
 
     def __post_init__(self):
         expect(self.name in _SOURCES, "name", f"one of {', '.join(_SOURCES)}", self.name)
@@ -78,7 +85,7 @@ class DataSettings:
         expect(self.size >= 1, "size", "at least 1", self.size)
         expect(self.seed >= 0, "seed", "at least 0", self.seed)
         expect(0 <= self.prompt_drop_rate <= 1, "prompt_drop_rate", "in [0, 1]", self.prompt_drop_rate)
-        check_views(self.views, self.flip, self.crop)
+        check_views(self.views, self.flip, self.crop, self.jitter)
 
     def check_holds(self, modalities: Sequence[Modality]) -> None:
         """Raises UserError where scenes have no such modality; what a folder has is seen when it is opened."""
@@ -149,6 +156,27 @@ class DataSettings:
         """
         found = self.find(split, modalities, card, size=size)
         source = InMemory.render(found) if isinstance(found, Scenes) else found
-        if split != "train" or (self.views, self.flip, self.crop) == (1, False, 1):
+        if split != "train" or self.views == 1:
             return source
-        return Views(source, modalities, views=self.views, flip=self.flip, crop=self.crop, seed=self.seed)
+        how = dict(views=self.views, flip=self.flip, crop=self.crop, jitter=self.jitter, seed=self.seed)
+        return Views(source, modalities, swaps=self._swaps(found), **how)
+
+    def without_views(self) -> "DataSettings":
+        """The same examples, each as it is."""
+        return dataclasses.replace(self, views=1, flip=False, crop=1.0, jitter=0.0)
+
+    def _swaps(self, found: Sequence[dict]) -> dict[str, np.ndarray]:
+        """What mirroring makes of the classes of each modality, where the data set says that it exchanges some."""
+        known = getattr(found, "classes", {}) if self.flip else {}
+        return {name: classes.mirrored for name, classes in known.items() if classes.swap}
+
+    def fingerprints(self, found: Scenes | Emoji | Folder, known: Mapping[str, str] | None = None) -> dict[str, str]:
+        """SHA-256, by name, of all that the examples of what :meth:`find` found are made of.
+
+        Args:
+          found: the data set.
+          known: an earlier result, where its files are known to be the same since: then they are not read.
+        """
+        digests = found.fingerprints() if known is None else {k: v for k, v in known.items() if not k.endswith(_SWAP)}
+        swaps = {name: json.dumps(becomes.tolist()).encode() for name, becomes in self._swaps(found).items()}
+        return digests | {name + _SWAP: hashlib.sha256(text).hexdigest() for name, text in swaps.items()}

@@ -94,7 +94,7 @@ class HeldOut:
 
         They have the size of :attr:`images`: sets are compared whose pictures came to a judge's size in the same way.
         """
-        data = dataclasses.replace(self.data, views=1, flip=False, crop=1.0)
+        data = self.data.without_views()
         count = min(most, len(data.find("train", (), self.card)))
         source = data.open("train", (), self.card, size=count)
         for start in range(0, count, _AT_ONCE):
