@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mcm_jax.base import BaseCard
+from mcm_jax.config import setting
 from mcm_jax.data import emoji, scenes
+from mcm_jax.data.classes import Classes, classes_path, read_classes
 from mcm_jax.data.emoji import Emoji
-from mcm_jax.data.folder import Folder
+from mcm_jax.data.folder import Folder, has_split
 from mcm_jax.data.pipeline import InMemory
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.data.views import Views, check_views
@@ -62,6 +64,10 @@ class DataSettings:
       crop: the least share of the picture's sides that a view shows.
       jitter: how far views change the picture's brightness, contrast and saturation, each by a factor of at most 1 +
         jitter and at least 1 - jitter; the conditions stay.
+      partial: whether pictures of a folder may miss modalities.
+      held_out_share: of a folder without a test split, how much of it is held out, by a hash of the names; 0 is none.
+      discover: whether the modalities of a folder are found in it, as configs/folder.py has it: the workdir's config
+        holds what was found. What the section ``modalities`` says counts before that.
     """
 
     name: str = "scenes"
@@ -72,7 +78,11 @@ class DataSettings:
     views: int = 1
     flip: bool = False
     crop: float = 1.0
-    jitter: float = dataclasses.field(default=0.0, repr=False)  # names of caches are made of the others' repr
+    # Names of caches are made of the others' repr.
+    jitter: float = dataclasses.field(default=0.0, repr=False)
+    partial: bool = dataclasses.field(default=False, repr=False)
+    held_out_share: float = setting(0.1, before=0.0, repr=False)
+    discover: bool = dataclasses.field(default=False, repr=False)
 
     def __post_init__(self):
         expect(self.name in _SOURCES, "name", f"one of {', '.join(_SOURCES)}", self.name)
@@ -85,6 +95,9 @@ class DataSettings:
         expect(self.size >= 1, "size", "at least 1", self.size)
         expect(self.seed >= 0, "seed", "at least 0", self.seed)
         expect(0 <= self.prompt_drop_rate <= 1, "prompt_drop_rate", "in [0, 1]", self.prompt_drop_rate)
+        expect(0 <= self.held_out_share < 1, "held_out_share", "at least 0 and below 1", self.held_out_share)
+        for key in ("partial", "discover"):
+            expect(not getattr(self, key) or self.name == "folder", key, "False: it is for data.name='folder'", True)
         check_views(self.views, self.flip, self.crop, self.jitter)
 
     def check_holds(self, modalities: Sequence[Modality]) -> None:
@@ -110,15 +123,26 @@ class DataSettings:
 
     def classes(self, modality: str) -> tuple[str, ...] | None:
         """The names of a modality's classes, where the data set knows them."""
-        return _SOURCES[self.name].classes.get(modality)
+        described = self.described(modality)
+        return described.names if described else _SOURCES[self.name].classes.get(modality)
 
     def palette(self, modality: str) -> np.ndarray | None:
         """The colours of a modality's classes, uint8 ``[C, 3]``, where the data set knows them."""
-        return _SOURCES[self.name].palettes.get(modality)
+        described = self.described(modality)
+        return described.colors if described else _SOURCES[self.name].palettes.get(modality)
+
+    def described(self, modality: str) -> Classes | None:
+        """What a folder's ``classes.json`` says of a modality of labels, where there is one."""
+        path = classes_path(self.path, modality) if self.name == "folder" else None
+        return read_classes(path) if path else None
 
     def is_at_hand(self, split: str = "train") -> bool:
         """Whether a split's examples can be read."""
-        return self.name != "folder" or (pathlib.Path(self.path) / split).is_dir()
+        return self.name != "folder" or has_split(self.path, split, self.held_out_share)
+
+    def splits_itself(self) -> bool:
+        """Whether the held-out examples are some of the folder that would train otherwise."""
+        return self.name == "folder" and not (pathlib.Path(self.path) / "test").is_dir() and self.has_test_split()
 
     def has_test_split(self) -> bool:
         """Whether there are held-out examples."""
@@ -130,7 +154,17 @@ class DataSettings:
         """What :meth:`open` opens, by the same arguments, but as it is: nothing is rendered or read yet."""
         height, width, _ = card.image_shape
         if self.name == "folder":
-            return Folder(self.path, split, modalities, height, width, card.is_text_conditional, size)
+            return Folder(
+                self.path,
+                split,
+                modalities,
+                height,
+                width,
+                card.is_text_conditional,
+                size,
+                partial=self.partial,
+                held_out_share=self.held_out_share,
+            )
         if self.name == "emoji":
             return Emoji(split, height, width, size)
         return Scenes(split, size or self.size, height, width, self.seed)
@@ -156,6 +190,9 @@ class DataSettings:
         """
         found = self.find(split, modalities, card, size=size)
         source = InMemory.render(found) if isinstance(found, Scenes) else found
+        if self.partial and split == "train" and size is None:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in found.shares().items())
+            print(f"{self.path}: of {len(found)} pictures, so many have each modality: {shares}")
         if split != "train" or self.views == 1:
             return source
         how = dict(views=self.views, flip=self.flip, crop=self.crop, jitter=self.jitter, seed=self.seed)

@@ -241,6 +241,7 @@ def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict
         "base.dtype": settings.base.dtype,
         "schedule": schedule.hexdigest(),
         **{f"data.{name}": value for name, value in data.items()},
+        **({"partial": "True"} if d.partial else {}),
         "views": views,
         **text,
         **{f"modalities.{m.name}": _facts(m) for m in settings.modalities.shown},
@@ -266,9 +267,10 @@ def shared_by(settings: RunSettings) -> str:
     s = settings
     parts = [s.base, s.data, s.draws, s.modalities.shown, s.cache.dtype]
     parts += [_facts(m) for m in s.modalities.shown if m.ignore != -1]
-    # Younger keys, which the names of older caches know nothing of.
-    younger = [f for f in dataclasses.fields(s.data) if not f.repr]
-    parts += [(f.name, getattr(s.data, f.name)) for f in younger if getattr(s.data, f.name) != f.default]
+    parts += ["partial"] if s.data.partial else []
+    parts += [f"jitter={float(s.data.jitter)}"] if s.data.jitter else []
+    held_out = s.data.held_out_share if s.data.name == "folder" else 0
+    parts += [f"held_out_share={float(held_out)}"] if held_out else []
     return store.fingerprint({str(i): repr(part) for i, part in enumerate(parts)})[:8]
 
 
@@ -315,6 +317,11 @@ def check_made_of(settings: RunSettings, folder: pathlib.Path, there: store.Mani
                 f"another folder (config.cache.path), or go back to that JAX and its settings"
             )
         differs = "\n".join(lines)
+        if settings.data.splits_itself() and any(line.strip().startswith("data.") for line in lines):
+            differs += (
+                "\nWhere data.image differs because the cache is older than data.held_out_share: 0 trains on all pairs of "
+                "a folder without a test split, as was usual then"
+            )
         raise UserError(
             f"{folder}: the cache there has fingerprint {there.fingerprint[:16]}, this config wants "
             f"{store.fingerprint(wanted)[:16]}. They differ in\n{differs}\n"
