@@ -19,6 +19,7 @@ from mcm_jax.base import Base, BaseCard
 from mcm_jax.cache import Cache, build, store
 from mcm_jax.data import Emoji, Folder, Scenes
 from mcm_jax.data.inputs import PREPROCESSING
+from mcm_jax.data.unreadable import said
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import check_writable
 from mcm_jax.modalities import Modality
@@ -140,6 +141,8 @@ def _build(
         f"{folder}: {len(cache):,} examples x {cache.manifest.draws} draws in {len(shards)} shards, "
         f"{sum(s['bytes'] for s in shards.values()) / 2**20:,.1f} MiB; {len(built)} shard(s) built now"
     )
+    if skipped := cache.manifest.skipped:
+        print(said(skipped, len(cache), getattr(source, "names", ())))
     return cache
 
 

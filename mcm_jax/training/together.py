@@ -212,6 +212,7 @@ def _train(
     records = records_of(parts, trials[0].settings, seeds, rates, steps, mesh, clock)
     try:
         train(calls, train_step, records, steps, [each], clock)
+        assembly.say_what_was_skipped(parts.feed)
     except Interrupted as e:
         raise Interrupted(f"{e}; the states of all trials are saved. Go on with the same command") from None
     each.tell()
