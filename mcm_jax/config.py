@@ -36,14 +36,15 @@ _BEFORE = "before"
 T = TypeVar("T")
 
 
-def setting(default: Any, *, before: Any) -> Any:
+def setting(default: Any, *, before: Any, repr: bool = True) -> Any:
     """A dataclass's field whose default is not what runs did when they had no such key.
 
     Args:
       default: of new runs.
       before: for a config that lacks the key.
+      repr: whether it is part of the section's repr, which names of caches are made of.
     """
-    return dataclasses.field(default=default, metadata={_BEFORE: before})
+    return dataclasses.field(default=default, metadata={_BEFORE: before}, repr=repr)
 
 
 def read(cls: type[T], config: Mapping[str, Any], *, where: str = "config", others: bool = False) -> T:

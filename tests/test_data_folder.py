@@ -362,7 +362,9 @@ def test_links_are_followed_and_broken_ones_named(tmp_path):
         pytest.skip("symbolic links cannot be made here, as on Windows without developer mode")
     assert len(Folder(tmp_path, "train", (SKETCH,), 8, 8)) == 1
     (split / "image" / "b.png").symlink_to(split / "nowhere.png")
-    assert "found 1 other(s): b.png" in _refused(tmp_path)
+    (split / "image" / "c.png").symlink_to(split / "image" / "c.png")
+    message = f"{split / 'image'}: 2 files (b.png, c.png): a link that leads nowhere"
+    assert message in _refused(tmp_path)
 
 
 def test_nothing_is_opened_before_it_is_asked_for(tmp_path):
@@ -383,7 +385,7 @@ def test_a_missing_split_says_what_is_there(tmp_path):
         (tmp_path / folder).mkdir()
     message = _refused(tmp_path)
     assert "there are image, sketch. Expected " + str(tmp_path / "train" / "image" / "NAME.jpg") in message
-    assert f"nor is there {tmp_path / 'no'}" in _refused(tmp_path / "no")
+    assert f"nor is {tmp_path / 'no'}" in _refused(tmp_path / "no")
 
 
 def test_a_missing_or_empty_image_folder(tmp_path):
@@ -397,46 +399,46 @@ def test_missing_conditions_are_counted_and_named(tmp_path):
     images = [f"image/{k}.jpg" for k in range(9)]
     split = _tree(tmp_path, *images, "segmentation/0.png", "segmentation/1.png", "segmentation/x_mask.png")
     message = _refused(tmp_path, SEGMENTATION)
-    assert f"{split / 'segmentation'}: no file for 7 of 9 pictures: 2, 3, 4 and 4 more" in message
-    assert f"(expected {split / 'segmentation' / '2.png'} for {split / 'image' / '2.jpg'})" in message
-    assert "1 file(s) without a picture: x_mask.png" in message
+    assert (
+        f"{split / 'segmentation'}: 7 files (2.png, 3.png, 4.png and 4 more): missing, but {split / 'image'}" in message
+    )
+    assert f"{split / 'segmentation' / 'x_mask.png'}: {split / 'image'} has no picture of its name" in message
 
 
 def test_all_folders_are_checked_at_once(tmp_path):
     split = _tree(tmp_path, "image/a.png", "sketch/b.png")
     message = _refused(tmp_path, SEGMENTATION, SKETCH, captions=True)
     assert [line.split(": ")[0] for line in message.splitlines()] == [
-        str(split / folder) for folder in ("segmentation", "sketch", "caption")
+        str(path) for path in (split, split / "sketch" / "a.png", split / "sketch" / "b.png")
     ]
+    assert f"{split}: 2 files (segmentation, caption): cannot be read as a folder" in message
 
 
 def test_missing_captions(tmp_path):
     split = _tree(tmp_path, "image/a.png", "image/b.png", "caption/a.txt")
-    assert f"no file for 1 of 2 pictures: b (expected {split / 'caption' / 'b.txt'}" in _refused(
-        tmp_path, captions=True
-    )
+    assert f"{split / 'caption' / 'b.txt'}: missing" in _refused(tmp_path, captions=True)
 
 
 def test_two_files_of_one_name_are_refused(tmp_path):
     split = _tree(tmp_path, "image/a.png", "image/a.jpg", "image/b.png")
     message = _refused(tmp_path)
-    assert f"{split / 'image'}: files of one name are one example, but 1 name(s) have two: a.jpg and a.png" in message
+    assert f"{split / 'image' / 'a.png'}: has the same name as a.jpg, and files of one name are one example" in message
     os.remove(split / "image" / "a.jpg")
     _tree(tmp_path, "sketch/a.png", "sketch/a.webp", "sketch/b.png")
-    assert "a.png and a.webp" in _refused(tmp_path, SKETCH)
+    assert "a.webp: has the same name as a.png" in _refused(tmp_path, SKETCH)
 
 
 @pytest.mark.parametrize("stranger", ["a.tiff", "notes.txt", "folder/b.png", "png", "b.png.bak"])
 def test_other_files_are_named_rather_than_left_out(stranger, tmp_path):
     split = _tree(tmp_path, "image/a.png", f"image/{stranger}")
-    expected = f"{split / 'image'}: expected .png, .jpg, .jpeg, .webp files only, found 1 other(s): "
-    assert expected + stranger.split("/")[0] in _refused(tmp_path)
+    found = "a folder" if "/" in stranger else "expected .png, .jpg, .jpeg, .webp files only"
+    assert f"{split / 'image' / stranger.split('/')[0]}: {found}" in _refused(tmp_path)
 
 
 def test_lossy_labels_are_refused_by_their_name_and_by_their_content(tmp_path):
     split = _tree(tmp_path, "image/a.png", "segmentation/a.jpg")
     message = _refused(tmp_path, SEGMENTATION)
-    assert f"{split / 'segmentation'}: expected .png files only, found 1 other(s): a.jpg. Labels are PNGs" in message
+    assert f"{split / 'segmentation' / 'a.jpg'}: expected .png files only. Labels are PNGs" in message
     os.rename(split / "segmentation" / "a.jpg", split / "segmentation" / "a.png")
     expected = re.escape(f"{split / 'segmentation' / 'a.png'}: found a JPEG file, expected PNG")
     with pytest.raises(UserError, match=expected):
@@ -476,9 +478,9 @@ def test_another_aspect_ratio_names_both_files(turned, tmp_path):
     labels = _save(tmp_path / "train" / "segmentation" / "a.png", _noise(*((48, 64) if turned else (64, 64)), high=6))
     message = _fails(tmp_path, SEGMENTATION)
     if turned:  # made by a tool that does not turn the picture
-        assert f"{labels} is 64x48 pixels" in message and f"{image}: 48x64 pixels as its EXIF data turns it" in message
+        assert f"{labels}: is 64x48 pixels" in message and f"{image}: 48x64 pixels as its EXIF data turns it" in message
     else:
-        assert f"{labels} is 64x64 pixels" in message and f"{image}: 64x48 pixels. " in message
+        assert f"{labels}: is 64x64 pixels" in message and f"{image}: 64x48 pixels. " in message
 
 
 def test_two_pixels_are_another_aspect_ratio(tmp_path):

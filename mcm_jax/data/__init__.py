@@ -1,15 +1,19 @@
 """Paired examples: an image and its conditions."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from mcm_jax.base import BaseCard
+from mcm_jax.config import setting
 from mcm_jax.data import emoji, scenes
+from mcm_jax.data.classes import Classes, classes_path, read_classes
 from mcm_jax.data.emoji import Emoji
-from mcm_jax.data.folder import Folder
+from mcm_jax.data.folder import Folder, has_split
 from mcm_jax.data.pipeline import InMemory
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.data.views import Views, check_views
@@ -41,6 +45,8 @@ _SOURCES = {
     "folder": _Known(),
 }
 
+_SWAP = ".swap"  # after a modality's name
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
@@ -56,6 +62,12 @@ class DataSettings:
       views: augmented versions of each example, the first one as it is; see docs/data.md.
       flip: whether every other view is mirrored.
       crop: the least share of the picture's sides that a view shows.
+      jitter: how far views change the picture's brightness, contrast and saturation, each by a factor of at most 1 +
+        jitter and at least 1 - jitter; the conditions stay.
+      partial: whether pictures of a folder may miss modalities.
+      held_out_share: of a folder without a test split, how much of it is held out, by a hash of the names; 0 is none.
+      discover: whether the modalities of a folder are found in it, as configs/folder.py has it: the workdir's config
+        holds what was found. What the section ``modalities`` says counts before that.
     """
 
     name: str = "scenes"
@@ -66,6 +78,11 @@ class DataSettings:
     views: int = 1
     flip: bool = False
     crop: float = 1.0
+    # Names of caches are made of the others' repr.
+    partial: bool = dataclasses.field(default=False, repr=False)
+    held_out_share: float = setting(0.1, before=0.0, repr=False)
+    discover: bool = dataclasses.field(default=False, repr=False)
+    jitter: float = dataclasses.field(default=0.0, repr=False)
 
     def __post_init__(self):
         expect(self.name in _SOURCES, "name", f"one of {', '.join(_SOURCES)}", self.name)
@@ -78,13 +95,16 @@ class DataSettings:
         expect(self.size >= 1, "size", "at least 1", self.size)
         expect(self.seed >= 0, "seed", "at least 0", self.seed)
         expect(0 <= self.prompt_drop_rate <= 1, "prompt_drop_rate", "in [0, 1]", self.prompt_drop_rate)
-        check_views(self.views, self.flip, self.crop)
+        expect(0 <= self.held_out_share < 1, "held_out_share", "at least 0 and below 1", self.held_out_share)
+        for key in ("partial", "discover"):
+            expect(not getattr(self, key) or self.name == "folder", key, "False: it is for data.name='folder'", True)
+        check_views(self.views, self.flip, self.crop, self.jitter)
 
     def check_holds(self, modalities: Sequence[Modality]) -> None:
         """Raises UserError where scenes have no such modality; what a folder has is seen when it is opened."""
-        known = {(m.name, m.kind == "labels", m.channels) for m in self.holds}
+        known = {(m.name, m.continuous, m.channels, m.planes) for m in self.holds}
         for m in modalities if known else ():
-            if (m.name, m.kind == "labels", m.channels) not in known:
+            if (m.name, m.continuous, m.channels, m.planes) not in known:
                 held = ", ".join(f"{m.name} ({m.kind}, channels={m.channels})" for m in self.holds)
                 raise UserError(
                     f"modalities.{m.name} is kind={m.kind!r}, channels={m.channels}, but the data set {self.name!r} "
@@ -103,15 +123,26 @@ class DataSettings:
 
     def classes(self, modality: str) -> tuple[str, ...] | None:
         """The names of a modality's classes, where the data set knows them."""
-        return _SOURCES[self.name].classes.get(modality)
+        described = self.described(modality)
+        return described.names if described else _SOURCES[self.name].classes.get(modality)
 
     def palette(self, modality: str) -> np.ndarray | None:
         """The colours of a modality's classes, uint8 ``[C, 3]``, where the data set knows them."""
-        return _SOURCES[self.name].palettes.get(modality)
+        described = self.described(modality)
+        return described.colors if described else _SOURCES[self.name].palettes.get(modality)
+
+    def described(self, modality: str) -> Classes | None:
+        """What a folder's ``classes.json`` says of a modality of labels, where there is one."""
+        path = classes_path(self.path, modality) if self.name == "folder" else None
+        return read_classes(path) if path else None
 
     def is_at_hand(self, split: str = "train") -> bool:
         """Whether a split's examples can be read."""
-        return self.name != "folder" or (pathlib.Path(self.path) / split).is_dir()
+        return self.name != "folder" or has_split(self.path, split, self.held_out_share)
+
+    def splits_itself(self) -> bool:
+        """Whether the held-out examples are some of the folder that would train otherwise."""
+        return self.name == "folder" and not (pathlib.Path(self.path) / "test").is_dir() and self.has_test_split()
 
     def has_test_split(self) -> bool:
         """Whether there are held-out examples."""
@@ -123,7 +154,17 @@ class DataSettings:
         """What :meth:`open` opens, by the same arguments, but as it is: nothing is rendered or read yet."""
         height, width, _ = card.image_shape
         if self.name == "folder":
-            return Folder(self.path, split, modalities, height, width, card.is_text_conditional, size)
+            return Folder(
+                self.path,
+                split,
+                modalities,
+                height,
+                width,
+                card.is_text_conditional,
+                size,
+                partial=self.partial,
+                held_out_share=self.held_out_share,
+            )
         if self.name == "emoji":
             return Emoji(split, height, width, size)
         return Scenes(split, size or self.size, height, width, self.seed)
@@ -141,13 +182,38 @@ class DataSettings:
 
         Returns:
           Random access to examples of ``image`` (uint8 ``[height, width, 3]``), the modalities on the same grid (labels
-          as integers, maps as value * 255), ``caption`` (a text, if the base takes it; scenes always have it).
+          as integers, maps as value * 255), ``caption`` (a text, if the base takes it; scenes always have it), and
+          where examples may miss modalities ``present`` (uint8 ``[len(modalities)]``, 0 for those that it lacks).
 
         Raises:
           UserError: a folder that is not as docs/data.md says.
         """
         found = self.find(split, modalities, card, size=size)
         source = InMemory.render(found) if isinstance(found, Scenes) else found
-        if split != "train" or (self.views, self.flip, self.crop) == (1, False, 1):
+        if self.partial and split == "train" and size is None:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in found.shares().items())
+            print(f"{self.path}: of {len(found)} pictures, so many have each modality: {shares}")
+        if split != "train" or self.views == 1:
             return source
-        return Views(source, modalities, views=self.views, flip=self.flip, crop=self.crop, seed=self.seed)
+        how = dict(views=self.views, flip=self.flip, crop=self.crop, jitter=self.jitter, seed=self.seed)
+        return Views(source, modalities, swaps=self._swaps(found), **how)
+
+    def without_views(self) -> "DataSettings":
+        """The same examples, each as it is."""
+        return dataclasses.replace(self, views=1, flip=False, crop=1.0, jitter=0.0)
+
+    def _swaps(self, found: Sequence[dict]) -> dict[str, np.ndarray]:
+        """What mirroring makes of the classes of each modality, where the data set says that it exchanges some."""
+        known = getattr(found, "classes", {}) if self.flip else {}
+        return {name: classes.mirrored for name, classes in known.items() if classes.swap}
+
+    def fingerprints(self, found: Scenes | Emoji | Folder, known: Mapping[str, str] | None = None) -> dict[str, str]:
+        """SHA-256, by name, of all that the examples of what :meth:`find` found are made of.
+
+        Args:
+          found: the data set.
+          known: an earlier result, where its files are known to be the same since: then they are not read.
+        """
+        digests = found.fingerprints() if known is None else {k: v for k, v in known.items() if not k.endswith(_SWAP)}
+        swaps = {name: json.dumps(becomes.tolist()).encode() for name, becomes in self._swaps(found).items()}
+        return digests | {name + _SWAP: hashlib.sha256(text).hexdigest() for name, text in swaps.items()}

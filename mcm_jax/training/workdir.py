@@ -11,10 +11,18 @@ from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.training.settings import RunSettings
 
 # What may change on the way: where a run happens and what is watched, not what is learned. The base and the data may
-# move, as their fingerprints tell whether they are the same; rounding may differ with the devices and micro-batches.
+# move or be split otherwise, as their fingerprints tell whether they are the same; rounding may differ with the devices and micro-batches.
 _FREE = {
-    *("base.path", "data.path", "cache.path", "cache.verify", "cache.batch_size", "cache.shard_draws"),
-    *("cache.load_base", "mcm.remat", "mesh.data", "mesh.fsdp", "train.accumulate", "train.init_from"),
+    *("base.path", "data.path", "data.held_out_share", "cache.path", "cache.verify", "cache.batch_size"),
+    *(
+        "cache.shard_draws",
+        "cache.load_base",
+        "mcm.remat",
+        "mesh.data",
+        "mesh.fsdp",
+        "train.accumulate",
+        "train.init_from",
+    ),
     *("train.log_every", "train.checkpoint_every", "train.keep", "train.best", "train.validate_every"),
     *("train.evaluate_every", "train.held_out", "train.wandb"),
 }
