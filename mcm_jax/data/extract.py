@@ -32,7 +32,7 @@ from scipy import ndimage
 
 from mcm_jax.data.colours import to_lab
 from mcm_jax.errors import UserError, expect
-from mcm_jax.modalities import ModalitiesSettings, Modality
+from mcm_jax.modalities import ModalitiesSettings, Modality, known
 from mcm_jax.plugins import imported, open_onnx
 
 VERSION = 1
@@ -388,12 +388,13 @@ def _condition_of(
 ) -> np.ndarray:
     """Labels, int32 ``[N, H, W]``, or maps, uint8 ``[N, H, W]`` or ``[N, H, W, C]``, from what was found."""
     n, h, w = pixels
+    kind = found.kind if (found := known(modality)) else ""
     if out.ndim == 4:  # channels first, last, or none
         first, last = out.shape[::2] == (n, h) and out.shape[3] == w, out.shape[:3] == (n, h, w)
         if first and (channels_first or not last):
             out = np.moveaxis(out, 1, -1)
         floats = np.issubdtype(out.dtype, np.floating)
-        if out.shape[:3] == (n, h, w) and floats and (modality == "segmentation" or out.shape[3] not in (1, 3, 4)):
+        if out.shape[:3] == (n, h, w) and floats and (kind == "labels" or out.shape[3] not in (1, 3, 4)):
             out = out.argmax(-1)  # logits
         elif out.shape[3] == 1:
             out = out[..., 0]
@@ -405,6 +406,6 @@ def _condition_of(
         )
     most = 65535 if labels else 1
     if not np.isfinite(out).all() or out.min() < 0 or out.max() > most:
-        kind = "labels in 0..65535" if labels else "maps of values in [0, 1]: scale or clip them in the extractor"
-        raise UserError(f"the extractor {what} gave values from {out.min()} to {out.max()}; expected {kind}")
+        expected = "labels in 0..65535" if labels else "maps of values in [0, 1]: scale or clip them in the extractor"
+        raise UserError(f"the extractor {what} gave values from {out.min()} to {out.max()}; expected {expected}")
     return out.astype(np.int32) if labels else np.round(out * 255).astype(np.uint8)
