@@ -8,10 +8,10 @@ import argparse
 import signal
 import sys
 
-from mcm_jax.data import make
+from mcm_jax.data import make, synthesise
 from mcm_jax.errors import UserError
 
-_COMMANDS = {"make": make}
+_COMMANDS = {"make": make, "synthesise": synthesise}
 
 
 def main(arguments: list[str] | None = None) -> None:
