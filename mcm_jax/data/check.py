@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import shlex
+import textwrap
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -316,7 +317,7 @@ def _doubts_of_condition(path: pathlib.Path, modality: Modality, condition: np.n
         yield doubt(f"16 bits, but values end at {round(high * 65535)} of 65535", "Scale them: 65535 is read as 1")
     elif said := modality.doubt(condition):
         found, _, fix = said.partition(", so ")
-        yield doubt(found, fix)
+        yield doubt(found, fix.capitalize())
 
 
 def _shares(labels: np.ndarray, modality: Modality) -> np.ndarray:
@@ -387,8 +388,8 @@ def _too_long(base: Base | None, prompts: Iterable[tuple[str, str, str]]) -> lis
     cut: dict[str, str] = {}
     base.tokenize([prompt for _, prompt, _ in prompts], cut)
     fix = "Shorten it: the rest is not seen"
-    rows = ((path, re.sub(r"^.* has (\d+ tokens, )", r"\1", cut[p], flags=re.S)) for path, p, _ in prompts if p in cut)
-    return [Problem(path, f"its prompt has {said}", fix, False) for path, said in rows]
+    rows = ((path, cut[p].removeprefix(f"{p!r} ")) for path, p, _ in prompts if p in cut)
+    return [Problem(path, f"its prompt {textwrap.shorten(said, 120)}", fix, False) for path, said in rows]
 
 
 def _lacking_classes(report: Report) -> Iterator[Problem]:

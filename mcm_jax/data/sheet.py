@@ -7,10 +7,10 @@ import html
 import io
 import pathlib
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from mcm_jax.data.folder import Tree, read_condition, read_image
 from mcm_jax.data.problems import Kind, Problem, alike, below, printable
@@ -23,7 +23,7 @@ SIDE = 160
 
 _GAP, _TEXT = 6, 14
 _GREY, _INK, _RED = (244, 244, 244), (40, 40, 40), (190, 30, 30)
-_DRAWN = 60  # examples of problems at most
+_DRAWN, _WORST = 60, 32  # examples of problems on the page, on the sheet
 _OF_A_KIND = 2
 _LISTED, _UNFOLDED = 6, 500  # files of one kind, before and behind a fold
 _KINDS = 20  # of those that are alike
@@ -100,25 +100,33 @@ def _crossed(text: str) -> Image.Image:
     draw = ImageDraw.Draw(box)
     draw.line((0, 0, SIDE, SIDE), (220, 220, 220))
     draw.line((0, SIDE, SIDE, 0), (220, 220, 220))
-    draw.text((SIDE / 2, SIDE / 2), text, _RED, anchor="mm")
+    draw.text((SIDE / 2, SIDE / 2), text, _RED, ImageFont.load_default(20), "mm")
     box.info["crossed"] = True
     return box
 
 
-def write_sheet(path: pathlib.Path, rows: Iterable[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> None:
-    """One picture of rows of drawings, each under its text, below the columns' names."""
-    rows = list(rows)
-    step = SIDE + _GAP
-    sheet = Image.new("RGB", (_GAP + step * len(columns), _TEXT + _GAP + (step + _TEXT) * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, name in enumerate(columns):
-        draw.text((_GAP + i * step, 2), _ascii(name, step), _INK)
-    for r, (text, drawn) in enumerate(rows):
-        y = _TEXT + _GAP + r * (step + _TEXT)
-        draw.text((_GAP, y), _ascii(text, step * len(columns)), _INK)
+def write_sheet(
+    path: pathlib.Path,
+    rows: Sequence[tuple[str, Sequence[Image.Image], tuple[int, int, int]]],
+    columns: Sequence[str],
+) -> None:
+    """One picture of rows of drawings, each under its text in its colour, in a block or several side by side."""
+    width, height = len(columns) * (SIDE + _GAP) + 3 * _GAP, SIDE + _GAP + _TEXT
+    blocks = max(1, round((len(rows) * height / width) ** 0.5))
+    deep = max(1, -(-len(rows) // blocks))
+    sheet = Image.new("RGB", (blocks * width, _TEXT + 2 * _GAP + deep * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for left in range(0, sheet.width, width):
+        for i, name in enumerate(columns):
+            draw.text((left + 2 * _GAP + i * (SIDE + _GAP), _GAP), _ascii(name, SIDE), "grey", font)
+    for r, (text, drawn, color) in enumerate(rows):
+        x, y = r // deep * width + 2 * _GAP, _TEXT + 2 * _GAP + r % deep * height
+        draw.text((x, y), _ascii(text, width - 3 * _GAP), color, font)
         for i, picture in enumerate(drawn):
-            sheet.paste(picture, (_GAP + i * step, y + _TEXT))
-    write_atomically(path, _png(sheet))
+            sheet.paste(picture, (x + i * (SIDE + _GAP), y + _TEXT + 2))
+    data = io.BytesIO()
+    sheet.save(data, "PNG")
+    write_atomically(path, data.getvalue())
 
 
 def _ascii(text: str, width: int) -> str:
@@ -128,28 +136,14 @@ def _ascii(text: str, width: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def _png(picture: Image.Image) -> bytes:
-    data = io.BytesIO()
-    picture.save(data, "PNG", optimize=True)
-    return data.getvalue()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Drawings:
-    """Draws examples by the files that are theirs."""
-
-    trees: Mapping[str, Tree]
-    modalities: Sequence[Modality]
-
-    def of(self, path: str) -> list[Image.Image]:
-        """The example that a file is of; nothing where it is of none."""
-        stem = unicodedata.normalize("NFC", pathlib.Path(path).stem)
-        folder = pathlib.Path(path).parent
-        for tree in self.trees.values():
-            if stem in tree.files["image"] and folder.parent == tree.root:
-                own = [m for m in self.modalities if m.name == folder.name]
-                return draw_example(tree, stem, own or self.modalities)
-        return []
+def _draw(path: str, trees: Mapping[str, Tree], modalities: Sequence[Modality]) -> list[Image.Image]:
+    """:func:`draw_example` of the example that a file is of; nothing where it is of none."""
+    file = pathlib.Path(path)
+    stem = unicodedata.normalize("NFC", file.stem)
+    for tree in trees.values():
+        if stem in tree.files["image"] and file.parent.parent == tree.root:
+            return draw_example(tree, stem, modalities)
+    return []
 
 
 def write(
@@ -176,17 +170,22 @@ def write(
       modalities: which are drawn.
       count: examples that are drawn, the first of the training split.
     """
-    draw = _Drawings(trees, modalities)
     examples = [(name, draw_example(trees["train"], name, modalities)) for name in trees["train"].names[:count]]
     groups, drawn = alike(problems), {}
     for kind in (kind for group in groups for kind in group[:_OF_A_KIND]):
         for path in kind.files[:_OF_A_KIND]:
-            if len(drawn) < _DRAWN and path not in drawn and (pictures := draw.of(path)):
+            if len(drawn) < _DRAWN and path not in drawn and (pictures := _draw(path, trees, modalities)):
                 drawn[path] = kind.found, pictures
-    columns = ["picture", *(m.name for m in modalities), "both"] if modalities else ["picture"]
-    rows = [(name, drawn) for name, drawn in examples]
-    rows += [(f"{pathlib.Path(path).name}: {found}", pictures) for path, (found, pictures) in drawn.items()]
+    columns = ["picture", *(m.name for m in modalities), *["both"] * bool(modalities)]
+    rows = [(name, pictures, _INK) for name, pictures in examples]
+    worst = list(drawn.items())[:_WORST]
+    rows += [(f"{pathlib.Path(p).name}: {below(found, root)}", pictures, _RED) for p, (found, pictures) in worst]
     write_sheet(out / "sheet.png", rows, columns)
+    names = [m.name for m in modalities]
+    for path, (found, pictures) in drawn.items():  # the page shows the condition that it is about
+        own = pathlib.Path(path).parent.name
+        i = 1 + (names.index(own) if own in names else 0)
+        drawn[path] = found, [pictures[0], *pictures[i : i + 1]]
     page = _page(title, verdict, groups, drawn, tables, examples, root)
     write_atomically(out / "check.html", page.encode())
     lines = io.StringIO()
@@ -211,6 +210,7 @@ img{max-width:96px;max-height:96px;margin:2px;border:1px solid #ccc;vertical-ali
 .examples{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0}figcaption{font-size:13px;overflow-wrap:anywhere}
 .bar{display:inline-block;height:.7em;background:#69c;margin-left:.5em}
 .swatch{display:inline-block;width:.9em;height:.9em;border:1px solid #999;margin-right:.5em;vertical-align:-.1em}
+.problems img{max-width:72px;max-height:72px}.problems td:nth-child(5){white-space:nowrap}
 .problems td:nth-child(2){width:24%}.problems td:nth-child(3),.problems td:nth-child(4){width:25%}
 """
 
@@ -252,7 +252,7 @@ def _row(kind: Kind, drawn: Mapping[str, tuple[str, Sequence[Image.Image]]], roo
     if more := files[_LISTED:_UNFOLDED]:
         cut = f"<div>and {len(files) - _UNFOLDED:,} more: see problems.csv</div>" * (len(files) > _UNFOLDED)
         shown += f"<details><summary>{len(files) - _LISTED:,} more</summary>{''.join(more)}{cut}</details>"
-    pictures = "".join(_img(p) for file in kind.files[:_OF_A_KIND] if file in drawn for p in drawn[file][1][:2])
+    pictures = "".join(_img(p) for file in kind.files[:_OF_A_KIND] if file in drawn for p in drawn[file][1])
     severity = _severity(kind.fatal)
     texts = "".join(f"<td>{_safe(below(text, root))}" for text in (kind.found, kind.fix))
     return f'<tr><td><span class="badge {severity}">{severity}</span><td>{shown}{texts}<td>{pictures}'
@@ -279,7 +279,9 @@ def _bar(text: str) -> str:
 
 
 def _img(picture: Image.Image) -> str:
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(_png(picture)).decode()}">'
+    data = io.BytesIO()
+    picture.save(data, "WEBP", quality=85)
+    return f'<img alt="" src="data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
 def _safe(text: str, lines: bool = False) -> str:
