@@ -8,6 +8,7 @@ One-hot labels, flags and zeros are ours; the paper claims the subsets and shows
 """
 
 import dataclasses
+import io
 import pathlib
 from collections.abc import Mapping
 
@@ -209,8 +210,8 @@ def drop(key: jax.Array, count: int, rate: float) -> jax.Array:
     return jax.random.bernoulli(key, 1 - rate, (count,))
 
 
-def read_png(path: str | pathlib.Path, modality: Modality) -> np.ndarray:
-    """Reads a condition from a picture file.
+def read_png(path: str | pathlib.Path | io.BytesIO, modality: Modality) -> np.ndarray:
+    """Reads a condition from a picture file, or from what is in one; then its ``str()`` says where that is.
 
     Labels come from a PNG whose pixel values are the classes (greyscale or palette indices); a colour picture or a
     lossy one (JPEG, WebP) is refused, since its values are no classes. Maps come from any picture, grey for one channel
@@ -222,8 +223,7 @@ def read_png(path: str | pathlib.Path, modality: Modality) -> np.ndarray:
     Raises:
       UserError: the file is missing, no picture, lossy, in colour, or holds an unknown class.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
+    if not isinstance(path, io.BytesIO) and not pathlib.Path(path).is_file():
         raise UserError(f"{path}: no such file (wanted: the {modality.name}'s PNG)")
     try:
         with Image.open(path) as picture:
