@@ -107,10 +107,11 @@ class Records:
                 f"is there, or build a data set that has them (docs/tfds.md)"
             )
         pictures = [n for n in wanted if n != "caption"]
-        if other := [n for n in pictures if not isinstance(features[n], tfds.features.Image)]:
+        skip = {n: tfds.decode.SkipDecoding() for n in features if isinstance(features[n], tfds.features.Image)}
+        if other := [n for n in pictures if n not in skip]:
             raise UserError(f"{self._root}: {other[0]} must be a feature of kind Image, found {features[other[0]]}")
         self._pictures = pictures
-        self._source = builder.as_data_source(split, decoders={n: tfds.decode.SkipDecoding() for n in pictures})
+        self._source = builder.as_data_source(split, decoders=skip)
         self._length = len(self._source) if limit is None else min(limit, len(self._source))
 
     def __len__(self) -> int:
@@ -250,7 +251,7 @@ def _newest(folder: pathlib.Path, path: str) -> pathlib.Path:
         )
     parents = sorted({str(p.parent.relative_to(folder)) for p in found}) if found != [folder] else []
     if len(parents) > 1:
-        raise UserError(f"{path}: there are several data sets in this folder, {few(parents, 10)}. Name one of them")
+        raise UserError(f"{path}: there are several data sets in this folder, {', '.join(parents)}. Name one of them")
     return max(found, key=lambda p: tuple(int(n) for n in re.findall(r"\d+", p.name)))
 
 
