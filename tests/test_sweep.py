@@ -171,6 +171,7 @@ def test_a_bad_sweep_is_explained_and_writes_nothing(script, small_path, tmp_pat
         (["--sweep=nowhere.py"], ["nowhere.py", "get_hyper()"]),
         (["--sweep={sweep}", "--sweep_index=3"], ["--sweep_index=3", "3 trials, 0 to 2"]),
         (["--sweep={sweep}", "--sweep_index=-1"], ["--sweep_index=-1", "3 trials"]),
+        (["--sweep={sweep}", "--sweep_width=0"], ["--sweep_width=0", "at least 1"]),
         (["--sweep_index=1"], ["--sweep_index goes with --sweep"]),
         (["--sweep={sweep}", "--profile=1:2"], ["sweep", "profile"]),
         (["--sweep={sweep}", "--sweep_mode=parallel"], ["sweep_mode", "together"]),

@@ -185,7 +185,7 @@ def bytes_of_an_example(plan: store.Manifest, recipe: Recipe) -> int:
     eps = latent * 1 + 4 * channels if recipe.dtype == "int8" else latent * jnp.dtype(recipe.dtype).itemsize
     example = inputs.load_example(base, recipe.source, recipe.modalities, 0)
     view = 2 * latent if base.is_latent else example["image"].nbytes
-    view += sum(example[m.name].nbytes for m in recipe.modalities)
+    view += sum(example[name].nbytes for name in (*(m.name for m in recipe.modalities), "present") if name in example)
     return 4 + plan.draws * (eps + 4) + plan.views * view
 
 

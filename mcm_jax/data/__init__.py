@@ -1,6 +1,8 @@
 """Paired examples: an image and its conditions."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -46,6 +48,8 @@ _SOURCES = {
 }
 _WITH_PATH = ("folder", "tfds")
 
+_SWAP = ".swap"  # after a modality's name
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
@@ -61,6 +65,8 @@ class DataSettings:
       views: augmented versions of each example, the first one as it is; see docs/data.md.
       flip: whether every other view is mirrored.
       crop: the least share of the picture's sides that a view shows.
+      jitter: how far views change the picture's brightness, contrast and saturation, each by a factor of at most 1 +
+        jitter and at least 1 - jitter; the conditions stay.
       partial: whether pictures of a folder may miss modalities.
       held_out_share: of a folder without a test split, how much of it is held out, by a hash of the names; 0 is none.
       discover: whether the modalities of a folder are found in it, as configs/folder.py has it: the workdir's config
@@ -79,6 +85,7 @@ class DataSettings:
     partial: bool = dataclasses.field(default=False, repr=False)
     held_out_share: float = setting(0.1, before=0.0, repr=False)
     discover: bool = dataclasses.field(default=False, repr=False)
+    jitter: float = dataclasses.field(default=0.0, repr=False)
 
     def __post_init__(self):
         expect(self.name in _SOURCES, "name", f"one of {', '.join(_SOURCES)}", self.name)
@@ -94,13 +101,13 @@ class DataSettings:
         expect(0 <= self.held_out_share < 1, "held_out_share", "at least 0 and below 1", self.held_out_share)
         for key in ("partial", "discover"):
             expect(not getattr(self, key) or self.name == "folder", key, "False: it is for data.name='folder'", True)
-        check_views(self.views, self.flip, self.crop)
+        check_views(self.views, self.flip, self.crop, self.jitter)
 
     def check_holds(self, modalities: Sequence[Modality]) -> None:
         """Raises UserError where scenes have no such modality; what a folder has is seen when it is opened."""
-        known = {(m.name, m.kind == "labels", m.channels) for m in self.holds}
+        known = {(m.name, m.continuous, m.channels, m.planes) for m in self.holds}
         for m in modalities if known else ():
-            if (m.name, m.kind == "labels", m.channels) not in known:
+            if (m.name, m.continuous, m.channels, m.planes) not in known:
                 held = ", ".join(f"{m.name} ({m.kind}, channels={m.channels})" for m in self.holds)
                 raise UserError(
                     f"modalities.{m.name} is kind={m.kind!r}, channels={m.channels}, but the data set {self.name!r} "
@@ -192,7 +199,8 @@ class DataSettings:
 
         Returns:
           Random access to examples of ``image`` (uint8 ``[height, width, 3]``), the modalities on the same grid (labels
-          as integers, maps as value * 255), ``caption`` (a text, if the base takes it; scenes always have it).
+          as integers, maps as value * 255), ``caption`` (a text, if the base takes it; scenes always have it), and
+          where examples may miss modalities ``present`` (uint8 ``[len(modalities)]``, 0 for those that it lacks).
 
         Raises:
           UserError: a folder that is not as docs/data.md says.
@@ -202,6 +210,27 @@ class DataSettings:
         if self.partial and split == "train" and size is None:
             shares = ", ".join(f"{name} {share:.0%}" for name, share in found.shares().items())
             print(f"{self.path}: of {len(found)} pictures, so many have each modality: {shares}")
-        if split != "train" or (self.views, self.flip, self.crop) == (1, False, 1):
+        if split != "train" or self.views == 1:
             return source
-        return Views(source, modalities, views=self.views, flip=self.flip, crop=self.crop, seed=self.seed)
+        how = dict(views=self.views, flip=self.flip, crop=self.crop, jitter=self.jitter, seed=self.seed)
+        return Views(source, modalities, swaps=self._swaps(found), **how)
+
+    def without_views(self) -> "DataSettings":
+        """The same examples, each as it is."""
+        return dataclasses.replace(self, views=1, flip=False, crop=1.0, jitter=0.0)
+
+    def _swaps(self, found: Sequence[dict]) -> dict[str, np.ndarray]:
+        """What mirroring makes of the classes of each modality, where the data set says that it exchanges some."""
+        known = getattr(found, "classes", {}) if self.flip else {}
+        return {name: classes.mirrored for name, classes in known.items() if classes.swap}
+
+    def fingerprints(self, found: Scenes | Emoji | Folder, known: Mapping[str, str] | None = None) -> dict[str, str]:
+        """SHA-256, by name, of all that the examples of what :meth:`find` found are made of.
+
+        Args:
+          found: the data set.
+          known: an earlier result, where its files are known to be the same since: then they are not read.
+        """
+        digests = found.fingerprints() if known is None else {k: v for k, v in known.items() if not k.endswith(_SWAP)}
+        swaps = {name: json.dumps(becomes.tolist()).encode() for name, becomes in self._swaps(found).items()}
+        return digests | {name + _SWAP: hashlib.sha256(text).hexdigest() for name, text in swaps.items()}

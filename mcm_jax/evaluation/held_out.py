@@ -52,7 +52,7 @@ class HeldOut:
         source = self.data.open("test", self.judged, card, size=self.most)
         examples = [source[i] for i in range(min(self.most, len(source)))]
         arrays = {key: np.stack([e[key] for e in examples]) for key in examples[0]}
-        return to_float(arrays, [m.name for m in self.judged if m.kind != "labels"])
+        return to_float(arrays, [m.name for m in self.judged if m.continuous])
 
     def __len__(self) -> int:
         return len(self._arrays["image"])
@@ -66,6 +66,12 @@ class HeldOut:
     def conditions(self) -> dict[str, np.ndarray]:
         """Of each modality, on the grid of the pictures: labels integers, the others float32 in [0, 1]."""
         return {m.name: self._arrays[m.name] for m in self.judged}
+
+    @functools.cached_property
+    def present(self) -> dict[str, np.ndarray]:
+        """Which examples have each modality, bool ``[N]``: all, but where a data set has gaps."""
+        there = self._arrays.get("present", np.ones((len(self), len(self.judged)))) > 0
+        return {m.name: there[:, i] for i, m in enumerate(self.judged)}
 
     @functools.cached_property
     def captions(self) -> list[str]:
@@ -88,7 +94,7 @@ class HeldOut:
 
         They have the size of :attr:`images`: sets are compared whose pictures came to a judge's size in the same way.
         """
-        data = dataclasses.replace(self.data, views=1, flip=False, crop=1.0)
+        data = self.data.without_views()
         count = min(most, len(data.find("train", (), self.card)))
         source = data.open("train", (), self.card, size=count)
         for start in range(0, count, _AT_ONCE):

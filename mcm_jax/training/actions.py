@@ -265,7 +265,7 @@ class ValidationPictures:
     """
 
     def __init__(self, folder: pathlib.Path, *, every: int, pipeline: Pipeline, examples: Mapping[str, np.ndarray]):
-        maps = [m.name for m in pipeline.modulator.modalities if m.kind != "labels"]
+        maps = [m.name for m in pipeline.modulator.modalities if m.continuous]
         self._folder, self._every, self._pipeline = folder, every, pipeline
         self._examples = to_float(dict(examples), maps)
 
@@ -286,9 +286,11 @@ class ValidationPictures:
         conditions = {m.name: m.resize_all(examples[m.name], height, width) for m in modalities}
         prompts = list(map(str, examples["caption"])) if pipeline.base.is_text_conditional else None
         keys = sampling.sample_keys(0, count)
-        rows = [pictures.show(m, examples[m.name]) for m in modalities]
-        alone = pipeline(conditions, keys, prompts=prompts, guidance=0.0, batch_size=count)
-        controlled = pipeline(conditions, keys, prompts=prompts, batch_size=count)
+        there = examples.get("present", np.ones((count, len(modalities)))) > 0
+        present = {m.name: there[:, i] for i, m in enumerate(modalities)}
+        rows = [pictures.show(m, examples[m.name], present=present[m.name]) for m in modalities]
+        how = dict(prompts=prompts, present=present, batch_size=count)
+        alone, controlled = pipeline(conditions, keys, guidance=0.0, **how), pipeline(conditions, keys, **how)
         return pictures.grid([*rows, pictures.to_uint8(alone), pictures.to_uint8(controlled)])
 
 

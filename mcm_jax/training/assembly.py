@@ -23,7 +23,7 @@ from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.actions import Checkpoint, Control, HeldOutLoss, Profile, Report, ValidationPictures
 from mcm_jax.training.caching import agree_on
 from mcm_jax.training.checkpoints import Checkpoints
-from mcm_jax.training.compiled import CompiledStep
+from mcm_jax.training.compiled import CompiledStep, memory_errors
 from mcm_jax.training.feed import Feed
 from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Action, Clock, train
@@ -133,7 +133,11 @@ def _run(
                 actions.append(trace := Profile(workdir / "profile", *profile))
                 trace.begin(first)
             try:
-                return train(state, Ahead(train_step, t.accumulate), records, steps, actions, clock)
+                with memory_errors(
+                    "Smaller steps of the same batch: config.train.accumulate=2 or more, config.mcm.remat=True; or "
+                    "another batch: config.train.batch_size"
+                ):
+                    return train(state, Ahead(train_step, t.accumulate), records, steps, actions, clock)
             except Interrupted as e:
                 raise Interrupted(f"{e}; the state is saved in {workdir}. Go on with the same command") from None
 

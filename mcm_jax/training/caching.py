@@ -209,7 +209,7 @@ def _plan(settings: RunSettings, card: BaseCard, rows: int, split: str) -> store
     """The manifest of a cache, without its shards."""
     source = _find(settings, card, split)
     return store.Manifest(
-        made_of=made_of(settings, card, source.fingerprints()),
+        made_of=made_of(settings, card, settings.data.fingerprints(source)),
         base=card.to_json(),
         stamps={"base": settings.base.stamp(), "data": source.stamp()},
         examples=rows // settings.data.views,
@@ -229,7 +229,8 @@ def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict
     schedule = hashlib.sha256(card.schedule.alphas_cumprod.tobytes() + card.schedule.prediction_type.encode())
     d = settings.data
     views = f"{d.views}" if d.views == 1 else f"{d.views}, flip {d.flip}, crop {float(d.crop)}"
-    views += f", seed {d.seed}" if d.crop < 1 else ""
+    views += f", jitter {float(d.jitter)}" if d.jitter else ""
+    views += f", seed {d.seed}" if d.crop < 1 or d.jitter else ""
     density = [float(part) / sum(settings.draws.density) for part in settings.draws.density]
     text = {"prompt_drop_rate": f"{float(d.prompt_drop_rate)}"} if card.is_text_conditional else {}
     offset = {"draws.offset": f"{float(settings.draws.offset)}"} if settings.draws.offset else {}
@@ -266,7 +267,9 @@ def shared_by(settings: RunSettings) -> str:
     s = settings
     parts = [s.base, s.data, s.draws, s.modalities.shown, s.cache.dtype]
     parts += [_facts(m) for m in s.modalities.shown if m.ignore != -1]
-    parts += ["partial"] if s.data.partial else []
+    # Younger keys, which the names of older caches know nothing of.
+    younger = [f for f in dataclasses.fields(s.data) if not f.repr]
+    parts += [(f.name, getattr(s.data, f.name)) for f in younger if getattr(s.data, f.name) != f.default]
     return store.fingerprint({str(i): repr(part) for i, part in enumerate(parts)})[:8]
 
 
@@ -287,7 +290,7 @@ def _wanted(settings: RunSettings, there: store.Manifest, split: str) -> dict[st
     data = there.data
     if settings.data.is_at_hand(split):
         source = _find(settings, card, split)
-        data = data if source.stamp() == there.stamps.get("data") else source.fingerprints()
+        data = settings.data.fingerprints(source, data if source.stamp() == there.stamps.get("data") else None)
     return made_of(settings, card, data)
 
 

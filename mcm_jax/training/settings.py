@@ -117,7 +117,7 @@ class RunSettings:
 
     def held_out(self) -> "RunSettings":
         """The same for the held-out examples: so many, as they are, with draws of their own that never change."""
-        data = dataclasses.replace(self.data, size=self.train.held_out, views=1, flip=False, crop=1.0)
+        data = dataclasses.replace(self.data.without_views(), size=self.train.held_out)
         draws = dataclasses.replace(self.draws, seed=(self.draws.seed + 1) % 2**32)
         return dataclasses.replace(self, data=data, draws=draws)
 

@@ -35,6 +35,9 @@ from mcm_jax.evaluation.judges.sets import likeness, open_features
 
 __all__ = ["Judge", "Judgement", "Number", "flatten", "judges_of"]
 
+_OF_KIND = {"lines": {"edges": edges}, "map": maps.JUDGES | {"edges": edges}}
+"""The judges of each kind of modality, by what a text begins with. Labels have readers."""
+
 _CAN_BE = {"labels": readers.CAN_BE, "lines": lines.CAN_BE, "map": f"{maps.CAN_BE}, or {lines.CAN_BE}"}
 
 
@@ -57,8 +60,7 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
             f"evaluation.judges: {', '.join(unknown)} is no modality here; expected one of "
             f"{', '.join([*known, 'caption', 'fidelity'])}"
         )
-    chosen = {name: specs.get(name) or held_out.data.judges.get(name, "") for name in known}
-    chosen |= {name: "edges" for name, m in known.items() if m.kind == "lines" and not chosen[name]}
+    chosen = {name: specs.get(name) or held_out.data.judges.get(name, "") or m.judge for name, m in known.items()}
     made, seeing = [], []
     for name, spec in chosen.items():
         modality = known[name]
@@ -70,12 +72,13 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
                 f"config.evaluation.judges.{name}): "
                 f"{_CAN_BE[modality.kind]}; or --judge={name}=none to leave it out"
             )
-        metric = spec.partition(":")[0]
-        if modality.kind != "labels" and metric == "edges":
-            made.append(edges(modality, spec, held_out))
-        elif modality.kind == "map" and metric in maps.JUDGES:
-            made.append(maps.JUDGES[metric](modality, spec, held_out))
-        elif modality.kind == "labels":
+        if not held_out.present[name].any():
+            raise UserError(
+                f"none of the {len(held_out)} held-out examples has a {name}, so nothing can be judged by it; "
+                f"--judge={name}=none (while training, config.evaluation.judges.{name}) leaves it out"
+            )
+        by = _OF_KIND.get(modality.kind)
+        if by is None:
             reader = open_reader(
                 spec.removeprefix(INTERIOR),
                 channels=modality.channels,
@@ -84,12 +87,23 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
             )
             seeing.append(reader)
             made.append(labels(modality, reader, held_out, spec.startswith(INTERIOR)))
+        elif metric := by.get(spec.partition(":")[0]):
+            made.append(metric(modality, spec, held_out))
         else:
             raise UserError(f"--judge={name}={spec}: no judge of {modality.kind}; expected {_CAN_BE[modality.kind]}")
+    made = [_of_those_with_it(judge, held_out.present[judge.name]) for judge in made]
     made += captions(caption, held_out)
     if references and (seen := open_features(of_sets, seeing)):
         made.append(likeness(*seen, held_out, references))
     return _distinct(made)
+
+
+def _of_those_with_it(judge: Judge, has: np.ndarray) -> Judge:
+    """The judge, of the examples that have what it judges by, bool ``[N]``."""
+    if has.all():
+        return judge
+    how = f"{judge.how}; of the {has.sum()} of {len(has)} held-out examples that have one"
+    return dataclasses.replace(judge, how=how, of=has)
 
 
 def _distinct(judges: list[Judge]) -> list[Judge]:
