@@ -9,8 +9,8 @@ import numpy as np
 from mcm_jax.base import BaseCard
 from mcm_jax.config import setting
 from mcm_jax.data import emoji, scenes
-from mcm_jax.data.emoji import Emoji
 from mcm_jax.data.classes import Classes, classes_path, read_classes
+from mcm_jax.data.emoji import Emoji
 from mcm_jax.data.folder import Folder, has_split
 from mcm_jax.data.pipeline import InMemory
 from mcm_jax.data.scenes import Scenes
