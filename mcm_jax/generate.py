@@ -77,11 +77,8 @@ def generate(
     maps, shown = {}, []
     for name, path in sorted(conditions.items()):
         condition = read_png(path, known[name])
-        if known[name].kind == "lines" and condition.mean() < 0.5:
-            warnings.warn(
-                f"{path}: mostly dark; a {name} is black lines on white, so invert it if it is the other way round",
-                stacklevel=2,
-            )
+        if doubt := known[name].doubt(condition):
+            warnings.warn(f"{path}: {doubt}", stacklevel=2)
         maps[name] = np.repeat(known[name].fit(condition, height, width)[None], num_samples, axis=0)
         shown.append(pictures.show(known[name], known[name].fit(condition, *pipeline.base.image_shape[:2])[None]))
 

@@ -21,22 +21,10 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 def show(modality: Modality, conditions: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
     """A batch of conditions as RGB uint8 ``[B, H, W, 3]``: labels in colours, maps in grey (or as they are).
 
-    Labels have the colours of `palette`, uint8 ``[channels, 3]``, if it is given; where they are unknown, a
+    Labels have the colours of `palette`, uint8 ``[channels, 3]``, or of scenes; where anything is unknown, a
     checkerboard, which no class looks like.
     """
-    conditions = np.asarray(conditions)
-    if modality.kind == "labels":
-        if palette is None and modality.channels <= len(PALETTE):
-            palette = PALETTE
-        elif palette is None:
-            palette = np.random.default_rng(0).integers(0, 256, (modality.channels, 3), dtype=np.uint8)
-        unknown = conditions == modality.ignore
-        checkered = (np.indices(unknown.shape[-2:]).sum(0) % 2 * 255).astype(np.uint8)
-        return np.where(unknown[..., None], checkered[..., None], palette[np.where(unknown, 0, conditions)])
-    values = np.round(conditions * 255).astype(np.uint8)
-    if values.ndim == 3:
-        values = values[..., None]
-    return np.broadcast_to(values[..., :3] if values.shape[-1] == 3 else values[..., :1], (*values.shape[:3], 3))
+    return modality.show(conditions, PALETTE if palette is None else palette)
 
 
 def grid(rows: Sequence[np.ndarray], *, gap: int = 1, least_size: int = 96) -> np.ndarray:

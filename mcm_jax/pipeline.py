@@ -317,10 +317,9 @@ class Pipeline:
         for i, modality in enumerate(self.modulator.modalities):
             given = conditions.get(modality.name)
             if given is not None:
-                if given.shape[:3] != (count, height, width):
-                    raise UserError(
-                        f"{modality.name}: expected shape [{count}, {height}, {width}], got {list(given.shape)}"
-                    )
+                wanted = modality.null(count, height, width).shape
+                if given.shape not in (wanted, (*wanted, 1)):
+                    raise UserError(f"{modality.name}: expected shape {list(wanted)}, got {list(given.shape)}")
                 present[:, i] = True
             full[modality.name] = modality.null(count, height, width) if given is None else np.asarray(given)
         run, guided = self._program(settings)

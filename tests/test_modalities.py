@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mcm_jax.errors import UserError
-from mcm_jax.modalities import Modality, drop, read_png, stack, total_channels
+from mcm_jax.modalities import KINDS, Modality, drop, known, read_png, stack, total_channels
 from mcm_jax.pictures import show
 
 SEGMENTATION = Modality("segmentation", "labels", 6)
@@ -20,6 +20,8 @@ SKETCH = Modality("sketch", "map", 1)
 NORMALS = Modality("normals", "map", 3)
 LINES = Modality("sketch", "lines", 1)
 PARTIAL = Modality("segmentation", "labels", 6, ignore=255)
+VECTORS = Modality("normals", "normals", 3)
+STROKES = Modality("strokes", "sparse", 3)
 ALL = (SEGMENTATION, SKETCH, NORMALS)
 
 
@@ -36,7 +38,62 @@ def _conditions(batch=2, height=4, width=6, seed=0):
     }
 
 
+def _one_of(modality, height=8, width=12, seed=0):
+    """A condition of any modality, as its files are read, with unknown pixels where it can have any."""
+    rng = np.random.default_rng(seed)
+    if not modality.continuous:
+        return rng.integers(0, modality.channels, (height, width)).astype(np.int32)
+    values = rng.random((height, width, modality.planes), np.float32)
+    if modality.kind == "normals":
+        values = (values - 0.5) / np.linalg.norm(values - 0.5, axis=-1, keepdims=True) / 2 + 0.5
+        values[:2] = 0
+    if modality.kind == "sparse":
+        values[..., -1] = rng.random((height, width)) < 0.4
+    return values if modality.planes > 1 else values[..., 0]
+
+
 # Modality
+
+
+@pytest.mark.parametrize(
+    "modality", [PARTIAL, SKETCH, LINES, VECTORS, STROKES, Modality("hint", "sparse", 1)], ids=lambda m: f"{m.kind}"
+)
+def test_what_every_kind_does(modality):
+    condition = _one_of(modality)
+    modality.check(condition, "here")
+    packed = modality.pack(condition)
+    assert packed.dtype == np.uint8 and packed.nbytes == 8 * 12 * modality.planes
+    np.testing.assert_allclose(modality.unpack(packed), condition, atol=0.5 / 255 + 1e-6)
+    for these in (condition, packed):
+        np.testing.assert_allclose(modality.mirror(modality.mirror(these)), these, atol=1e-6)
+    small = modality.resize(condition, 4, 6)
+    modality.check(small, "small")
+    np.testing.assert_array_equal(modality.crop(condition, (0, 0, 8, 12), 4, 6), small)
+    np.testing.assert_array_equal(modality.crop(condition, (2, 3, 6, 9), 4, 6), condition[2:6, 3:9])
+    batch = modality.resize_all(packed[None], 4, 6)
+    np.testing.assert_array_equal(batch[0], modality.pack(modality.resize(modality.unpack(packed), 4, 6)))
+    null = modality.null(1, 4, 6)
+    assert null.shape == batch.shape and not null.any()
+    modality.check(null[0], "null")
+    present = jnp.ones((1, 1), bool)
+    seen = np.asarray(stack((modality,), {modality.name: small[None]}, present))
+    assert seen.shape == (1, 4, 6, modality.channels + 1) and seen.min() >= 0 and seen.max() <= 1
+    mirrored = np.asarray(stack((modality,), {modality.name: modality.mirror(small)[None]}, present))
+    if modality is not VECTORS:  # whose colours change
+        np.testing.assert_array_equal(mirrored, seen[:, :, ::-1])
+    shown = modality.show(small[None])
+    assert shown.shape == (1, 4, 6, 3) and shown.dtype == np.uint8
+    assert modality.kind in KINDS
+
+
+def test_known_names_make_modalities():
+    names = ["segmentation", "sketch", "canny", "soft_edges", "lineart", "depth", "normals", "pose", "keypoints"]
+    for name in [*names, "strokes", "grey", "low_resolution", "inpainting"]:
+        found = known(name)
+        modality = Modality(name, found.kind, found.channels or 2)
+        assert found.judge in ("", modality.judge)
+    assert known("mine") is None and Modality("mine", "map", 1).judge == "" == Modality("grey", "map", 3).judge
+    assert repr(Modality("sketch", "lines", 1, -1)) == "Modality(name='sketch', kind='lines', channels=1)"  # in caches
 
 
 def test_kinds_and_channels_are_checked():
@@ -176,6 +233,39 @@ def test_the_mcm_sees_the_ink():
     np.testing.assert_allclose(LINES.channels_of(jnp.asarray(y)), 1 - y[..., None], atol=1e-7)
     np.testing.assert_array_equal(LINES.null(2, 4, 6), SKETCH.null(2, 4, 6))
     assert total_channels((LINES,)) == 2
+
+
+def test_sparse_colours_are_averaged_where_they_are_known():
+    colours = _one_of(STROKES)
+    hidden = np.where(colours[..., 3:] > 0, colours, np.random.default_rng(1).random((8, 12, 4)) * [1, 1, 1, 0])
+    small = STROKES.resize(colours, 4, 4)
+    np.testing.assert_allclose(STROKES.resize(hidden, 4, 4), small, atol=1e-6)  # what is transparent has no colour
+    cells = colours.reshape(4, 2, 4, 3, 4).swapaxes(1, 2).reshape(16, 6, 4)
+    for cell, found in zip(cells, small.reshape(16, 4), strict=True):
+        inked = cell[cell[:, 3] > 0]
+        assert found[3] == pytest.approx(len(inked) / 6)
+        np.testing.assert_allclose(found[:3], inked[:, :3].mean(0) if len(inked) else 0, atol=1e-6)
+    np.testing.assert_allclose(STROKES.resize(small, 2, 2), STROKES.resize(colours, 2, 2), atol=1e-6)
+    seen = np.asarray(stack((STROKES,), {"strokes": small[None]}, jnp.ones((1, 1), bool)))[0]
+    np.testing.assert_allclose(seen, np.concatenate([small[..., :3] * small[..., 3:], small[..., 3:]], -1), atol=1e-6)
+
+
+def test_normals_stay_unit_vectors_and_turn_with_the_picture():
+    normals = _one_of(VECTORS)  # whose first two rows are black: unknown
+    small = VECTORS.resize(normals, 4, 4)
+    vectors = 2 * small[1:] - 1
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1, atol=1e-5)
+    mean = (2 * normals[2:] - 1).reshape(3, 2, 4, 3, 3).mean((1, 3))
+    np.testing.assert_allclose(vectors, mean / np.linalg.norm(mean, axis=-1, keepdims=True), atol=1e-4)
+    np.testing.assert_array_equal(small[0], 0.5)
+    half = VECTORS.resize(normals[1:5], 1, 12)  # a row of four is unknown: the others' direction
+    np.testing.assert_allclose(half, VECTORS.resize(normals[2:5], 1, 12), atol=1e-4)
+    seen = np.asarray(stack((VECTORS,), {"normals": small[None]}, jnp.ones((1, 1), bool)))[0]
+    assert not seen[0].any() and (seen[1:, :, 3] == 1).all()
+    turned = 2 * VECTORS.mirror(small)[:, ::-1] - 1
+    np.testing.assert_allclose(turned, (2 * small - 1) * [-1, 1, 1], atol=1e-6)
+    with pytest.raises(UserError, match=r"normals\.channels must be 3"):
+        Modality("normals", "normals", 1)
 
 
 def test_the_same_grid_is_left_alone():
@@ -468,6 +558,30 @@ def test_a_mode_that_cannot_be_turned_into_grey_is_refused(tmp_path):
     path = _save(tmp_path, Image.merge("LAB", [Image.fromarray(_GREY)] * 3), format="TIFF")
     with pytest.raises(UserError, match=re.escape(f"{path}: cannot read a picture of mode LAB as a sketch")):
         read_png(path, SKETCH)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "palette"])
+def test_what_is_sparse_is_read_where_it_is_opaque(mode, tmp_path):
+    unknown = np.arange(72).reshape(8, 9) % 3 == 0
+    picture, options = Image.fromarray(np.where(unknown, 7, _GREY)).convert("L"), {}
+    if mode == "palette":
+        picture, options = picture.convert("P"), {"transparency": 7}  # no other pixel is 7
+    else:
+        picture.putalpha(Image.fromarray(np.where(unknown, 0, 255).astype(np.uint8)))
+        picture = picture.convert(mode)
+    read = read_png(_save(tmp_path, picture, **options), STROKES)
+    assert read.shape == (8, 9, 4) and read.dtype == np.float32
+    np.testing.assert_array_equal(read[..., 3], ~unknown)
+    np.testing.assert_allclose(read[~unknown][:, :3] * 255, _GREY[~unknown][:, None].repeat(3, 1), atol=1e-3)
+    shown = show(STROKES, read[None])[0]
+    np.testing.assert_array_equal(shown[unknown], show(PARTIAL, np.full((1, 8, 9), 255))[0][unknown])
+    np.testing.assert_array_equal(shown[~unknown][:, 0], _GREY[~unknown])
+
+
+def test_what_is_sparse_needs_transparency(tmp_path):
+    path = _save(tmp_path, Image.fromarray(_GREY).convert("RGB"))
+    with pytest.raises(UserError, match=re.escape(f"{path}: found a picture without transparency (mode RGB)")):
+        read_png(path, STROKES)
 
 
 def test_a_map_of_two_channels_has_no_picture(tmp_path):

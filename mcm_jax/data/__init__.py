@@ -95,9 +95,9 @@ class DataSettings:
 
     def check_holds(self, modalities: Sequence[Modality]) -> None:
         """Raises UserError where scenes have no such modality; what a folder has is seen when it is opened."""
-        known = {(m.name, m.kind == "labels", m.channels) for m in self.holds}
+        known = {(m.name, m.continuous, m.channels, m.planes) for m in self.holds}
         for m in modalities if known else ():
-            if (m.name, m.kind == "labels", m.channels) not in known:
+            if (m.name, m.continuous, m.channels, m.planes) not in known:
                 held = ", ".join(f"{m.name} ({m.kind}, channels={m.channels})" for m in self.holds)
                 raise UserError(
                     f"modalities.{m.name} is kind={m.kind!r}, channels={m.channels}, but the data set {self.name!r} "

@@ -30,10 +30,7 @@ from mcm_jax.data import captions as captions_lib
 from mcm_jax.data.classes import Classes, classes_path, labels_of_colors, read_classes
 from mcm_jax.data.problems import Problem, few, refuse
 from mcm_jax.errors import UserError
-from mcm_jax.modalities import Modality, cover, read_png
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-"""Endings of the files that are pictures, in any case."""
+from mcm_jax.modalities import PICTURES, Modality, cover, read_png
 
 _CLUTTER = ("thumbs.db", "desktop.ini")  # and hidden files: what file managers leave behind
 _NO_SUCH = "Add it, or take the modality out of the config"
@@ -118,8 +115,7 @@ class Folder:
             example["present"] = np.array([name in self._files[m.name] for m in self.modalities], np.uint8)
         for modality in self.modalities:
             if name not in self._files[modality.name]:
-                null = modality.null(1, self.height, self.width)[0]
-                example[modality.name] = _eight_bits(modality, null)
+                example[modality.name] = modality.pack(modality.null(1, self.height, self.width)[0])
                 continue
             condition = read_condition(self._path(modality.name, name), modality, self.classes.get(modality.name))
             check_shape(self._path(modality.name, name), condition, path, picture)
@@ -211,7 +207,7 @@ def read_tree(
     borrowed = held_out_share > 0 and not (path / "test").is_dir()
     root = path / ("train" if borrowed else split)
     found = captions_lib.find_captions(root) if captions else []
-    endings = {m.name: (".png",) if m.kind == "labels" else PICTURES for m in modalities}
+    endings = {m.name: m.endings for m in modalities}
     if captions and not any(p.suffix for p in found):
         endings["caption"] = (".txt",)
     files, problems = scan(root, endings, [m.name for m in modalities] if partial else ())
@@ -455,25 +451,7 @@ def _same_aspect_ratio(a: tuple[int, int], b: tuple[int, int]) -> bool:
 
 def to_grid(modality: Modality, condition: np.ndarray, box: Sequence[float], height: int, width: int) -> np.ndarray:
     """The part ``box`` (top, left, bottom, right, in the condition's pixels) on the grid, 8 bits a value."""
-    top, left, bottom, right = box
-    if modality.kind == "labels" or (bottom - top <= height and right - left <= width):
-        # The pixel under each centre. Area averaging does the same where it enlarges.
-        rows = (top + (np.arange(height) + 0.5) * (bottom - top) / height).astype(int)
-        columns = (left + (np.arange(width) + 0.5) * (right - left) / width).astype(int)
-        part = condition[rows[:, None], columns[None, :]]
-    else:
-        # Cut at whole pixels, at most half of one away: less than half of the grid's.
-        part = condition[round(top) : round(bottom), round(left) : round(right)]
-        part = modality.resize(part, height, width)
-    return _eight_bits(modality, part)
-
-
-def _eight_bits(modality: Modality, part: np.ndarray) -> np.ndarray:
-    """Maps as value * 255; labels as the smallest integers that hold them."""
-    if modality.kind != "labels":
-        return np.round(part * 255).astype(np.uint8)
-    most = max(modality.channels - 1, modality.ignore)
-    return part.astype(np.uint8 if most < 2**8 else np.uint16 if most < 2**16 else np.int32)
+    return modality.pack(modality.crop(condition, box, height, width))
 
 
 def _size(height: int, width: int) -> str:

@@ -72,8 +72,9 @@ class Views:
         if view and self.crop < 1:
             self._cut(example, np.random.default_rng((self.seed, index, view)))
         if view % 2 and self.flip:
-            for name in ("image", *(m.name for m in self.modalities)):
-                example[name] = np.ascontiguousarray(example[name][:, ::-1])
+            example["image"] = np.ascontiguousarray(example["image"][:, ::-1])
+            for m in self.modalities:
+                example[m.name] = m.mirror(example[m.name])
         return example
 
     def _cut(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> None:
@@ -86,5 +87,4 @@ class Views:
         example["image"] = np.array(picture.resize((width, height), Image.Resampling.LANCZOS, whole))
         for m in self.modalities:
             condition = example[m.name]
-            values = condition if m.kind == "labels" else condition.astype(np.float32) / 255
-            example[m.name] = to_grid(m, values, box, height, width).astype(condition.dtype, copy=False)
+            example[m.name] = to_grid(m, m.unpack(condition), box, height, width).astype(condition.dtype, copy=False)

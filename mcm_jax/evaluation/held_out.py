@@ -52,7 +52,7 @@ class HeldOut:
         source = self.data.open("test", self.judged, card, size=self.most)
         examples = [source[i] for i in range(min(self.most, len(source)))]
         arrays = {key: np.stack([e[key] for e in examples]) for key in examples[0]}
-        return to_float(arrays, [m.name for m in self.judged if m.kind != "labels"])
+        return to_float(arrays, [m.name for m in self.judged if m.continuous])
 
     def __len__(self) -> int:
         return len(self._arrays["image"])

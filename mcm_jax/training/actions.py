@@ -27,7 +27,7 @@ from mcm_jax.training.loop import Moment
 from mcm_jax.training.settings import RunSettings
 from mcm_jax.training.step import Record
 
-_LESS_IS_BETTER = ("held_out_loss", "held_out_mse", "depth_rmse", "delta_e", "loss", "mse")
+_LESS_IS_BETTER = ("held_out_loss", "held_out_mse", "depth_rmse", "delta_e", "angular_error", "loss", "mse")
 DIVERGED = "diverged.json"
 
 
@@ -265,7 +265,7 @@ class ValidationPictures:
     """
 
     def __init__(self, folder: pathlib.Path, *, every: int, pipeline: Pipeline, examples: Mapping[str, np.ndarray]):
-        maps = [m.name for m in pipeline.modulator.modalities if m.kind != "labels"]
+        maps = [m.name for m in pipeline.modulator.modalities if m.continuous]
         self._folder, self._every, self._pipeline = folder, every, pipeline
         self._examples = to_float(dict(examples), maps)
 

@@ -33,7 +33,7 @@ def make_noise_step(
     ``[B, M]``; of several drop rates ``[rates, B, M]``, each as the rate by itself would have it.
     """
     names, schedule = [m.name for m in modulator.modalities], modulator.schedule
-    maps = [m.name for m in modulator.modalities if m.kind != "labels"]
+    maps = [m.name for m in modulator.modalities if m.continuous]
 
     @jax.jit
     def noise_step(batch: Mapping[str, jax.Array]) -> Record:

@@ -10,10 +10,14 @@ Which judge a modality has is said by a text (``evaluation.judges`` in a config,
 * lines: ``edges``, or with its settings, ``edges:size=64,threshold=0.2,tolerance=2``. Judged by F1.
 * map: ``ms_ssim``, ``colour:blank=white``, ``depth:align=1,reader=READER``, ``pck:alpha=0.1,reader=READER``, or
   ``edges``; a reader is ``module:function`` or ``FILE.onnx`` (:mod:`.maps`).
+* normals: ``normals:reader=READER``. Judged by the mean angular error.
+* sparse: ``colour``, where there is a colour.
 * fidelity, of sets of pictures whatever their modalities: features (:mod:`.sets`): ``inception:FILE.safetensors``,
   ``module:function``, one of our nets that read labels, or '' for the judge of labels if it is one. Judged by FID, KID
   and the nearest training picture.
 * ``none``: the modality is not judged.
+
+Where nothing is said, it is the data set's own, or what the modality's name and kind say (:attr:`Modality.judge`).
 
 A judge compares on the grid that its reader takes, with conditions that were read or drawn anew for it.
 """
@@ -35,7 +39,21 @@ from mcm_jax.evaluation.judges.sets import likeness, open_features
 
 __all__ = ["Judge", "Judgement", "Number", "flatten", "judges_of"]
 
-_CAN_BE = {"labels": readers.CAN_BE, "lines": lines.CAN_BE, "map": f"{maps.CAN_BE}, or {lines.CAN_BE}"}
+_OF_KIND = {
+    "lines": {"edges": edges},
+    "map": maps.JUDGES | {"edges": edges},
+    "normals": {"normals": maps.normals},
+    "sparse": {"colour": maps.colour},
+}
+"""The judges of each kind of modality, by what a text begins with. Labels have readers."""
+
+_CAN_BE = {
+    "labels": readers.CAN_BE,
+    "lines": lines.CAN_BE,
+    "map": f"{maps.CAN_BE}, or {lines.CAN_BE}",
+    "normals": maps.OF_NORMALS,
+    "sparse": maps.OF_SPARSE,
+}
 
 
 def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) -> list[Judge]:
@@ -57,8 +75,7 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
             f"evaluation.judges: {', '.join(unknown)} is no modality here; expected one of "
             f"{', '.join([*known, 'caption', 'fidelity'])}"
         )
-    chosen = {name: specs.get(name) or held_out.data.judges.get(name, "") for name in known}
-    chosen |= {name: "edges" for name, m in known.items() if m.kind == "lines" and not chosen[name]}
+    chosen = {name: specs.get(name) or held_out.data.judges.get(name, "") or m.judge for name, m in known.items()}
     made, seeing = [], []
     for name, spec in chosen.items():
         modality = known[name]
@@ -70,12 +87,8 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
                 f"config.evaluation.judges.{name}): "
                 f"{_CAN_BE[modality.kind]}; or --judge={name}=none to leave it out"
             )
-        metric = spec.partition(":")[0]
-        if modality.kind != "labels" and metric == "edges":
-            made.append(edges(modality, spec, held_out))
-        elif modality.kind == "map" and metric in maps.JUDGES:
-            made.append(maps.JUDGES[metric](modality, spec, held_out))
-        elif modality.kind == "labels":
+        by = _OF_KIND.get(modality.kind)
+        if by is None:
             reader = open_reader(
                 spec.removeprefix(INTERIOR),
                 channels=modality.channels,
@@ -84,6 +97,8 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
             )
             seeing.append(reader)
             made.append(labels(modality, reader, held_out, spec.startswith(INTERIOR)))
+        elif metric := by.get(spec.partition(":")[0]):
+            made.append(metric(modality, spec, held_out))
         else:
             raise UserError(f"--judge={name}={spec}: no judge of {modality.kind}; expected {_CAN_BE[modality.kind]}")
     made += captions(caption, held_out)
