@@ -39,8 +39,8 @@ class TrainSettings:
       checkpoint_every: steps between checkpoints.
       keep: how many of the newest checkpoints stay.
       best: which number of the evaluations while training tells the best MCM, kept in ``best/``: ``held_out_loss``,
-        ``held_out_mse``; ``mean_iou``, ``edge_f1``, ``ms_ssim``, ``depth_rmse``, ``delta_e``, ``pck`` of the judges
-        (section ``evaluation``). '' keeps none.
+        ``held_out_mse``; ``mean_iou``, ``edge_f1``, ``ms_ssim``, ``depth_rmse``, ``delta_e``, ``angular_error``, ``pck``
+        of the judges (section ``evaluation``). '' keeps none.
       validate_every: steps between validation pictures; 0 is never.
       evaluate_every: steps between evaluations on held-out examples; 0 is never.
       held_out: examples of these.
