@@ -90,9 +90,12 @@ def paired_folder(root):
     for split, count in (("train", 3), ("test", 2)):
         for i in range(count):
             picture(root / f"{split}/image/{i}.jpg", seed=i)
-            save(root / f"{split}/segmentation/{i}.png", np.repeat(np.uint8([[0, 1, 2, 3]]), 3, 0))
+            save(root / f"{split}/segmentation/{i}.png", np.repeat(np.uint8(np.eye(4, 3, -1)[None] * 255), 3, 0))
             picture(root / f"{split}/sketch/{i}.png", 48, 64, i, "L")
             text(root / f"{split}/caption/{i}.txt", f"prompt {i}")
+    colors = [[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]]
+    classes = [{"name": f"class {i}", "color": color} for i, color in enumerate(colors)]
+    text(root / "classes.json", json.dumps({"classes": classes, "swap": {"class 1": "class 2"}}))
 
 
 def controlnet_rows(count):
@@ -230,7 +233,7 @@ def test_controlnet_reads_parquet_and_arrow(data, saved, count, inverted):
 
 def test_pictures_alone_are_an_image_alone(data):
     assert sum(len(read(data / "lhq", split)) for split in ("train", "test")) == 6
-    with pytest.raises(UserError, match="no segmentation; found name, image"):
+    with pytest.raises(UserError, match="no segmentation; found image, name"):
         Records(data / "lhq", "train", (LABELS,), 8, 8)
 
 
@@ -240,6 +243,8 @@ def test_a_folder_and_its_records_are_the_same(data, downloads, name):
         folder = Folder(downloads / "paired_folder", split, (LABELS, SKETCH), 16, 16, captions=True)
         records = Records(data / name, split, (LABELS, SKETCH), 16, 16, captions=True)
         assert len(folder) == len(records)
+        assert records.classes["segmentation"].names == ("class 0", "class 1", "class 2", "class 3")
+        assert records.classes["segmentation"].swap == folder.classes["segmentation"].swap
         for i in range(len(folder)):
             for key, value in folder[i].items():
                 np.testing.assert_array_equal(records[i][key], value)
@@ -319,6 +324,12 @@ def test_a_download_leads_nowhere_else(downloads, tmp_path):
     (shard,) = LAYOUTS["controlnet"]().splits(tmp_path)["train"]
     with pytest.raises(UserError, match=r"row 0, image: expected the bytes of a picture.*embedded"):
         list(shard())
+
+
+def test_the_extra_is_named_where_it_is_missing(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'mcm-jax\[tfds\]'"):
+        Records(data / "lhq", "train", (), 8, 8)
 
 
 def test_damage_is_named(data, tmp_path):

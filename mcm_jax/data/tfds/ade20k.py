@@ -10,6 +10,7 @@ import pathlib
 
 import numpy as np
 
+from mcm_jax.data.classes import Classes
 from mcm_jax.data.tfds.layout import Holds, Layout, Record, Shard, lines, picture, pixels, png, shards
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality
@@ -34,7 +35,7 @@ class ADE20K(Layout):
 
     def holds(self, folder: pathlib.Path) -> Holds:
         """150 classes of segmentation, 255 where unknown, and captions."""
-        classes = {"segmentation": self._classes(self._root(folder))}
+        classes = {"segmentation": Classes(self._names(self._root(folder)), ignore=255)}
         return Holds((Modality("segmentation", "labels", _CLASSES, ignore=255),), True, classes)
 
     def splits(self, folder: pathlib.Path) -> dict[str, list[Shard]]:
@@ -74,7 +75,7 @@ class ADE20K(Layout):
         self.need(root, "images/training", "annotations/training", "objectInfo150.txt", "sceneCategories.txt")
         return root
 
-    def _classes(self, root: pathlib.Path) -> tuple[str, ...]:
+    def _names(self, root: pathlib.Path) -> tuple[str, ...]:
         path = root / "objectInfo150.txt"  # Idx, Ratio, Train, Val, Name
         rows = [line.split("\t") for line in lines(path)[1:]]
         if [row[0].strip() for row in rows] != [str(i + 1) for i in range(_CLASSES)] or any(len(r) < 5 for r in rows):

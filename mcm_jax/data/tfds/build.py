@@ -133,8 +133,9 @@ def _features(tfds, held: Holds):
 
 def _metadata(held: Holds) -> dict:
     """What :func:`.records.describe` reads."""
-    if not held.certain:
-        return {}
-    modalities = {m.name: {"kind": m.kind, "channels": m.channels, "ignore": m.ignore} for m in held.modalities}
-    classes = {name: {"names": list(names), "swap": dict(held.swap)} for name, names in held.classes.items()}
+    certain = held.modalities if held.certain else ()
+    modalities = {m.name: {"kind": m.kind, "channels": m.channels, "ignore": m.ignore} for m in certain}
+    classes = {name: dataclasses.asdict(c) for name, c in held.classes.items()}
+    for known in classes.values():
+        known["colors"] = None if known["colors"] is None else known["colors"].tolist()
     return {"modalities": modalities, "classes": classes}

@@ -16,6 +16,7 @@ import pathlib
 
 import numpy as np
 
+from mcm_jax.data.classes import Classes
 from mcm_jax.data.problems import few
 from mcm_jax.data.tfds.layout import Holds, Layout, Record, Shard, lines, picture, pixels, png, shards
 from mcm_jax.errors import UserError, expect
@@ -59,11 +60,9 @@ class CelebAMaskHQ(Layout):
     def holds(self, folder: pathlib.Path) -> Holds:
         """19 classes of segmentation."""
         del folder
-        return Holds(
-            (Modality("segmentation", "labels", 19),),
-            classes={"segmentation": ORDERS[self.order]},
-            swap={f"l_{part}": f"r_{part}" for part in ("eye", "brow", "ear")},
-        )
+        sides = [(f"l_{part}", f"r_{part}") for part in ("eye", "brow", "ear")]
+        classes = Classes(ORDERS[self.order], swap=dict(sides + [pair[::-1] for pair in sides]))
+        return Holds((Modality("segmentation", "labels", 19),), classes={"segmentation": classes})
 
     def splits(self, folder: pathlib.Path) -> dict[str, list[Shard]]:
         """As CelebA splits them."""

@@ -12,6 +12,7 @@ cached predictions of the base are made with.
 import dataclasses
 import pathlib
 
+from mcm_jax.data.classes import Classes
 from mcm_jax.data.tfds.layout import Holds, Layout, Record, Shard, picture, plain_name, read_json, shards
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality
@@ -56,7 +57,7 @@ class COCOStuff(Layout):
         """182 classes of segmentation, 255 where unknown, and captions."""
         del folder
         labels = Modality("segmentation", "labels", len(CLASSES), ignore=255)
-        return Holds((labels,), True, {"segmentation": CLASSES})
+        return Holds((labels,), True, {"segmentation": Classes(CLASSES, ignore=255)})
 
     def splits(self, folder: pathlib.Path) -> dict[str, list[Shard]]:
         """train2017 trains, val2017 tests."""

@@ -6,14 +6,14 @@ import pathlib
 from PIL import Image
 
 from mcm_jax.data.captions import find_captions
+from mcm_jax.data.classes import FILE, classes_path, read_classes
 from mcm_jax.data.folder import PICTURES, held_out_names, read_caption, read_tree
 from mcm_jax.data.problems import few, refuse
 from mcm_jax.data.tfds.layout import Holds, Layout, Record, Shard, picture, shards
 from mcm_jax.errors import UserError, expect
-from mcm_jax.modalities import Modality
+from mcm_jax.modalities import Modality, known
 
 _SPLITS = ("train", "test")
-_COLOUR = ("RGB", "RGBA", "CMYK", "YCbCr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,16 +24,18 @@ class PairedFolder(Layout):
     page = "docs/data.md"
     licence = "yours"
     download = """--manual_dir has train/image/NAME.jpg and one folder a modality with the same names,
-    train/segmentation/NAME.png
-        and so on, train/caption/NAME.txt where there are prompts, and perhaps the same of test."""
+        train/segmentation/NAME.png and so on, train/caption/NAME.txt where there are prompts, and perhaps the same of test."""
 
     def holds(self, folder: pathlib.Path) -> Holds:
-        """The folders beside train/image, as maps of one or three channels, by their first pictures."""
+        """The folders beside train/image, as maps with the channels of their first pictures, and classes.json."""
         self.need(folder, "train/image")
         beside = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir() and not p.name.startswith("."))
         names = [name for name in beside if name not in ("image", "caption")]
         modalities = tuple(Modality(name, "map", _channels(folder / "train" / name)) for name in names)
-        return Holds(modalities, bool(find_captions(folder / "train")), certain=False)
+        files = {name: classes_path(folder, name) for name in names}
+        labels = {n: p for n, p in files.items() if p and (p.name != FILE or getattr(known(n), "kind", "") == "labels")}
+        classes = {name: read_classes(path) for name, path in labels.items()}
+        return Holds(modalities, bool(find_captions(folder / "train")), classes, certain=False)
 
     def splits(self, folder: pathlib.Path) -> dict[str, list[Shard]]:
         """Train, and test where there is one."""
@@ -122,12 +124,12 @@ class FlickrMountains(Pictures):
 
 
 def _channels(folder: pathlib.Path) -> int:
-    """3 where the first picture of a folder is in colour; a palette's are labels."""
+    """As many as the first picture of a folder has; a palette's are one, labels."""
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in PICTURES and not path.name.startswith("."):
             try:
                 with Image.open(path) as opened:
-                    return 3 if opened.mode in _COLOUR else 1
+                    return len(opened.getbands())
             except (OSError, SyntaxError, ValueError) as e:
                 raise UserError(f"{path}: not a picture that can be read ({e})") from e
     raise UserError(f"{folder}: holds no pictures. Fill it, or remove it")

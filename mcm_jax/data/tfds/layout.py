@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from mcm_jax.data.classes import Classes
 from mcm_jax.data.problems import few
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality
@@ -35,15 +36,13 @@ class Holds:
     Attributes:
       modalities: the conditions.
       captions: whether there are prompts.
-      classes: the names of the classes of labels, by modality.
-      swap: which class shows in the place of which when a picture is mirrored, by name, one way.
+      classes: of the modalities of labels, where they are known.
       certain: whether the modalities' kinds and channels are known; else the config says them, as for a folder.
     """
 
     modalities: tuple[Modality, ...] = ()
     captions: bool = False
-    classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    swap: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    classes: Mapping[str, Classes] = dataclasses.field(default_factory=dict)
     certain: bool = True
 
 

@@ -103,8 +103,8 @@ class Records:
         features = builder.info.features
         if missing := [name for name in wanted if name not in features]:
             raise UserError(
-                f"{self._root}: its records have no {', '.join(missing)}; found {', '.join(features)}. Train on what "
-                f"is there, or build a data set that has them (docs/tfds.md)"
+                f"{self._root}: its records have no {', '.join(missing)}; found {', '.join(sorted(features))}. Train on "
+                f"what is there, or build a data set that has them (docs/tfds.md)"
             )
         pictures = [n for n in wanted if n != "caption"]
         skip = {n: tfds.decode.SkipDecoding() for n in features if isinstance(features[n], tfds.features.Image)}
@@ -134,7 +134,7 @@ class Records:
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of the names and contents of the images, of each modality's pictures, and of the prompts. Reads all.
 
-        Those of pictures are a folder's, if names, order and files are the same.
+        Those of pictures are a folder's, if names, order, files and colours of classes are the same.
         """
         wanted = [*self._pictures, *(["caption"] if self.captions else [])]
 
@@ -150,8 +150,10 @@ class Records:
             rows = [row for chunk in pool.map(digests, range(0, len(self), _CHUNK)) for row in chunk]
         found = {}
         for column, key in enumerate(wanted):
-            facts = json.dumps([(name, values[column]) for name, values in rows])
-            found[key] = hashlib.sha256(facts.encode()).hexdigest()
+            facts = [(name, values[column]) for name, values in rows]
+            if (known := self.classes.get(key)) and known.colors is not None:
+                facts.append(("", [known.colors.tolist(), known.ignore_color]))
+            found[key] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         return found
 
     def stamp(self) -> str:
@@ -198,15 +200,22 @@ def describe(root: pathlib.Path) -> Description:
         modalities = tuple(
             Modality(name, m["kind"], m["channels"], m["ignore"]) for name, m in known.get("modalities", {}).items()
         )
-        ignore = {m.name: m.ignore for m in modalities}
-        classes = {
-            name: Classes(tuple(c["names"]), ignore=ignore[name], swap=c["swap"] | {b: a for a, b in c["swap"].items()})
-            for name, c in known.get("classes", {}).items()
-        }
+        classes = {name: _classes(c) for name, c in known.get("classes", {}).items()}
         splits = tuple(split["name"] for split in info.get("splits", ()))
         return Description(splits, info.get("fileFormat", "tfrecord"), modalities, classes)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{root}: not a data set as TFDS writes it ({type(e).__name__}: {e}). Build it anew") from e
+
+
+def _classes(found: dict[str, Any]) -> Classes:
+    colors, void = found["colors"], found["ignore_color"]
+    return Classes(
+        tuple(found["names"]),
+        None if colors is None else np.array(colors, np.uint8),
+        found["ignore"],
+        found["swap"],
+        None if void is None else tuple(void),
+    )
 
 
 def find(path: str | os.PathLike) -> pathlib.Path:

@@ -5,6 +5,7 @@ import functools
 import pathlib
 
 from mcm_jax.data import scenes
+from mcm_jax.data.classes import Classes
 from mcm_jax.data.pipeline import InMemory
 from mcm_jax.data.tfds.layout import Holds, Layout, Record, Shard, png, shards
 from mcm_jax.errors import expect
@@ -43,7 +44,11 @@ class RenderedScenes(Layout):
         """Segmentation, sketch and captions."""
         del folder
         labels = Modality("segmentation", "labels", len(scenes.CLASSES))
-        return Holds((labels, Modality("sketch", "lines", 1)), True, {"segmentation": tuple(scenes.CLASSES)})
+        return Holds(
+            (labels, Modality("sketch", "lines", 1)),
+            True,
+            {"segmentation": Classes(tuple(scenes.CLASSES), scenes.PALETTE)},
+        )
 
     def splits(self, folder: pathlib.Path) -> dict[str, list[Shard]]:
         """Train and test."""
