@@ -154,7 +154,8 @@ def test_bad_data_leave_no_workdir_and_once_mended_train(config, data, tmp_path,
         train_and_evaluate(config, workdir)
     assert not workdir.exists() or not any(workdir.iterdir())
 
-    tiny.shutil.rmtree(data / "test")  # without a held-out split there is nothing to judge
+    tiny.shutil.rmtree(data / "test")
+    config.data.held_out_share = 0.0  # nothing is held out, so there is nothing to judge
     assert int(train_and_evaluate(config, workdir).step) == 2
     assert "control is not measured while training" in capsys.readouterr().out
 

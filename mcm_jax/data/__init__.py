@@ -16,6 +16,7 @@ from mcm_jax.data.emoji import Emoji
 from mcm_jax.data.folder import Folder, has_split
 from mcm_jax.data.pipeline import InMemory
 from mcm_jax.data.scenes import Scenes
+from mcm_jax.data.tfds.records import Description, Records, describe, find
 from mcm_jax.data.unreadable import UNREADABLE, Skipping
 from mcm_jax.data.views import Views, check_views
 from mcm_jax.errors import UserError, expect
@@ -44,7 +45,9 @@ _SOURCES = {
         emoji.CLASSES, emoji.PALETTE, segmentation="interior:palette", sketch="edges:size=32", fidelity="emoji"
     ),
     "folder": _Known(),
+    "tfds": _Known(),
 }
+_WITH_PATH = ("folder", "tfds")
 
 _SWAP = ".swap"  # after a modality's name
 
@@ -54,9 +57,9 @@ class DataSettings:
     """The data set. The config's section ``data``.
 
     Attributes:
-      name: ``scenes``, procedural landscapes at the base's resolution; ``emoji``, drawn art at 32x32 or 64x64; or
-        ``folder``: your own pairs.
-      path: of a folder of pairs, see docs/data.md; '' for the others.
+      name: ``scenes``, procedural landscapes at the base's resolution; ``emoji``, drawn art at 32x32 or 64x64;
+        ``folder``: your own pairs; or ``tfds``: a data set of TensorFlow Datasets.
+      path: of a folder of pairs, see docs/data.md; of a data set of TFDS, or its name, see docs/tfds.md; else ''.
       size: training examples of scenes.
       seed: of scenes: another seed is another data set (0 trained the base, 1 the segmentation net); and of crops.
       prompt_drop_rate: how often the base is shown the empty prompt; for text-conditional bases.
@@ -92,9 +95,9 @@ class DataSettings:
     def __post_init__(self):
         expect(self.name in _SOURCES, "name", f"one of {', '.join(_SOURCES)}", self.name)
         expect(
-            bool(self.path) == (self.name == "folder"),
+            bool(self.path) == (self.name in _WITH_PATH),
             "path",
-            "a folder of pairs where data.name is 'folder', and '' where it is not",
+            "a folder of pairs where data.name is 'folder', a data set of TFDS where it is 'tfds', and '' elsewhere",
             self.path,
         )
         expect(self.size >= 1, "size", "at least 1", self.size)
@@ -120,7 +123,7 @@ class DataSettings:
     @property
     def holds(self) -> tuple[Modality, ...]:
         """The modalities that the data set is known to hold; what a folder has is seen when it is opened."""
-        return _SOURCES[self.name].holds
+        return self._of_tfds.modalities or _SOURCES[self.name].holds
 
     @property
     def judges(self) -> Mapping[str, str]:
@@ -138,17 +141,29 @@ class DataSettings:
         return described.colors if described else _SOURCES[self.name].palettes.get(modality)
 
     def described(self, modality: str) -> Classes | None:
-        """What a folder's ``classes.json`` says of a modality of labels, where there is one."""
+        """What a folder's ``classes.json``, or a data set of TFDS, says of a modality of labels, if it does."""
+        if self.name == "tfds":
+            return self._of_tfds.classes.get(modality)
         path = classes_path(self.path, modality) if self.name == "folder" else None
         return read_classes(path) if path else None
 
     def is_at_hand(self, split: str = "train") -> bool:
         """Whether a split's examples can be read."""
+        if self.name == "tfds":
+            return split in self._of_tfds.splits
         return self.name != "folder" or has_split(self.path, split, self.held_out_share)
 
     def splits_itself(self) -> bool:
         """Whether the held-out examples are some of the folder that would train otherwise."""
         return self.name == "folder" and not (pathlib.Path(self.path) / "test").is_dir() and self.has_test_split()
+
+    @property
+    def _of_tfds(self) -> Description:
+        """Empty where the data set is not of TFDS, or not at hand: a cache can train without it."""
+        try:
+            return describe(find(self.path)) if self.name == "tfds" else Description()
+        except UserError:
+            return Description()
 
     def has_test_split(self) -> bool:
         """Whether there are held-out examples."""
@@ -156,7 +171,7 @@ class DataSettings:
 
     def find(
         self, split: str, modalities: Sequence[Modality], card: BaseCard, *, size: int | None = None
-    ) -> Scenes | Emoji | Folder:
+    ) -> Scenes | Emoji | Folder | Records:
         """What :meth:`open` opens, by the same arguments, but as it is: nothing is rendered or read yet."""
         height, width, _ = card.image_shape
         if self.name == "folder":
@@ -171,6 +186,8 @@ class DataSettings:
                 partial=self.partial,
                 held_out_share=self.held_out_share,
             )
+        if self.name == "tfds":
+            return Records(self.path, split, modalities, height, width, card.is_text_conditional, size)
         if self.name == "emoji":
             return Emoji(split, height, width, size)
         return Scenes(split, size or self.size, height, width, self.seed)

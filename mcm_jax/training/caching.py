@@ -322,8 +322,8 @@ def check_made_of(settings: RunSettings, folder: pathlib.Path, there: store.Mani
         differs = "\n".join(lines)
         if settings.data.splits_itself() and any(line.strip().startswith("data.") for line in lines):
             differs += (
-                "\nWhere data.image differs because the cache is older than data.held_out_share: 0 trains on all pairs of "
-                "a folder without a test split, as was usual then"
+                "\nA cache that is older than config.data.held_out_share is of all pairs of a folder without a test "
+                "split: 0 trains on all"
             )
         raise UserError(
             f"{folder}: the cache there has fingerprint {there.fingerprint[:16]}, this config wants "
