@@ -165,7 +165,7 @@ CARD = BaseCard("", "", None, (8, 8, 3), (8, 8, 3), False, 1, 1)
 
 def test_a_source_is_opened_with_its_views(folder):
     of = lambda split, **changes: data(**changes).open(split, MODALITIES, CARD)  # noqa: E731
-    mine = {"name": "folder", "path": str(folder)}
+    mine = {"name": "folder", "path": str(folder), "held_out_share": 0.0}
     assert isinstance(of("train", **mine), Folder) and len(of("train", **mine)) == 3
     assert len(of("train", **mine, views=2, flip=True)) == 6 and len(of("train", views=2, flip=True)) == 8
     assert len(of("test", views=2, flip=True)) == 4  # held-out examples are as they are
