@@ -30,7 +30,7 @@ from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Action, Clock, train
 from mcm_jax.training.optimizer import make_optimizer, make_schedule
 from mcm_jax.training.parts import Parts, assemble
-from mcm_jax.training.settings import RunSettings
+from mcm_jax.training.settings import RunSettings, read_run
 
 _OFTEN = 25  # times that training may see one draw before control suffers: docs/cache.md, "How many draws"
 
@@ -57,7 +57,7 @@ def train_and_evaluate(
       UserError: bad input, see its message; nothing of the workdir is changed.
       Interrupted: SIGINT or SIGTERM came; the state was saved.
     """
-    settings, workdir = config_lib.read(RunSettings, config), pathlib.Path(workdir)
+    settings, workdir = read_run(config, workdir), pathlib.Path(workdir)
     agree_on(settings)
     mesh = sharding.make_mesh(settings.mesh)
     sharding.check_batch_size(settings.train.batch_size, mesh, "config.train.batch_size", settings.train.accumulate)

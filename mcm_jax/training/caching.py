@@ -23,7 +23,7 @@ from mcm_jax.data.unreadable import said
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import check_writable
 from mcm_jax.modalities import Modality
-from mcm_jax.training.settings import RunSettings
+from mcm_jax.training.settings import RunSettings, read_run
 from mcm_jax.version import __version__, source_digest
 
 
@@ -35,7 +35,7 @@ def precompute(config: Any, workdir: str | os.PathLike, *, verify: bool = True) 
       workdir: holds the cache, in ``cache/``, unless ``cache.path`` says otherwise. Nothing else is written there.
       verify: whether the checksums of a cache that is already there are compared.
     """
-    settings = config_lib.read(RunSettings, config)
+    settings = read_run(config, workdir)
     agree_on(settings)
     return build_cache(settings, workdir, verify=verify)
 
