@@ -29,10 +29,16 @@ class Row:
     told: bool = True
 
 
+_MOST = 4  # modalities of which every subset is sampled
+
+
 def subsets(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Every subset but the empty one, by its name: everything (``both``, ``all``) first, each alone last."""
-    found = {}
-    for size in range(len(names), 0, -1):
+    """Every subset but the empty one, by its name: everything (``both``, ``all``) first, each alone last.
+
+    Of more than four modalities everything and each alone: of ten there are 1,023 subsets.
+    """
+    found, sizes = {}, range(len(names), 0, -1)
+    for size in sizes if len(names) <= _MOST else (len(names), 1):
         for given in itertools.combinations(names, size):
             everything = size == len(names) > 1
             found[("both" if size == 2 else "all") if everything else "+".join(given)] = given
