@@ -103,8 +103,8 @@ class Records:
         features = builder.info.features
         if missing := [name for name in wanted if name not in features]:
             raise UserError(
-                f"{self._root}: its records have no {', '.join(missing)}; found {', '.join(sorted(features))}. Train on "
-                f"what is there, or build a data set that has them (docs/tfds.md)"
+                f"{self._root}: its records have no {', '.join(missing)}; found {', '.join(sorted(features))}. Train "
+                f"on what is there, or build a data set that has them (docs/tfds.md)"
             )
         pictures = [n for n in wanted if n != "caption"]
         skip = {n: tfds.decode.SkipDecoding() for n in features if isinstance(features[n], tfds.features.Image)}
