@@ -17,6 +17,7 @@ from mcm_jax.data.folder import Folder, has_split
 from mcm_jax.data.pipeline import InMemory
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.data.tfds.records import Description, Records, describe, find
+from mcm_jax.data.unreadable import UNREADABLE, Skipping
 from mcm_jax.data.views import Views, check_views
 from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality
@@ -67,6 +68,8 @@ class DataSettings:
       crop: the least share of the picture's sides that a view shows.
       jitter: how far views change the picture's brightness, contrast and saturation, each by a factor of at most 1 +
         jitter and at least 1 - jitter; the conditions stay.
+      unreadable: what becomes of a training example whose files turn out to be damaged or wrong: ``fail``; or ``skip``:
+        the next one takes its place, which is counted and told, up to 5% of the examples.
       partial: whether pictures of a folder may miss modalities.
       held_out_share: of a folder without a test split, how much of it is held out, by a hash of the names; 0 is none.
       discover: whether the modalities of a folder are found in it, as configs/folder.py has it: the workdir's config
@@ -82,6 +85,8 @@ class DataSettings:
     flip: bool = False
     crop: float = 1.0
     # Names of caches are made of the others' repr.
+    jitter: float = dataclasses.field(default=0.0, repr=False)
+    unreadable: str = dataclasses.field(default="fail", repr=False)
     partial: bool = dataclasses.field(default=False, repr=False)
     held_out_share: float = setting(0.1, before=0.0, repr=False)
     discover: bool = dataclasses.field(default=False, repr=False)
@@ -101,6 +106,7 @@ class DataSettings:
         expect(0 <= self.held_out_share < 1, "held_out_share", "at least 0 and below 1", self.held_out_share)
         for key in ("partial", "discover"):
             expect(not getattr(self, key) or self.name == "folder", key, "False: it is for data.name='folder'", True)
+        expect(self.unreadable in UNREADABLE, "unreadable", f"one of {', '.join(UNREADABLE)}", self.unreadable)
         check_views(self.views, self.flip, self.crop, self.jitter)
 
     def check_holds(self, modalities: Sequence[Modality]) -> None:
@@ -210,10 +216,14 @@ class DataSettings:
         if self.partial and split == "train" and size is None:
             shares = ", ".join(f"{name} {share:.0%}" for name, share in found.shares().items())
             print(f"{self.path}: of {len(found)} pictures, so many have each modality: {shares}")
-        if split != "train" or self.views == 1:
-            return source
-        how = dict(views=self.views, flip=self.flip, crop=self.crop, jitter=self.jitter, seed=self.seed)
-        return Views(source, modalities, swaps=self._swaps(found), **how)
+        if split != "train":
+            return source  # figures are of these: none is another's
+        if self.views > 1:
+            how = dict(views=self.views, flip=self.flip, crop=self.crop, jitter=self.jitter, seed=self.seed)
+            source = Views(source, modalities, swaps=self._swaps(found), **how)
+        if self.unreadable == "skip" and isinstance(found, Folder):
+            source = Skipping(source, self.views, found.names)
+        return source
 
     def without_views(self) -> "DataSettings":
         """The same examples, each as it is."""

@@ -14,7 +14,7 @@ from pictures and judge samples by it. It is given one picture, float32 ``[1, H,
 channels.
 
 Every extractor sees a picture brought to ``size`` pixels along its shorter side, if it is larger: which lines there are
-depends on the scale at which one looks.
+depends on the scale at which one looks. For lines, smaller ones than 128 pixels are enlarged to that.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from scipy import ndimage
 
 from mcm_jax.data.colours import to_lab
 from mcm_jax.errors import UserError, expect
-from mcm_jax.modalities import ModalitiesSettings, Modality
+from mcm_jax.modalities import ModalitiesSettings, Modality, known
 from mcm_jax.plugins import imported, open_onnx
 
 VERSION = 1
@@ -41,6 +41,8 @@ VERSION = 1
 SIZE = 512
 """The shorter side, in pixels, at which pictures are looked at unless the text says otherwise; 0 is as they are."""
 
+_LEAST = 128  # the shorter side at which lines are looked for: in fewer pixels they run together
+_LINES = ("canny", "soft_edges", "sketch")
 _PROBE = 64  # height and width of the picture that tries what takes any size
 
 
@@ -223,6 +225,12 @@ def _drawn(ink: np.ndarray) -> np.ndarray:
     return np.round(255 * (1 - ink)).astype(np.uint8)
 
 
+def _scaled(picture: Image.Image, shorter: int) -> Image.Image:
+    """A picture with so many pixels along its shorter side."""
+    factor = shorter / min(picture.size)
+    return picture.resize(tuple(round(side * factor) for side in picture.size), Image.Resampling.BICUBIC)
+
+
 def _brush(draw: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], width: int, fill: Any) -> None:
     """A line with round ends through points (y, x)."""
     places, radius = [(x, y) for y, x in points], width / 2
@@ -262,10 +270,8 @@ class Extractor:
         Raises:
           UserError: the user's function or net gave no condition.
         """
-        shorter = min(picture.size)
-        if self.size and shorter > self.size:
-            size = tuple(round(side * self.size / shorter) for side in picture.size)
-            picture = picture.resize(size, Image.Resampling.LANCZOS)
+        if self.size and min(picture.size) > self.size:
+            picture = _scaled(picture, self.size)
         return Image.fromarray(self.find(np.asarray(picture), name))
 
 
@@ -335,6 +341,8 @@ def _of_ours(modality: str, what: str, texts: Sequence[str]) -> Extractor:
     chosen = {k: v for k, v in settings.items() if k in parameters}
 
     def find(picture: np.ndarray, name: str) -> np.ndarray:
+        if what in _LINES and min(picture.shape[:2]) < _LEAST:
+            picture = np.asarray(_scaled(Image.fromarray(picture), _LEAST))
         if "rng" not in parameters:
             return function(picture, **chosen)
         digest = hashlib.sha256(f"{what}/{settings['seed']}/{name}".encode()).digest()
@@ -380,12 +388,13 @@ def _condition_of(
 ) -> np.ndarray:
     """Labels, int32 ``[N, H, W]``, or maps, uint8 ``[N, H, W]`` or ``[N, H, W, C]``, from what was found."""
     n, h, w = pixels
+    kind = found.kind if (found := known(modality)) else ""
     if out.ndim == 4:  # channels first, last, or none
         first, last = out.shape[::2] == (n, h) and out.shape[3] == w, out.shape[:3] == (n, h, w)
         if first and (channels_first or not last):
             out = np.moveaxis(out, 1, -1)
         floats = np.issubdtype(out.dtype, np.floating)
-        if out.shape[:3] == (n, h, w) and floats and (modality == "segmentation" or out.shape[3] not in (1, 3, 4)):
+        if out.shape[:3] == (n, h, w) and floats and (kind == "labels" or out.shape[3] not in (1, 3, 4)):
             out = out.argmax(-1)  # logits
         elif out.shape[3] == 1:
             out = out[..., 0]
@@ -397,6 +406,6 @@ def _condition_of(
         )
     most = 65535 if labels else 1
     if not np.isfinite(out).all() or out.min() < 0 or out.max() > most:
-        kind = "labels in 0..65535" if labels else "maps of values in [0, 1]: scale or clip them in the extractor"
-        raise UserError(f"the extractor {what} gave values from {out.min()} to {out.max()}; expected {kind}")
+        expected = "labels in 0..65535" if labels else "maps of values in [0, 1]: scale or clip them in the extractor"
+        raise UserError(f"the extractor {what} gave values from {out.min()} to {out.max()}; expected {expected}")
     return out.astype(np.int32) if labels else np.round(out * 255).astype(np.uint8)

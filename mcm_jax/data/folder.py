@@ -277,17 +277,21 @@ def scan(
     if not root.is_dir():
         found = f"there are {few(sorted(os.listdir(root.parent)))}" if root.parent.is_dir() else f"nor is {root.parent}"
         return {"image": {}}, [Problem(str(root), f"no such folder; {found}", f"Expected {_layout(root)}")]
-    files, problems = {}, []
+    files, problems, spoilt = {}, [], set()
     for name, known in {"image": PICTURES, **endings}.items():
         if name in partial and not os.path.lexists(root / name):
             files[name], wrong = {}, [Problem(str(root / name), "no such folder, so no picture has one", _NO_SUCH)]
         else:
             files[name], wrong = _files(root / name, known)
+        if name == "image":
+            spoilt = _stems(wrong)  # of these it is said what is wrong
         if name == "image" and not files[name] and not wrong:
             wrong = [Problem(str(root / name), "holds no pictures", f"Expected {_layout(root)}")]
         elif name != "image" and (root / name).is_dir():
             some = name in partial and not files[name].keys().isdisjoint(files["image"])
-            wrong += _unpaired(root / name, files[name], files["image"], known[0], some)
+            missing = () if some else files["image"].keys() - files[name].keys() - _stems(wrong)
+            extra = files[name].keys() - files["image"].keys() - spoilt
+            wrong += _unpaired(root / name, missing, [files[name][n] for n in extra], known[0], len(files["image"]))
         problems += wrong
     return files, problems
 
@@ -321,21 +325,22 @@ def _files(folder: pathlib.Path, endings: Sequence[str]) -> tuple[dict[str, str]
     return names, problems
 
 
+def _stems(problems: Iterable[Problem]) -> set[str]:
+    return {unicodedata.normalize("NFC", pathlib.Path(p.path).stem) for p in problems}
+
+
 def _unpaired(
-    folder: pathlib.Path, files: Mapping[str, str], images: Mapping[str, str], ending: str, partial: bool
+    folder: pathlib.Path, missing: Iterable[str], extra: Iterable[str], ending: str, pictures: int
 ) -> list[Problem]:
-    rule = "Files are paired by their names without ending: add or rename one, or remove the other"
-    missing = [] if partial else sorted(images.keys() - files.keys())
-    if missing and ending != ".txt" and len(missing) < len(images):
-        rule += "; config.data.partial=True trains with pictures that miss some of their conditions"
-    extra = sorted(files[name] for name in files.keys() - images.keys())
+    rule = gaps = "Files are paired by their names without ending: add or rename one, or remove the other"
+    missing = sorted(missing)
+    if ending != ".txt" and len(missing) < pictures:
+        gaps += "; config.data.partial=True trains with pictures that miss some of their conditions"
     image = folder.parent / "image"
+    found = f"missing, but {image} has a picture of its name"
     return [
-        *(
-            Problem(str(folder / (n + ending)), f"missing, but {image} has a picture of its name", rule)
-            for n in missing
-        ),
-        *(Problem(str(folder / file), f"{image} has no picture of its name", rule) for file in extra),
+        *(Problem(str(folder / (name + ending)), found, gaps) for name in missing),
+        *(Problem(str(folder / file), f"{image} has no picture of its name", rule) for file in sorted(extra)),
     ]
 
 

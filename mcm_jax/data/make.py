@@ -2,8 +2,9 @@
 
 python -m mcm_jax.data make DATA --extract=sketch,canny
 
-DATA is a flat folder of pictures, or has them in DATA/train/image (and DATA/test/image). What is done is not done
-again: the same command goes on after an interruption, and with pictures or extractors that were added.
+DATA is a flat folder of pictures (and of prompts: NAME.txt beside NAME.jpg, captions.jsonl or metadata.jsonl), or has
+them in DATA/train/image (and DATA/test/image). What is done is not done again: the same command goes on after an
+interruption, and with pictures or extractors that were added.
 """
 
 import argparse
@@ -18,22 +19,26 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tqdm import tqdm
 
+from mcm_jax.data import captions
 from mcm_jax.data.extract import EXTRACTORS, Extractor, open_extractors
-from mcm_jax.data.folder import PICTURES, read_image
+from mcm_jax.data.folder import read_image
+from mcm_jax.data.problems import few
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import lock, write_atomically
+from mcm_jax.modalities import PICTURES
 
 RECORD = "extracted.json"
 """In DATA: by modality, how its conditions were extracted."""
 
 SPLITS = ("train", "test")
+_LINES = ("captions.jsonl", f"image/{captions.BESIDE_PICTURES}")  # in a split, where they lie beside the pictures
 
 
 def make(data: str | os.PathLike, extractors: Sequence[Extractor], workers: int | None = None) -> list[str]:
     """Writes the conditions of all pictures of a folder, those that are not there yet.
 
-    Pictures that lie in DATA itself are linked (copied, where links fail) into DATA/train/image; they stay where they
-    are.
+    Pictures that lie in DATA itself, and their prompts, are linked (copied, where links fail) into DATA/train; they
+    stay where they are.
 
     Args:
       data: a flat folder of pictures, or one with train/image and perhaps test/image.
@@ -74,24 +79,32 @@ def pictures_in(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _lay_out(data: pathlib.Path) -> list[str]:
-    """Brings the pictures of a flat folder to train/image; returns the splits that there are."""
+    """Brings what lies in a flat folder to train; returns the splits that there are."""
+    flat = pictures_in(data)
     if not any((data / split).is_dir() for split in SPLITS):
-        pictures = pictures_in(data)
-        if not pictures:
+        if not flat:
             raise UserError(
                 f"{data}: found no pictures ({', '.join(PICTURES)}) there, and no {data / 'train' / 'image'}; expected "
                 f"pictures in one of these"
             )
-        # All or none: where train/image is, the pictures in DATA itself are not looked at any more.
-        partial = data / ".train"
+        partial = data / ".train"  # all or none
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / "image").mkdir(parents=True)
-        for path in pictures.values():
-            _link(path, partial / "image" / path.name)
+        files = [("image", path) for path in flat.values()]
+        files += [(captions.FOLDER, path.with_suffix(".txt")) for path in flat.values()]
+        files += [(str(pathlib.Path(file).parent), data / pathlib.Path(file).name) for file in _LINES]
+        for folder, path in files:
+            if path.is_file():
+                (partial / folder).mkdir(parents=True, exist_ok=True)
+                _link(path, partial / folder / path.name)
         partial.rename(data / "train")
     splits = [split for split in SPLITS if (data / split / "image").is_dir()]
     if not splits:
         raise UserError(f"{data}: has no {pathlib.Path('train', 'image')}; expected the pictures there")
+    if late := flat.keys() - {name for split in splits for name in pictures_in(data / split / "image")}:
+        print(
+            f"note: left out {len(late)} picture(s) of {data} itself ({few(sorted(late))}), since there is "
+            f"{data / splits[0] / 'image'} already: move them there"
+        )
     return splits
 
 
