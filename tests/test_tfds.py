@@ -19,6 +19,7 @@ from mcm_jax.data.tfds.__main__ import main
 from mcm_jax.data.tfds.layout import png
 from mcm_jax.data.tfds.records import Records, describe, find
 from mcm_jax.errors import UserError
+from mcm_jax.evaluation.judges.train import data_of
 from mcm_jax.modalities import Modality
 
 LABELS = Modality("segmentation", "labels", 4)
@@ -203,6 +204,7 @@ def test_the_two_orders_of_a_face_number_the_same_classes():
 
 
 def test_coco_has_its_numbers_and_the_first_caption(data):
+    assert data_of(str(data / "coco_stuff")).holds == describe(find(data / "coco_stuff")).modalities
     (labels,) = describe(find(data / "coco_stuff")).modalities
     assert (labels.channels, labels.ignore) == (182, 255)
     first, second = read(data / "coco_stuff", "train", (labels,), captions=True)

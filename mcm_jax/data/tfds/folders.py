@@ -24,7 +24,8 @@ class PairedFolder(Layout):
     page = "docs/data.md"
     licence = "yours"
     download = """--manual_dir has train/image/NAME.jpg and one folder a modality with the same names,
-        train/segmentation/NAME.png and so on, train/caption/NAME.txt where there are prompts, and perhaps the same of test."""
+        train/segmentation/NAME.png and so on, train/caption/NAME.txt where there are prompts, and perhaps the same of
+        test."""
 
     def holds(self, folder: pathlib.Path) -> Holds:
         """The folders beside train/image, as maps with the channels of their first pictures, and classes.json."""

@@ -103,8 +103,8 @@ class Records:
         features = builder.info.features
         if missing := [name for name in wanted if name not in features]:
             raise UserError(
-                f"{self._root}: its records have no {', '.join(missing)}; found {', '.join(sorted(features))}. Train on "
-                f"what is there, or build a data set that has them (docs/tfds.md)"
+                f"{self._root}: its records have no {', '.join(missing)}; found {', '.join(sorted(features))}. Train "
+                f"on what is there, or build a data set that has them (docs/tfds.md)"
             )
         pictures = [n for n in wanted if n != "caption"]
         skip = {n: tfds.decode.SkipDecoding() for n in features if isinstance(features[n], tfds.features.Image)}
@@ -244,7 +244,7 @@ def find(path: str | os.PathLike) -> pathlib.Path:
             f"{path}: not built in {home}. Build it by python -m mcm_jax.data.tfds build {layout.name} "
             f"--manual_dir=DOWNLOADS (from {layout.page}), or name the folder that it was built into"
         )
-    there = sorted({p.relative_to(home).parts[0] for p in _prepared(home)}) if home.is_dir() else []
+    there = sorted({p.relative_to(home).parts[0] for p in prepared(home)}) if home.is_dir() else []
     raise UserError(
         f"{path}: no folder, and no data set of TFDS that is known. In {home} there are: {', '.join(there) or 'none'}; "
         f"python -m mcm_jax.data.tfds can build: {', '.join(LAYOUTS)}"
@@ -252,7 +252,7 @@ def find(path: str | os.PathLike) -> pathlib.Path:
 
 
 def _newest(folder: pathlib.Path, path: str) -> pathlib.Path:
-    found = _prepared(folder)
+    found = prepared(folder)
     if not found:
         raise UserError(
             f"{path}: there is no data set of TFDS in this folder (no {_INFO}). python -m mcm_jax.data.tfds build "
@@ -264,7 +264,7 @@ def _newest(folder: pathlib.Path, path: str) -> pathlib.Path:
     return max(found, key=lambda p: tuple(int(n) for n in re.findall(r"\d+", p.name)))
 
 
-def _prepared(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Folders with ``dataset_info.json``: NAME/CONFIG/VERSION is three below; unfinished ones left out."""
+def prepared(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Data sets at most three below a folder, NAME/CONFIG/VERSION; unfinished ones left out."""
     found = (p.parent for depth in range(4) for p in folder.glob("*/" * depth + _INFO))
     return sorted(p for p in found if not p.name.startswith("incomplete."))
