@@ -111,6 +111,46 @@ def default(cls: type) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(_plain(cls(), tuples=True))
 
 
+def undecided(cls: type) -> ml_collections.ConfigDict:
+    """A section of which a config leaves open what it holds: any name's keys may be set one by one.
+
+    Args:
+      cls: a dataclass with a field of type ``tuple[D, ...]``, whose names are not known beforehand. The others have
+        their defaults.
+    """
+    fields, types_of = _fields(cls)
+    rest = next(name for name, kind in types_of.items() if _named(kind))
+    plain = _plain(cls(), tuples=True)
+    section = _Undecided({name: plain[name] for name in fields if name != rest})
+    kind = typing.get_args(types_of[rest])[0]
+    object.__setattr__(section, "_keys_of", {k: t for k, t in _fields(kind)[1].items() if k != "name"})
+    return section
+
+
+class _Undecided(ml_collections.ConfigDict):
+    """Makes the section of a name when it is first asked for, its keys of their types and without values."""
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._fields and "." not in key and not key.startswith("_"):
+            keys = object.__getattribute__(self, "_keys_of")
+            with self.unlocked():
+                self[key] = {name: ml_collections.config_dict.placeholder(kind) for name, kind in keys.items()}
+        return super().__getitem__(key)
+
+
+def given(config: Mapping[str, Any] | ml_collections.ConfigDict) -> dict[str, Any]:
+    """A config as dicts, without keys that have no value and names of which nothing is said."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            section = given(value)
+            if section or not len(value):
+                found[key] = section
+        elif value is not None:
+            found[key] = value
+    return found
+
+
 def to_dict(settings: Any) -> dict[str, Any]:
     """Settings as ``config.json`` has them: :func:`read` gives them back."""
     return _plain(settings, tuples=False)

@@ -294,8 +294,9 @@ class Pipeline:
         """Samples one image a key.
 
         Args:
-          conditions: for each modality that is given, ``[N, H, W]`` on the base's grid (labels int, maps in
-            [0, 1]); any subset. None at all samples from the base under an MCM that sees no condition.
+          conditions: for each modality that is given, ``[N, H, W]`` on the base's grid, or ``[N, H, W, planes]``
+            (labels int, others in [0, 1]); any subset. None at all samples from the base under an MCM that sees no
+            condition.
           keys: ``[N]``, see :func:`mcm_jax.sampling.sample_keys`.
           prompts: N texts, for a text-conditional base; None is the empty prompt for each.
           present: of modalities that are given, bool ``[N]``: which samples are shown them; all where left out.

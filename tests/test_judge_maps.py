@@ -19,12 +19,16 @@ from mcm_jax.evaluation import metrics
 from mcm_jax.evaluation.evaluate import _chosen, evaluate
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import flatten, judges_of
-from mcm_jax.modalities import Modality
+from mcm_jax.modalities import Modality, known
 from mcm_jax.pictures import to_uint8
 from mcm_jax.pipeline import save_mcm
 
 COUNT = 5
 DEPTH, PALETTE = Modality("depth", "map", 1), Modality("palette", "map", 3)
+BY_NAME = tuple(
+    Modality(name, known(name).kind, known(name).channels)
+    for name in ("strokes", "inpainting", "grey", "low_resolution", "soft_edges", "canny", "normals")
+)
 
 
 def _pair(seed, shape):
@@ -112,6 +116,24 @@ def test_correct_keypoints_by_hand():
         metrics.correct_keypoints(target * 2, target)
 
 
+def test_angular_error_by_hand():
+    x, z, black = np.array([1, 0.5, 0.5]), np.array([0.5, 0.5, 1]), np.zeros(3)
+    target = np.array([[[x, z, z]], [[x, x, x]]])
+    found = np.array([[[x, x, (x + z) / 2]], [[1 - x, [0.5, 0.5, 0.5], black]]])
+    wanted = [(0 + 90 + 45) / 3, (180 + 90 + np.degrees(np.arccos(-1 / np.sqrt(3)))) / 3]
+    np.testing.assert_allclose(metrics.angular_error(found, target), wanted)
+    only = np.array([[[False, True, False]], [[False, False, False]]])
+    np.testing.assert_allclose(metrics.angular_error(found, target, only), [90, np.nan])
+    with pytest.raises(ValueError, match="three channels, got 1"):
+        metrics.angular_error(found[..., :1], target[..., :1])
+
+
+def directions(images):
+    """Normals as these tests have them: the colours, brought to unit length; of grey, none."""
+    length = np.linalg.norm(images, axis=-1, keepdims=True)
+    return np.where(length > 0.1, images / np.maximum(length, 0.1), 0) / 2 + 0.5
+
+
 def red(images):
     """Depth as these tests have it: the red channel."""
     return (images[..., 0] + 1) / 2
@@ -156,28 +178,46 @@ def _write(folder, stem, split, **arrays):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A folder of scenes; their depth is the red channel, their palette the mean colours of four fields."""
+    """A folder of scenes; their depth is the red channel, their palette the mean colours of four fields.
+
+    The others are what their names say; where nothing is known, files hold any colour.
+    """
     folder = tmp_path_factory.mktemp("pairs")
     for i, scene in enumerate(Scenes("test", 2 * COUNT, tiny.SIZE, tiny.SIZE, seed=9)):
         image = np.round((scene["image"] + 1) * 127.5).astype(np.uint8)
         fields = image.reshape(2, 8, 2, 8, 3).mean((1, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
-        _write(folder, f"{i:02d}", "test" if i % 2 else "train", image=image, depth=image[..., 0], palette=fields)
+        rng = np.random.default_rng(i)
+        strokes = np.dstack([image, np.full(image.shape[:2], 255, np.uint8)])
+        strokes[rng.random(image.shape[:2]) < 0.5] = *rng.integers(0, 256, 3), 0
+        hole = np.dstack([image, np.where(np.hypot(*np.indices(image.shape[:2]) - 7.5) < 5, 0, 255).astype(np.uint8)])
+        edges = np.where(metrics.edge_map(scene["image"][None])[0], 0, 255).astype(np.uint8)
+        by_name = {
+            "strokes": strokes,
+            "inpainting": np.where(hole[..., 3:] > 0, hole, 0),
+            "grey": np.round(image @ np.array([0.299, 0.587, 0.114])).astype(np.uint8),
+            "low_resolution": np.round(image.reshape(4, 4, 4, 4, 3).mean((1, 3))).astype(np.uint8),
+            "soft_edges": np.round(255 * (1 - 0.8 * (edges == 0))).astype(np.uint8),
+            "canny": edges,
+            "normals": np.round(255 * directions(image / 127.5 - 1)).astype(np.uint8),
+        }
+        split = "test" if i % 2 else "train"
+        _write(folder, f"{i:02d}", split, image=image, depth=image[..., 0], palette=fields, **by_name)
     return folder
 
 
-def _held_out(folder):
+def _held_out(folder, modalities=(DEPTH, PALETTE)):
     shape = (tiny.SIZE, tiny.SIZE, 3)
     card = BaseCard("", "", None, shape, shape, False, 1, 1)
-    return HeldOut(DataSettings("folder", str(folder)), card, (DEPTH, PALETTE), COUNT)
+    return HeldOut(DataSettings("folder", str(folder)), card, modalities, COUNT)
 
 
 @pytest.fixture(scope="module")
 def held_out(pairs):
-    return _held_out(pairs)
+    return _held_out(pairs, (DEPTH, PALETTE, *BY_NAME))
 
 
 def _judge(held_out, name, spec):
-    judges = judges_of(held_out, {"depth": "none", "palette": "none"} | {name: spec})
+    judges = judges_of(held_out, {m.name: "none" for m in held_out.judged} | {name: spec})
     assert [judge.name for judge in judges] == [name]
     return judges[0]
 
@@ -209,6 +249,37 @@ def test_what_is_read_in_real_pictures_fits_their_maps(held_out):
     assert 1 < numbers["delta_e"] < 30 and scores.mean() < 0 and scores.mean() > mixed.mean() + 5
     numbers, scores, _ = _numbers(held_out, "palette", f"pck:reader={__name__}:corners")
     assert numbers == {"pck": 1.0} and (scores == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "real"),
+    [
+        ("strokes", "delta_e", 0),
+        ("inpainting", "delta_e", 0),
+        ("grey", "ms_ssim", 1),
+        ("low_resolution", "delta_e", 0),
+        ("soft_edges", "edge_f1.f1", 1),
+        ("canny", "edge_f1.f1", 1),
+    ],
+)
+def test_what_needs_no_net_is_judged_by_itself(held_out, name, number, real):
+    """Real pictures fit, but for the rounding of files; what is drawn where nothing is known does not matter."""
+    numbers, scores, mixed = _numbers(held_out, name, "")
+    assert numbers[number] == pytest.approx(real, abs=0.5 if number == "delta_e" else 0.01)
+    assert (scores > mixed).all()
+    if name in ("strokes", "inpainting"):
+        hidden = held_out.conditions[name][..., 3:] == 0
+        assert _numbers(held_out, name, "", np.where(hidden, 1, held_out.images))[0] == numbers
+    if name == "low_resolution":  # whose grid was found: finer detail does not matter
+        assert "averaged to 4x4" in _judge(held_out, name, "").how
+        blurred = held_out.images.reshape(COUNT, 4, 4, 4, 4, 3).mean((2, 4)).repeat(4, 1).repeat(4, 2)
+        assert _numbers(held_out, name, "", blurred)[0][number] == pytest.approx(numbers[number], abs=0.01)
+        assert _numbers(held_out, name, "colour")[0][number] > numbers[number] + 1
+
+
+def test_normals_are_judged_by_their_angle(held_out):
+    numbers, scores, mixed = _numbers(held_out, "normals", f"normals:reader={__name__}:directions")
+    assert numbers["angular_error"] < 2 and (scores > mixed + 5).all()
 
 
 def test_what_is_undefined_says_why(tmp_path):
@@ -299,6 +370,10 @@ def test_onnx_reads_maps(held_out, tmp_path):
         ("palette", "ms_ssim:reader=test_judge_maps:red", r"expected floats \[1, 16, 16, 3\]"),
         ("palette", "colour:blank=whitish", "found blank=whitish, expected the name of a colour"),
         ("depth", "colour", "depth has 1 channel.*colours have three"),
+        ("palette", "colour:size=17", r"pictures are 16x16; expected reader, blank .* or size"),
+        ("strokes", "ms_ssim", "no judge of sparse; expected colour"),
+        ("normals", "", r"no judge of the normals 'normals'. Give one.*normals:reader=READER"),
+        ("normals", "normals", r"expected a reader, normals:reader=module:function .*\[N, H, W, 3\] in \[0, 1\]"),
         ("depth", "pck", r"expected a reader, pck:reader=module:function .*\[N, K, 3\]: y and x in pixels"),
         ("depth", "pck:alpha=0,reader=test_judge_maps:corners", "found alpha=0"),
         ("depth", "pck:reader=test_judge_maps:red", r"for 5 pictures; expected floats \[N, K, 3\]"),

@@ -433,7 +433,12 @@ def test_a_cache_is_shared_where_what_is_in_it_is_the_same(small_path):
     for key, value in same.items():
         assert caching.shared_by(config.override(base, {key: value})) == caching.shared_by(base), key
     other = [{"draws.count": 3}, {"draws.seed": 1}, {"draws.density": [1.0, 2.0]}, {"draws.offset": 0.1}]
-    other += [{"data.size": 9}, {"data.seed": 5}, {"data.views": 2, "data.flip": True}]
+    other += [
+        {"data.size": 9},
+        {"data.seed": 5},
+        {"data.views": 2, "data.flip": True},
+        {"data.views": 2, "data.jitter": 0.2},
+    ]
     other += [{"cache.dtype": "int8"}, {"base.dtype": "bfloat16"}]
     other += [{"modalities.segmentation.ignore": 255}]
     # Caches of versions that did not know the key are found as long as it is not set.

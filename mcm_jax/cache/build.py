@@ -119,6 +119,9 @@ def build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[st
     def write(number: int, tensors: dict[str, np.ndarray]) -> int:
         path = folder / store.shard_name(number)
         entry = store.write_shard(path, tensors)
+        passed_over = getattr(recipe.source, "skipped", {})
+        if skipped := [i for i in plan.rows(number) if i in passed_over]:
+            entry["skipped"] = skipped
         with (folder / store.JOURNAL.format(process)).open("a") as journal:
             journal.write("\n" + json.dumps({"shard": path.name, **entry}) + "\n")  # a torn line stays alone
         return len(plan.rows(number))

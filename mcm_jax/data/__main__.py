@@ -1,6 +1,7 @@
-"""Makes data sets.
+"""Makes data sets, and checks them.
 
 python -m mcm_jax.data make DATA --extract=sketch,canny
+python -m mcm_jax.data check DATA --out=runs/check
 python -m mcm_jax.data synthesise --base=scenes-ddpm --out=DATA --count=2000 --extract=sketch,canny
 """
 
@@ -8,10 +9,10 @@ import argparse
 import signal
 import sys
 
-from mcm_jax.data import make, synthesise
+from mcm_jax.data import check, make, synthesise
 from mcm_jax.errors import UserError
 
-_COMMANDS = {"make": make, "synthesise": synthesise}
+_COMMANDS = {"make": make, "check": check, "synthesise": synthesise}
 
 
 def main(arguments: list[str] | None = None) -> None:

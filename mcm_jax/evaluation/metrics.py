@@ -336,6 +336,36 @@ def colour_distance(found: np.ndarray, target: np.ndarray, counts: np.ndarray | 
     return np.divide(total, number, out=np.full(len(found), np.nan), where=number > 0)
 
 
+def angular_error(found: np.ndarray, target: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+    """Mean angle between two maps of surface normals, in degrees.
+
+    Args:
+      found: normals as colours, (v + 1) / 2 of vectors v of any length above 0, float ``[N, H, W, 3]`` in [0, 1].
+      target: of the same shape and range.
+      counts: bool ``[N, H, W]``, which pixels count; None for all.
+
+    Returns:
+      float64 ``[N]`` in [0, 180]; NaN where no pixel counts. A vector of no length is at 90 degrees to all.
+
+    Raises:
+      ValueError: wrong shapes or ranges.
+    """
+    found, target = _maps(found, target)
+    if found.shape[-1] != 3:
+        raise ValueError(f"normals have three channels, got {found.shape[-1]}")
+    for name, maps in (("found", found), ("target", target)):
+        _check_range(name, maps, 0, 1)
+    a, b = 2 * found - 1, 2 * target - 1
+    # Of the cosine alone, small angles would be lost to rounding.
+    angle = np.degrees(np.arctan2(np.linalg.norm(np.cross(a, b), axis=-1), (a * b).sum(-1)))
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    angle = np.where(lengths > 0, angle, 90.0)
+    counts = np.ones(angle.shape, bool) if counts is None else counts
+    number = counts.sum((1, 2))
+    total = np.where(counts, angle, 0).sum((1, 2))
+    return np.divide(total, number, out=np.full(len(found), np.nan), where=number > 0)
+
+
 def correct_keypoints(found: np.ndarray, target: np.ndarray, alpha: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     """How many keypoints are where they should be: their share is PCK (Yang and Ramanan 2013).
 

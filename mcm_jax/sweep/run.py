@@ -18,7 +18,7 @@ from mcm_jax.sweep import results
 from mcm_jax.sweep import trials as trials_lib
 from mcm_jax.sweep.outcomes import DONE, ENDED, Outcome, check_measured, collect, metric_of, status
 from mcm_jax.sweep.trials import Trial
-from mcm_jax.training import RunSettings, train_and_evaluate
+from mcm_jax.training import RunSettings, read_run, train_and_evaluate
 from mcm_jax.training.actions import Diverged
 from mcm_jax.training.caching import known_card, shared_by
 from mcm_jax.training.parts import fitting_modulator
@@ -65,7 +65,7 @@ def run_sweep(
       UserError: bad input, another sweep in the workdir, or a trial that cannot be trained: see its message.
       Interrupted: SIGINT or SIGTERM came; the state of what was training was saved.
     """
-    base, workdir = config_lib.read(RunSettings, config), pathlib.Path(workdir)
+    base, workdir = read_run(config), pathlib.Path(workdir)
     if width is not None and width < 1:
         raise UserError(f"--sweep_width={width}: expected at least 1 trial on each device")
     hyper, metric = trials_lib.load(sweep)

@@ -2,6 +2,6 @@
 
 from mcm_jax.training.assembly import train_and_evaluate
 from mcm_jax.training.caching import precompute
-from mcm_jax.training.settings import RunSettings
+from mcm_jax.training.settings import RunSettings, read_run
 
-__all__ = ["RunSettings", "precompute", "train_and_evaluate"]
+__all__ = ["RunSettings", "precompute", "read_run", "train_and_evaluate"]

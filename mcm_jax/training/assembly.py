@@ -13,6 +13,7 @@ import optax
 from mcm_jax import config as config_lib
 from mcm_jax import distributed, sharding
 from mcm_jax.data.pipeline import Order
+from mcm_jax.data.unreadable import said
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import lock
 from mcm_jax.mcm import parameter_count
@@ -29,7 +30,7 @@ from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Action, Clock, train
 from mcm_jax.training.optimizer import make_optimizer, make_schedule
 from mcm_jax.training.parts import Parts, assemble
-from mcm_jax.training.settings import RunSettings
+from mcm_jax.training.settings import RunSettings, read_run
 
 _OFTEN = 25  # times that training may see one draw before control suffers: docs/cache.md, "How many draws"
 
@@ -56,7 +57,7 @@ def train_and_evaluate(
       UserError: bad input, see its message; nothing of the workdir is changed.
       Interrupted: SIGINT or SIGTERM came; the state was saved.
     """
-    settings, workdir = config_lib.read(RunSettings, config), pathlib.Path(workdir)
+    settings, workdir = read_run(config, workdir), pathlib.Path(workdir)
     agree_on(settings)
     mesh = sharding.make_mesh(settings.mesh)
     sharding.check_batch_size(settings.train.batch_size, mesh, "config.train.batch_size", settings.train.accumulate)
@@ -137,7 +138,9 @@ def _run(
                     "Smaller steps of the same batch: config.train.accumulate=2 or more, config.mcm.remat=True; or "
                     "another batch: config.train.batch_size"
                 ):
-                    return train(state, Ahead(train_step, t.accumulate), records, steps, actions, clock)
+                    state = train(state, Ahead(train_step, t.accumulate), records, steps, actions, clock)
+                say_what_was_skipped(feed)
+                return state
             except Interrupted as e:
                 raise Interrupted(f"{e}; the state is saved in {workdir}. Go on with the same command") from None
 
@@ -197,6 +200,12 @@ def say_if_draws_come_often(settings: RunSettings, feed: Feed) -> None:
             f"training will see each cached draw {times:.0f} times and overfit to it: more draws an example "
             f"(config.draws.count, now {feed.repeat}) give better control (docs/cache.md)"
         )
+
+
+def say_what_was_skipped(feed: Feed) -> None:
+    """Prints which examples could not be read, if there are any."""
+    if feed.skipped:
+        print(said(feed.skipped, feed.examples, feed.names))
 
 
 @contextlib.contextmanager
@@ -297,6 +306,7 @@ def actions_of(
         batch_size=t.batch_size,
         learning_rate=learning_rate,
         blame=blame,
+        skipped=feed.skipped,
         workdir=workdir,
         reported=pending["reported"],
         sums=pending["sums"],

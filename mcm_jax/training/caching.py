@@ -19,10 +19,11 @@ from mcm_jax.base import Base, BaseCard
 from mcm_jax.cache import Cache, build, store
 from mcm_jax.data import Emoji, Folder, Scenes
 from mcm_jax.data.inputs import PREPROCESSING
+from mcm_jax.data.unreadable import said
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import check_writable
 from mcm_jax.modalities import Modality
-from mcm_jax.training.settings import RunSettings
+from mcm_jax.training.settings import RunSettings, read_run
 from mcm_jax.version import __version__, source_digest
 
 
@@ -34,7 +35,7 @@ def precompute(config: Any, workdir: str | os.PathLike, *, verify: bool = True) 
       workdir: holds the cache, in ``cache/``, unless ``cache.path`` says otherwise. Nothing else is written there.
       verify: whether the checksums of a cache that is already there are compared.
     """
-    settings = config_lib.read(RunSettings, config)
+    settings = read_run(config, workdir)
     agree_on(settings)
     return build_cache(settings, workdir, verify=verify)
 
@@ -140,6 +141,8 @@ def _build(
         f"{folder}: {len(cache):,} examples x {cache.manifest.draws} draws in {len(shards)} shards, "
         f"{sum(s['bytes'] for s in shards.values()) / 2**20:,.1f} MiB; {len(built)} shard(s) built now"
     )
+    if skipped := cache.manifest.skipped:
+        print(said(skipped, len(cache), getattr(source, "names", ())))
     return cache
 
 
@@ -267,9 +270,10 @@ def shared_by(settings: RunSettings) -> str:
     s = settings
     parts = [s.base, s.data, s.draws, s.modalities.shown, s.cache.dtype]
     parts += [_facts(m) for m in s.modalities.shown if m.ignore != -1]
-    # Younger keys, which the names of older caches know nothing of.
-    younger = [f for f in dataclasses.fields(s.data) if not f.repr]
-    parts += [(f.name, getattr(s.data, f.name)) for f in younger if getattr(s.data, f.name) != f.default]
+    parts += ["partial"] if s.data.partial else []
+    parts += [f"jitter={float(s.data.jitter)}"] if s.data.jitter else []
+    held_out = s.data.held_out_share if s.data.name == "folder" else 0
+    parts += [f"held_out_share={float(held_out)}"] if held_out else []
     return store.fingerprint({str(i): repr(part) for i, part in enumerate(parts)})[:8]
 
 
@@ -318,8 +322,8 @@ def check_made_of(settings: RunSettings, folder: pathlib.Path, there: store.Mani
         differs = "\n".join(lines)
         if settings.data.splits_itself() and any(line.strip().startswith("data.") for line in lines):
             differs += (
-                "\nWhere data.image differs because the cache is older than data.held_out_share: 0 trains on all pairs of "
-                "a folder without a test split, as was usual then"
+                "\nA cache that is older than config.data.held_out_share is of all pairs of a folder without a test "
+                "split: 0 trains on all"
             )
         raise UserError(
             f"{folder}: the cache there has fingerprint {there.fingerprint[:16]}, this config wants "

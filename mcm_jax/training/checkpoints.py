@@ -105,8 +105,8 @@ class Checkpoints:
         if meta.get("examples") and found.get("examples", meta["examples"]) != meta["examples"]:
             raise UserError(
                 f"{name}: the training examples are others than this run began with (files came, went or changed, or "
-                f"others are held out: config.data.held_out_share=0 holds out none of a folder without a test split, as "
-                f"runs did before there was the key). Put them back, or train in another workdir"
+                f"others are held out: a run that began before there was config.data.held_out_share needs it at 0). "
+                f"Put them back, or train in another workdir"
             )
         with self._reading(step):
             there = _params_shapes(self._manager.item_metadata(step)["state"])

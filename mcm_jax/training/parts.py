@@ -123,6 +123,7 @@ def _online(settings: RunSettings, base: Base, modulator: Modulator, split: str,
         mesh,
         accumulate=settings.train.accumulate,
         names=getattr(found, "names", ()),
+        skipped=getattr(source, "skipped", ()),
     )
 
 

@@ -1,11 +1,16 @@
 """The settings of a training run: its own section, and all sections together."""
 
 import dataclasses
+import os
+import pathlib
+from typing import Any
 
+from mcm_jax import config as config_lib
 from mcm_jax.base import BaseCard, BaseSettings
 from mcm_jax.cache import CacheSettings
 from mcm_jax.config import setting
 from mcm_jax.data import DataSettings
+from mcm_jax.data.discover import NONE, discover
 from mcm_jax.draws import Draws, DrawsSettings, expect_seed
 from mcm_jax.errors import expect
 from mcm_jax.evaluation.evaluate import EvaluationSettings
@@ -39,8 +44,8 @@ class TrainSettings:
       checkpoint_every: steps between checkpoints.
       keep: how many of the newest checkpoints stay.
       best: which number of the evaluations while training tells the best MCM, kept in ``best/``: ``held_out_loss``,
-        ``held_out_mse``; ``mean_iou``, ``edge_f1``, ``ms_ssim``, ``depth_rmse``, ``delta_e``, ``pck`` of the judges
-        (section ``evaluation``). '' keeps none.
+        ``held_out_mse``; ``mean_iou``, ``edge_f1``, ``ms_ssim``, ``depth_rmse``, ``delta_e``, ``angular_error``,
+        ``pck`` of the judges (section ``evaluation``). '' keeps none.
       validate_every: steps between validation pictures; 0 is never.
       evaluate_every: steps between evaluations on held-out examples; 0 is never.
       held_out: examples of these.
@@ -124,3 +129,31 @@ class RunSettings:
     def draws_for(self, card: BaseCard) -> Draws:
         """What is drawn of each example, for a base. Raises UserError where the density has too many parts."""
         return self.draws.of(card.schedule, self.data.prompt_drop_rate if card.is_text_conditional else 0.0)
+
+
+def read_run(config: Any, workdir: str | os.PathLike | None = None) -> RunSettings:
+    """The settings of a run.
+
+    Where the config leaves it to ``data.discover``, the modalities are those of the workdir's own config, or else what
+    is found in the folder of pairs, which is printed. What the config says of them counts before that.
+
+    Raises:
+      UserError: a key is wrong, or the folder is not what docs/data.md says.
+    """
+    given = config_lib.given(config)
+    data, said = given.get("data"), given.get("modalities")
+    if not (isinstance(data, dict) and isinstance(said, dict) and data.get("discover") is True):
+        return config_lib.read(RunSettings, config)
+    source = config_lib.read(DataSettings, data, where="config.data")
+    own = {name: section for name, section in said.items() if isinstance(section, dict)}
+    if workdir is not None and (pathlib.Path(workdir) / config_lib.FILE).is_file():
+        there = config_lib.load(RunSettings, workdir).modalities.shown
+    else:
+        print(found := discover(source.path, own, source.held_out_share))
+        there = tuple(finding.modality for finding in found.findings)
+    sections = {m.name: {"kind": m.kind, "channels": m.channels, "ignore": m.ignore} for m in there}
+    for name, section in own.items():
+        sections[name] = sections.get(name, {}) | section
+    rest = {key: value for key, value in said.items() if key not in own}
+    rest |= {name: section for name, section in sections.items() if section.get("kind") != NONE}
+    return config_lib.read(RunSettings, given | {"data": data | {"discover": False}, "modalities": rest})

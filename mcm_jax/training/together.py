@@ -218,6 +218,7 @@ def _train(
             else "Smaller steps of the same batch: config.train.accumulate=2 or more"
         ):
             train(calls, train_step, records, steps, [each], clock)
+        assembly.say_what_was_skipped(parts.feed)
     except Interrupted as e:
         raise Interrupted(f"{e}; the states of all trials are saved. Go on with the same command") from None
     each.tell()

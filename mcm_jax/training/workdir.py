@@ -11,7 +11,8 @@ from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.training.settings import RunSettings
 
 # What may change on the way: where a run happens and what is watched, not what is learned. The base and the data may
-# move or be split otherwise, as their fingerprints tell whether they are the same; rounding may differ with the devices and micro-batches.
+# move (or be split), as their fingerprints tell whether they are the same; rounding may differ with the devices and
+# micro-batches.
 _FREE = {
     *("base.path", "data.path", "data.held_out_share", "cache.path", "cache.verify", "cache.batch_size"),
     *(
@@ -24,7 +25,7 @@ _FREE = {
         "train.init_from",
     ),
     *("train.log_every", "train.checkpoint_every", "train.keep", "train.best", "train.validate_every"),
-    *("train.evaluate_every", "train.held_out", "train.wandb"),
+    *("train.evaluate_every", "train.held_out", "train.wandb", "data.unreadable"),
 }
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 _ERRNO = re.compile(r"(?i)(?:errno|os.error(?:_code)?)\W{1,3}(\d+)")

@@ -10,10 +10,14 @@ Which judge a modality has is said by a text (``evaluation.judges`` in a config,
 * lines: ``edges``, or with its settings, ``edges:size=64,threshold=0.2,tolerance=2``. Judged by F1.
 * map: ``ms_ssim``, ``colour:blank=white``, ``depth:align=1,reader=READER``, ``pck:alpha=0.1,reader=READER``, or
   ``edges``; a reader is ``module:function`` or ``FILE.onnx`` (:mod:`.maps`).
+* normals: ``normals:reader=READER``. Judged by the mean angular error.
+* sparse: ``colour``, where there is a colour.
 * fidelity, of sets of pictures whatever their modalities: features (:mod:`.sets`): ``inception:FILE.safetensors``,
   ``module:function``, one of our nets that read labels, or '' for the judge of labels if it is one. Judged by FID, KID
   and the nearest training picture.
 * ``none``: the modality is not judged.
+
+Where nothing is said, it is the data set's own, or what the modality's name and kind say (:attr:`Modality.judge`).
 
 A judge compares on the grid that its reader takes, with conditions that were read or drawn anew for it.
 """
@@ -35,10 +39,21 @@ from mcm_jax.evaluation.judges.sets import likeness, open_features
 
 __all__ = ["Judge", "Judgement", "Number", "flatten", "judges_of"]
 
-_OF_KIND = {"lines": {"edges": edges}, "map": maps.JUDGES | {"edges": edges}}
+_OF_KIND = {
+    "lines": {"edges": edges},
+    "map": maps.JUDGES | {"edges": edges},
+    "normals": {"normals": maps.normals},
+    "sparse": {"colour": maps.colour},
+}
 """The judges of each kind of modality, by what a text begins with. Labels have readers."""
 
-_CAN_BE = {"labels": readers.CAN_BE, "lines": lines.CAN_BE, "map": f"{maps.CAN_BE}, or {lines.CAN_BE}"}
+_CAN_BE = {
+    "labels": readers.CAN_BE,
+    "lines": lines.CAN_BE,
+    "map": f"{maps.CAN_BE}, or {lines.CAN_BE}",
+    "normals": maps.OF_NORMALS,
+    "sparse": maps.OF_SPARSE,
+}
 
 
 def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) -> list[Judge]:

@@ -1,4 +1,4 @@
-"""Judges of maps, each by the metric of its field: structure, depth, colour, keypoints.
+"""Judges of maps, each by the metric of its field: structure, depth, normals, colour, keypoints.
 
 What a *reader* finds in a sample, or without one the sample itself, is compared with the map that it was drawn for.
 """
@@ -23,6 +23,8 @@ CAN_BE = (
     "ms_ssim (structure), colour (distance in CIELAB), depth:reader=READER (RMSE), pck:reader=READER (keypoints), by a "
     "READER module:function or FILE.onnx (the first two: or none)"
 )
+OF_NORMALS = "normals:reader=READER (mean angular error), by a READER module:function or FILE.onnx"
+OF_SPARSE = "colour (distance in CIELAB where there is a colour)"
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as grey maps are read from coloured files
 _OF_MAPS = "[N, H, W], or [N, H, W, C] of several channels"
@@ -127,8 +129,20 @@ def _map_reader(modality: Modality, spec: str, reader: str, held_out: HeldOut, b
 
 
 def _targets(modality: Modality, reader: _Reader, held_out: HeldOut) -> np.ndarray:
-    """The conditions on a reader's grid, float32 ``[N, H, W, C]``."""
-    return held_out.at(*reader.size)[modality.name].reshape(len(held_out), *reader.size, modality.channels)
+    """The conditions on a reader's grid, float32 ``[N, H, W, planes]``."""
+    return held_out.at(*reader.size)[modality.name].reshape(len(held_out), *reader.size, modality.planes)
+
+
+def _compared_at(side: int, maps: np.ndarray) -> tuple[int, int]:
+    """Where maps ``[N, H, W, C]`` are compared if the shorter side shall be `side`: 0 is as they are.
+
+    -1 is the resolution at which they were made, if they were enlarged by repeating pixels.
+    """
+    size = maps.shape[1:3]
+    if side == -1:
+        rows, columns = (np.diff(maps, axis=axis).any(others) for axis, others in ((1, (0, 2, 3)), (2, (0, 1, 3))))
+        return 1 + int(rows.sum()), 1 + int(columns.sum())
+    return (round(size[0] * side / min(size)), round(size[1] * side / min(size))) if side else size
 
 
 def _mean(values: np.ndarray, why: str) -> Number:
@@ -180,9 +194,17 @@ def depth(modality: Modality, spec: str, held_out: HeldOut) -> Judge:
 
 
 def colour(modality: Modality, spec: str, held_out: HeldOut) -> Judge:
-    """Distance of the colours in CIELAB (CIE76's Delta E): the mean over pixels, then over pictures."""
-    means = "reader or blank (the colour of pixels that say nothing, e.g. white or #ffffff), as in colour:blank=white"
-    settings = settings_of(modality.name, spec, {"reader": "", "blank": ""}, means)
+    """Distance of the colours in CIELAB (CIE76's Delta E): the mean over pixels, then over pictures.
+
+    Pixels of which less than a half is known (:meth:`Modality.known_at`) do not count. With ``size``, pictures and maps
+    are averaged to a grid first: what is finer than that is not asked for.
+    """
+    means = (
+        "reader, blank (the colour of pixels that say nothing, e.g. white or #ffffff) or size (of the shorter side on "
+        "which colours are compared, in pixels; -1 for that of maps of a low resolution, 0 for all), as in "
+        "colour:blank=white"
+    )
+    settings = settings_of(modality.name, spec, {"reader": "", "blank": "", "size": 0}, means)
     if modality.channels != 3:
         raise UserError(
             f"--judge={modality.name}={spec}: {modality.name} has {modality.channels} channel(s), but colours have "
@@ -196,16 +218,46 @@ def colour(modality: Modality, spec: str, held_out: HeldOut) -> Judge:
             f"or #rrggbb"
         ) from e
     reader = _map_reader(modality, spec, settings["reader"], held_out)
-    targets = np.round(_targets(modality, reader, held_out) * 255).astype(np.uint8)
-    counts = (targets != blank).any(-1) if blank else np.ones(targets.shape[:3], bool)
+    if not -1 <= settings["size"] <= min(reader.size):
+        raise UserError(
+            f"--judge={modality.name}={spec}: pictures are {reader.size[0]}x{reader.size[1]}; expected {means}"
+        )
+    maps = _targets(modality, reader, held_out)
+    size = _compared_at(settings["size"], maps)
+    maps = modality.resize_all(maps, *size)
+    known = modality.known_at(maps)
+    counts = np.ones(maps.shape[:3], bool) if known is None else known >= 0.5
+    targets = np.round(maps[..., :3] * 255).astype(np.uint8)
+    if blank:
+        counts &= (targets != blank).any(-1)
 
     def judge(images: np.ndarray, which: np.ndarray) -> Judgement:
-        found = to_uint8(reader(images) * 2 - 1)
+        found = to_uint8(resize_images(reader(images), *size) * 2 - 1)
         each = metrics.colour_distance(found, targets[which], counts[which])
-        return Judgement({"delta_e": _mean(each, f"all pixels of these maps are {settings['blank']}")}, -each)
+        why = f"all pixels of these maps are {settings['blank']}" if blank else "no pixel of these maps is known"
+        return Judgement({"delta_e": _mean(each, why)}, -each)
 
-    how = f"Delta E (CIE76) {reader.name}" + (f", where maps are not {settings['blank']}" if blank else "")
+    how = f"Delta E (CIE76) {reader.name}" + (f", averaged to {size[0]}x{size[1]}" if size != reader.size else "")
+    how += f", where maps are not {settings['blank']}" if blank else ""
+    how += f", over the {counts.mean():.0%} of the pixels that have a colour" if known is not None else ""
     return Judge(modality.name, how, judge, ("delta_e",), ("delta_e",))
+
+
+def normals(modality: Modality, spec: str, held_out: HeldOut) -> Judge:
+    """Angle between the normals that a reader finds and the map's, in degrees: the mean over pixels, then pictures."""
+    settings = settings_of(modality.name, spec, {"reader": ""}, "reader, as in normals:reader=module:function")
+    if not settings["reader"]:
+        raise _no_reader(modality, spec, "normals as colours, (v + 1) / 2, floats [N, H, W, 3] in [0, 1]")
+    reader = _map_reader(modality, spec, settings["reader"], held_out)
+    targets = _targets(modality, reader, held_out)
+    counts = np.asarray(modality.known_at(targets))
+
+    def judge(images: np.ndarray, which: np.ndarray) -> Judgement:
+        each = metrics.angular_error(reader(images), targets[which], counts[which])
+        return Judgement({"angular_error": _mean(each, "no pixel of these maps is a unit vector")}, -each)
+
+    how = f"mean angular error in degrees {reader.name}"
+    return Judge(modality.name, how, judge, ("angular_error",), ("angular_error",))
 
 
 def pck(modality: Modality, spec: str, held_out: HeldOut) -> Judge:

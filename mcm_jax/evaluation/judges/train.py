@@ -47,7 +47,6 @@ LOG = "training_log.jsonl"
 
 _NAMED = {"size": 6_000, "seed": 1}  # of a data set that is drawn: not the pairs that bases (0) and MCMs (2) learn from
 _LEAST = 10  # pairs; fewer teach nothing, and leave no tenth to hold out
-_HELD_OUT = 10  # one in so many, where there is no test split
 _WATCHED = 256  # held-out pairs that are looked at while training
 _LOG_EVERY = 100  # steps
 _GUESSED = 64  # classes; more than that are more likely a map's grey values
@@ -215,7 +214,7 @@ def train(
 ) -> dict[str, Any]:
     """Trains a judge and writes its folder, whole or not at all.
 
-    Held out are the pairs of the test split; where there is none, the tenth whose names have the smallest SHA-256.
+    Held out are the pairs of the test split; where there is none, those that training an MCM holds out, too.
 
     Args:
       data: the pairs.
@@ -242,6 +241,7 @@ def train(
         raise UserError(f"--out {out}: is there already; expected a new or an empty folder. Remove it or take another")
     check_writable(out.parent, "--out")
     labels_of = _labels_of(data, modality, classes, ignore)
+    ignore = labels_of.ignore
     pairs, test, how = _split(data, labels_of, size)
     names = _class_names(data, modality, classes, [p.labels[p.labels != ignore] for p in (pairs, test)])
 
@@ -300,9 +300,6 @@ class _Pairs:
     images: np.ndarray
     labels: np.ndarray
 
-    def take(self, rows: np.ndarray) -> "_Pairs":
-        return _Pairs([self.names[i] for i in rows], self.images[rows], self.labels[rows])
-
     def digest(self) -> str:
         """SHA-256 of the names and of what the net is shown."""
         sha = hashlib.sha256(json.dumps(list(self.names)).encode())
@@ -327,6 +324,9 @@ def _labels_of(data: DataSettings, modality: str, classes: int | Sequence[str] |
             f"or the name of another folder, --modality=NAME"
         )
     expect(ignore == -1 or ignore >= 2, "ignore", "-1 for none, or a value above all classes", ignore)
+    if known := data.described(modality):
+        ignore = known.ignore if ignore == -1 else ignore
+        classes = known.names if classes is None else classes
     most = _MOST_CLASSES if ignore == -1 else ignore
     count = most if classes is None else classes if isinstance(classes, int) else len(classes)
     expect(2 <= count <= _MOST_CLASSES, "classes", f"2 to {_MOST_CLASSES}", count)
@@ -358,20 +358,13 @@ def _class_names(
 def _split(data: DataSettings, labels: Modality, size: int) -> tuple[_Pairs, _Pairs, str]:
     """Pairs to train on, those held out, and how they were chosen."""
     pairs = _read(data, "train", labels, size)
-    if data.has_test_split():
-        test, how = _read(data, "test", labels, size), "the test split"
-    else:
-        digests = [hashlib.sha256(name.encode()).digest() for name in pairs.names]
-        order = sorted(range(len(digests)), key=digests.__getitem__)
-        count = max(1, len(order) // _HELD_OUT)
-        test, how = pairs.take(np.sort(order[:count])), f"one in {_HELD_OUT}, by a hash of the names"
-        pairs = pairs.take(np.sort(order[count:]))
     if len(pairs.names) < _LEAST:
         raise UserError(
             f"{data.path or data.name}: {len(pairs.names)} pair(s) are left to train on, expected at least {_LEAST}, "
             f"better some hundreds"
         )
-    return pairs, test, how
+    how = f"{data.held_out_share:.0%}, by a hash of the names" if data.splits_itself() else "the test split"
+    return pairs, _read(data, "test", labels, size), how
 
 
 def _read(data: DataSettings, split: str, labels: Modality, size: int) -> _Pairs:
