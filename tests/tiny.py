@@ -19,9 +19,8 @@ import pytest
 from absl import app, flags
 
 from configs import default
-from mcm_jax import config as config_lib
 from mcm_jax.base import load_base, loading
-from mcm_jax.training import RunSettings, train_and_evaluate
+from mcm_jax.training import read_run, train_and_evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZE = 16
@@ -206,7 +205,7 @@ def make_config(base_path, changes=None):
 
 def settings_of(config):
     """A config as the library has it."""
-    return config_lib.read(RunSettings, config)
+    return read_run(config)
 
 
 def modulator_of(config, base):
