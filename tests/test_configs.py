@@ -64,6 +64,8 @@ def _parameters(config, shape):
 @pytest.mark.parametrize("name", [*CONFIGS, *OVERRIDES])
 def test_every_config_trains_a_step(name, request, pairs, tmp_path):
     config = _config(name)
+    if config.data.name == "folder":
+        config.data.path = str(pairs)
     tiny.settings_of(config)
     stand_in, shape = BASES[config.base.path]
     _parameters(config, shape)  # the MCM as configured fits the base as published
@@ -71,8 +73,6 @@ def test_every_config_trains_a_step(name, request, pairs, tmp_path):
     pictures = name == "stable_diffusion"  # of a folder without a test split, with prompts; the rest is in other tests
     config.base.path = str(request.getfixturevalue(stand_in))
     config.base.dtype = "float32"
-    if config.data.name == "folder":
-        config.data.path = str(pairs)
     config.data.size = 4
     config.mcm.update(channels=8, multipliers=(1, 1), attention=(0, 0), blocks=1, head_dim=0, groups=4)
     config.train.update(steps=1, batch_size=2, log_every=1, validate_every=int(pictures))

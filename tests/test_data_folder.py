@@ -1,5 +1,7 @@
 """A picture and its conditions show the same part of a scene, whatever their sizes; what cannot be paired is named."""
 
+import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -8,7 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mcm_jax.data.folder import Folder
+from mcm_jax import config as config_lib
+from mcm_jax.base import BaseCard
+from mcm_jax.data import DataSettings
+from mcm_jax.data.classes import read_classes
+from mcm_jax.data.folder import Folder, held_out_names
 from mcm_jax.data.render import PALETTE, render
 from mcm_jax.data.scene import draw_scene
 from mcm_jax.data.views import Views
@@ -21,6 +27,7 @@ DEPTH = Modality("depth", "map", 1)
 NORMALS = Modality("normals", "map", 3)
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs" / "data.md"
 SQUARE = (48, 48)
+CARD = BaseCard("", "", None, (8, 8, 3), (8, 8, 3), False, 1, 1)
 
 
 def _save(path, picture, **options):
@@ -571,3 +578,201 @@ def test_rows_of_images_conditions_and_texts_become_a_folder(tmp_path, monkeypat
         np.testing.assert_array_equal(example["image"], np.asarray(row["image"]))
         np.testing.assert_array_equal(example["sketch"], 255 - np.asarray(row["conditioning_image"].convert("L")))
         assert example["caption"] == " ".join(row["text"].split())
+
+
+# Names and colours of classes
+
+SKY, SEA, VOID = (135, 206, 235), (0, 60, 200), (0, 0, 0)
+TWO = Modality("segmentation", "labels", 2, 255)
+DESCRIBED = {
+    "classes": [{"name": "sky", "color": list(SKY)}, {"name": "sea", "color": list(SEA)}],
+    "ignore": 255,
+    "ignore_color": list(VOID),
+    "swap": {"sky": "sea"},
+}
+
+
+def _describe(tmp_path, name="classes.json", **changes):
+    path = tmp_path / name
+    path.write_text(json.dumps(DESCRIBED | changes))
+    return path
+
+
+def test_classes_are_described(tmp_path):
+    found = read_classes(_describe(tmp_path))
+    assert (found.names, found.ignore, found.ignore_color) == (("sky", "sea"), 255, VOID)
+    np.testing.assert_array_equal(found.colors, [SKY, SEA])
+    np.testing.assert_array_equal(found.mirrored, [1, 0])
+    data = DataSettings("folder", str(tmp_path))
+    assert data.classes("segmentation") == ("sky", "sea")  # what pictures are drawn with, and judges read by
+    np.testing.assert_array_equal(data.palette("segmentation"), [SKY, SEA])
+    _describe(tmp_path, "parts.classes.json", classes=[{"name": "a"}, {"name": "b"}, {"name": "c"}], **_PLAIN)
+    assert len(data.classes("parts")) == 3 and data.palette("parts") is None and len(data.classes("other")) == 2
+
+
+_PLAIN = {"ignore_color": None, "swap": {}}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"classes": []}, "classes must be a list"),
+        ({"classes": [{"name": "sky"}, {"name": "sky"}], **_PLAIN}, "'sky' more than once"),
+        ({"classes": [{"name": "sky", "color": [1, 2, 256]}, {"name": "sea"}]}, "given for every class or for none"),
+        ({"classes": [{"name": "sky", "color": [1, 2, 256]}], **_PLAIN}, "color of 'sky' must be three whole numbers"),
+        ({"classes": [{"name": n, "color": [1, 2, 3]} for n in "ab"], **_PLAIN}, r"\(1, 2, 3\) for a and b"),
+        ({"swap": {"sky": "moon"}}, r"swap must be of names among classes \(sky, sea\), got moon"),
+        ({"ignore": 1}, "ignore must be -1 for none, or a value that is no class"),
+        ({"ignore_color": list(SKY)}, "that of 'sky'"),
+        ({"colours": 1}, "its keys must be of classes, ignore, ignore_color, swap, got colours"),
+    ],
+)
+def test_a_description_that_contradicts_itself_is_refused(changes, message, tmp_path):
+    path = _describe(tmp_path, **changes)
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: .*{message}"):
+        read_classes(path)
+    _tree(tmp_path, "image/a.png", "segmentation/a.png")
+    assert str(path) in _refused(tmp_path, TWO)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+def test_labels_are_read_by_their_colours(mode, tmp_path):
+    """A palette in another order, too, if all its colours are the classes'; greyscale values are the classes."""
+    _describe(tmp_path)
+    labels = np.where(_noise(48, 48) < 26, 255, _noise(48, 48, high=2, seed=1)).astype(np.uint8)
+    colours = np.array([SKY, SEA, *[VOID] * 254], np.uint8)[labels]
+    picture = Image.fromarray(labels if mode == "L" else colours)
+    picture = picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=3) if mode == "P" else picture.convert(mode)
+    np.testing.assert_array_equal(_condition(tmp_path, TWO, picture, (48, 48), (48, 48)), labels)
+
+
+def test_a_colour_that_is_no_class_is_counted_and_the_nearest_named(tmp_path):
+    _describe(tmp_path)
+    pixels = np.full((8, 8, 3), SKY, np.uint8)
+    pixels[0, :5], pixels[1, 0] = (130, 200, 230), (1, 1, 1)
+    with pytest.raises(UserError) as caught:
+        _condition(tmp_path, TWO, pixels, (8, 8), (8, 8))
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'train' / 'segmentation' / 'a.png'}: 6 of 64 pixels")
+    assert "[130, 200, 230] in 5 of them, and 1 other(s); the nearest class is 'sky'" in message
+    assert "anti-aliasing" in message and "JPEG" in message
+    with pytest.raises(UserError, match="64 of 64 pixels are transparent"):
+        _condition(tmp_path, TWO, np.zeros((8, 8, 4), np.uint8), (8, 8), (8, 8))
+    three = Modality("segmentation", "labels", 3)
+    assert "describes 2 classes, but config.modalities.segmentation.channels is 3" in _refused(tmp_path, three)
+
+
+# Prompts in one file
+
+
+@pytest.mark.parametrize("file", ["captions.jsonl", "metadata.jsonl", "image/metadata.jsonl"])
+def test_prompts_are_read_from_lines(file, tmp_path):
+    split = _tree(tmp_path, "image/a.png", "image/b.jpg", "image/caf\u00e9 \u5c71.png")
+    ours = file == "captions.jsonl"
+    rows = [("a.png", "one"), ("image/b.jpg", " two\nlines "), ("cafe\u0301 \u5c71", "three")]
+    keys = ("file", "caption") if ours else ("file_name", "text")
+    lines = [json.dumps(dict(zip(keys, row, strict=True))) for row in rows]
+    (split / file).write_text("\n".join([*lines, ""]), encoding="utf-8")
+    source = Folder(tmp_path, "train", (), 8, 8, captions=True)
+    assert [str(source[i]["caption"]) for i in range(3)] == ["one", "two lines", "three"]
+    before, stamp = source.fingerprints()["caption"], source.stamp()
+    (split / file).write_text("\n".join(lines).replace("one", "uno"), encoding="utf-8")
+    changed = Folder(tmp_path, "train", (), 8, 8, captions=True)
+    assert changed.fingerprints()["caption"] != before and changed.stamp() != stamp
+    _tree(tmp_path, "caption/a.txt")
+    assert f"{split}: prompts are in {split / 'caption'} and in {split / file}" in _refused(tmp_path, captions=True)
+    assert len(Folder(tmp_path, "train", (), 8, 8)) == 3  # not asked for, not looked at
+
+
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ("{", "line 2: no JSON"),
+        ("[" * 100_000, "line 2: "),
+        ('["a.png", "text"]', "which is no object"),
+        ('{"file": "a.png"}', "found the keys 'file', expected one of caption, text"),
+        ('{"file": "a.png", "name": "a", "text": "x"}', "expected one of file, file_name, name"),
+        ('{"file": "a.png", "text": 3}', "text is '3', expected a text"),
+        ('{"file": "a.png", "text": " "}', "the prompt for 'a' is empty"),
+        ('{"file": "../../etc/passwd", "text": "x"}', "names only, no paths"),
+        ('{"file": "/a.png", "text": "x"}', "names only, no paths"),
+        ('{"file": "image/..", "text": "x"}', "names only, no paths"),
+        ('{"file": "..\\\\a.png", "text": "x"}', "names only, no paths"),
+        ('{"file": "c.png", "text": "x"}', "there is no picture 'c'"),
+        (json.dumps({"file": "c" * 9_000, "text": "x"}), "...'"),
+        ('{"file": "b.png", "text": "x"}', "line 1 has a prompt for 'b' already"),
+    ],
+)
+def test_a_broken_line_is_named_by_its_number(line, found, tmp_path):
+    split = _tree(tmp_path, "image/a.png", "image/b.png")
+    (split / "captions.jsonl").write_text('{"file": "b.png", "caption": "one"}\n' + line + "\n")
+    message = _refused(tmp_path, captions=True)
+    assert message.startswith(f"{split / 'captions.jsonl'}: line 2: ") and found in message and len(message) < 1_200
+    assert "no line for 1 of 2 pictures: 'a'" in message
+
+
+# Held out by a hash of the names
+
+
+def test_a_folder_without_a_test_split_holds_some_out(tmp_path):
+    names = [f"{k:03}" for k in range(400)]
+    held_out = held_out_names(names, 0.1)
+    assert 20 < len(held_out) < 60
+    more = held_out_names([*names, *(f"new {k}" for k in range(100))], 0.1)
+    assert more & set(names) == held_out  # new pictures move no old one
+    for few in (["a", "b"], [f"x{k}" for k in range(5)]):
+        assert 1 <= len(held_out_names(few, 0.1)) < len(few) and len(held_out_names(few, 0.9)) < len(few)
+    assert held_out_names(["a"], 0.1) == held_out_names(names, 0.0) == set()
+
+    split = _tree(tmp_path, *(f"image/{k}.png" for k in range(20)))
+    of = lambda split, share: Folder(tmp_path, split, (), 8, 8, held_out_share=share).names  # noqa: E731
+    train, test = of("train", 0.2), of("test", 0.2)
+    assert test and not set(train) & set(test) and len(train) + len(test) == 20
+    assert len(of("train", 0.0)) == 20
+    data = DataSettings("folder", str(tmp_path))
+    assert data.has_test_split() and data.splits_itself()
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"name": "folder", "path": str(tmp_path)}}))
+    old = config_lib.load(dataclasses.make_dataclass("Part", [("data", DataSettings)], frozen=True), tmp_path).data
+    assert not old.has_test_split() and len(old.find("train", (), CARD)) == 20  # a run of before
+    _tree(tmp_path, "image/z.png", split="test")
+    assert of("test", 0.2) == ("z",) and len(of("train", 0.2)) == 20 and not data.splits_itself()
+    for name in os.listdir(split / "image")[1:]:
+        (split / "image" / name).unlink()
+    (tmp_path / "test" / "image" / "z.png").unlink()
+    (tmp_path / "test" / "image").rmdir()
+    (tmp_path / "test").rmdir()
+    assert not data.has_test_split() and len(of("train", 0.2)) == 1
+    with pytest.raises(UserError, match="holds one picture, so none can be held out"):
+        of("test", 0.2)
+
+
+# Pictures that miss modalities
+
+
+def test_a_gap_is_the_null_condition(tmp_path, capsys):
+    split = _tree(tmp_path, "image/a.png", "image/b.png", "sketch/a.png", "segmentation/a.png", "segmentation/b.png")
+    message = _refused(tmp_path, SKETCH, SEGMENTATION)
+    assert str(split / "sketch" / "b.png") in message and "config.data.partial=True" in message
+    modalities = (SEGMENTATION, SKETCH, NORMALS)
+    assert f"{split / 'normals'}: no such folder, so no picture has one" in _refused_partial(tmp_path, modalities)
+    _save(split / "normals" / "b.png", _noise(8, 8, 3))
+    source = Folder(tmp_path, "train", modalities, 8, 8, partial=True)
+    assert source.shares() == {"segmentation": 1.0, "sketch": 0.5, "normals": 0.5}
+    whole, gap = source[1], source[0]
+    assert whole["present"].tolist() == [1, 0, 1] and gap["present"].tolist() == [1, 1, 0]
+    for name, dtype, shape in (("sketch", np.uint8, (8, 8)), ("normals", np.uint8, (8, 8, 3))):
+        for example in (whole, gap):
+            assert example[name].dtype == dtype and example[name].shape == shape
+    assert not gap["normals"].any() and "present" not in Folder(tmp_path, "train", (SEGMENTATION,), 8, 8)[0]
+    (split / "normals" / "a.png").write_bytes((split / "normals" / "b.png").read_bytes())
+    assert Folder(tmp_path, "train", modalities, 8, 8, partial=True).fingerprints() != source.fingerprints()
+    DataSettings("folder", str(tmp_path), partial=True, held_out_share=0.0).open("train", modalities, CARD)
+    assert "segmentation 100%, sketch 50%, normals 100%" in capsys.readouterr().out
+    _save(split / "sketch" / "stray.png", _noise(8, 8))
+    assert "stray.png" in _refused_partial(tmp_path, modalities)
+
+
+def _refused_partial(tmp_path, modalities):
+    with pytest.raises(UserError) as caught:
+        Folder(tmp_path, "train", modalities, 8, 8, partial=True)
+    return str(caught.value)

@@ -19,10 +19,9 @@ import pytest
 from absl import app, flags
 
 from configs import default
-from mcm_jax import config as config_lib
 from mcm_jax.base import load_base, loading
 from mcm_jax.data.pipeline import InMemory
-from mcm_jax.training import RunSettings, train_and_evaluate
+from mcm_jax.training import read_run, train_and_evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZE = 16
@@ -218,7 +217,7 @@ def leave_gaps(patch):
 
 def settings_of(config):
     """A config as the library has it."""
-    return config_lib.read(RunSettings, config)
+    return read_run(config)
 
 
 def modulator_of(config, base):
