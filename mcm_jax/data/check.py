@@ -369,7 +369,7 @@ def _duplicate(seen: dict[bytes, tuple[str, str]], example: _Example, split: str
     if first_split == split:
         yield Problem(path, f"the same picture as {first}", "Keep one, unless it is to count twice", False)
     else:
-        fix = "Remove it from one of the splits, or the test measures memory"
+        fix = "Remove one of the two, or the test measures memory"
         yield Problem(path, f"a leak: the training picture {first} again, in the test split", fix, False)
 
 

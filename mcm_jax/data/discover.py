@@ -267,6 +267,8 @@ def _codes(picture: Image.Image) -> np.ndarray:
 
 def _look(pictures: Sequence[Image.Image], classes: Classes | None) -> tuple[str, str, str]:
     """Kind, why, and what is doubtful, of files whose folder has a name of the user's own."""
+    if not pictures:
+        return "map", "none of its files can be read", ""
     png = all(p.format == "PNG" for p in pictures)
     if png and all(p.mode == "P" and not p.has_transparency_data for p in pictures):
         return "labels", "palette PNGs", ""
