@@ -40,15 +40,19 @@ setup(
         "text": ["transformers>=5,<6"],
         "hub": ["huggingface_hub>=0.30,<3"],
         "torch": ["torch>=2.10"],
-        # Judges of labels that are ONNX files.
+        # Extractors of conditions from pictures.
+        "data": ["scikit-image>=0.25,<0.27"],
+        # Judges and extractors that are ONNX files.
         "onnx": ["onnxruntime>=1.20,<2"],
+        # Data sets of TensorFlow Datasets, without TensorFlow. TFDS imports importlib_resources without asking for it.
+        "tfds": ["array_record>=0.8,<1", "importlib_resources>=6", "pyarrow>=15", "tensorflow-datasets>=4.9.10,<5"],
         # Reports of training beside metrics.jsonl and TensorBoard.
         "wandb": ["wandb>=0.19,<1"],
         # The picture of a sweep.
         "sweep": ["matplotlib>=3.9,<4"],
         # PyTorch and diffusers are the oracle that the native networks are held against; mcm_jax imports neither.
         "test": [
-            "mcm-jax[hub,onnx,sweep,text,torch]",
+            "mcm-jax[data,hub,onnx,sweep,text,tfds,torch]",
             "diffusers==0.42.1",
             "onnx>=1.17,<2",
             "pytest>=8.2,<10",

@@ -21,6 +21,7 @@ _PROFILE = flags.DEFINE_string("profile", None, "START:STOP, steps of which a tr
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, e.g. configs/sweeps/draws.py: many runs, see docs/sweeps.md")
 _INDEX = flags.DEFINE_integer("sweep_index", None, "The one trial of the sweep to train, from 0, e.g. in a job array")
 _MODE = flags.DEFINE_enum("sweep_mode", None, MODES, "How trials share the devices. Default: auto")
+_WIDTH = flags.DEFINE_integer("sweep_width", None, "Trials a device computes at once. Default: one on CPUs, else all")
 cli.define_distributed_flags()
 
 
@@ -30,11 +31,12 @@ def main(argv: list[str]) -> None:
         train_and_evaluate(_CONFIG.value, _WORKDIR.value, profile=cli.span(_PROFILE.value, "--profile"))
         return
     mode, command = _MODE.value or "auto", cli.command("train.py", _CONFIG)
-    run_sweep(_CONFIG.value, _SWEEP.value, _WORKDIR.value, mode=mode, index=_INDEX.value, command=command)
+    how = dict(mode=mode, width=_WIDTH.value, index=_INDEX.value)
+    run_sweep(_CONFIG.value, _SWEEP.value, _WORKDIR.value, **how, command=command)
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    cli.allow_only_with("sweep", ["sweep_index", "sweep_mode"])
+    cli.allow_only_with("sweep", ["sweep_index", "sweep_mode", "sweep_width"])
     flags.mark_flags_as_mutual_exclusive(["sweep", "profile"])
     cli.run(main)

@@ -12,19 +12,27 @@ from mcm_jax.data.scenes import PALETTE
 from mcm_jax.files import write_atomically
 from mcm_jax.modalities import Modality
 
+_ABSENT = 160
+
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Images in [-1, 1] as 8-bit values; outside values are clipped."""
     return np.round((np.clip(np.asarray(images, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
-def show(modality: Modality, conditions: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
+def show(
+    modality: Modality,
+    conditions: np.ndarray,
+    palette: np.ndarray | None = None,
+    present: np.ndarray | None = None,
+) -> np.ndarray:
     """A batch of conditions as RGB uint8 ``[B, H, W, 3]``: labels in colours, maps in grey (or as they are).
 
     Labels have the colours of `palette`, uint8 ``[channels, 3]``, or of scenes; where anything is unknown, a
-    checkerboard, which no class looks like.
+    checkerboard, which no class looks like. Where `present`, bool ``[B]``, says that there is none, all is grey.
     """
-    return modality.show(conditions, PALETTE if palette is None else palette)
+    shown = modality.show(conditions, PALETTE if palette is None else palette)
+    return shown if present is None else np.where(present[:, None, None, None], shown, np.uint8(_ABSENT))
 
 
 def grid(rows: Sequence[np.ndarray], *, gap: int = 1, least_size: int = 96) -> np.ndarray:

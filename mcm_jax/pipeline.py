@@ -288,15 +288,18 @@ class Pipeline:
         keys: jax.Array,
         *,
         prompts: Sequence[str] | None = None,
+        present: Mapping[str, np.ndarray] | None = None,
         **changes: Any,
     ) -> np.ndarray:
         """Samples one image a key.
 
         Args:
-          conditions: for each modality that is given, ``[N, H, W]`` on the base's grid (labels int, maps in
-            [0, 1]); any subset. None at all samples from the base under an MCM that sees no condition.
+          conditions: for each modality that is given, ``[N, H, W]`` on the base's grid, or ``[N, H, W, planes]``
+            (labels int, others in [0, 1]); any subset. None at all samples from the base under an MCM that sees no
+            condition.
           keys: ``[N]``, see :func:`mcm_jax.sampling.sample_keys`.
           prompts: N texts, for a text-conditional base; None is the empty prompt for each.
+          present: of modalities that are given, bool ``[N]``: which samples are shown them; all where left out.
           changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that differ from :attr:`settings`, e.g.
             ``guidance=2.0``. Batches are filled up to what the devices divide, the last one too: one compiled function
             serves any N.
@@ -313,14 +316,14 @@ class Pipeline:
         if unknown:
             names = ", ".join(m.name for m in self.modulator.modalities)
             raise UserError(f"this MCM knows the modalities {names}, got {', '.join(sorted(unknown))}")
-        full, present = {}, np.zeros((count, len(self.modulator.modalities)), bool)
+        full, shown = {}, np.zeros((count, len(self.modulator.modalities)), bool)
         for i, modality in enumerate(self.modulator.modalities):
             given = conditions.get(modality.name)
             if given is not None:
                 wanted = modality.null(count, height, width).shape
                 if given.shape not in (wanted, (*wanted, 1)):
                     raise UserError(f"{modality.name}: expected shape {list(wanted)}, got {list(given.shape)}")
-                present[:, i] = True
+                shown[:, i] = (present or {}).get(modality.name, True)
             full[modality.name] = modality.null(count, height, width) if given is None else np.asarray(given)
         run, guided = self._program(settings)
         contexts, which, negative = self._contexts(prompts, settings.negative_prompt, count, guided)
@@ -331,7 +334,7 @@ class Pipeline:
         images = []
         for start in range(0, count, batch_size):
             rows = (start + own) % count  # the last batch starts over to fill up
-            batch = {name: value[rows] for name, value in full.items()}, present[rows], keys[rows]
+            batch = {name: value[rows] for name, value in full.items()}, shown[rows], keys[rows]
             context = None if contexts is None else contexts[which[rows]]
             against = contexts[np.full(len(rows), negative)] if guided else None
             batch, texts = sharding.split_batch((batch, (context, against)), self.mesh)

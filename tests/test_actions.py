@@ -22,7 +22,7 @@ from mcm_jax.evaluation.judges import Judge, Judgement
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.training.actions import Checkpoint, Control, HeldOutLoss, Profile, Report, ValidationPictures
 from mcm_jax.training.checkpoints import Checkpoints
-from mcm_jax.training.compiled import CompiledStep
+from mcm_jax.training.compiled import CompiledStep, memory_errors
 from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Clock, Moment
 from mcm_jax.training.state import TrainState
@@ -227,6 +227,14 @@ def test_a_profile_begins_with_the_first_step_that_runs(tmp_path, capsys):
             action(moment(step, state=jnp.ones(3)))
         assert f"a trace of steps {first + 1} to {first + 1} is in" in capsys.readouterr().out
         assert list((tmp_path / str(first)).rglob("*.xplane.pb"))
+
+
+def test_a_device_without_memory_says_the_way_out():
+    huge = jax.jit(lambda: jnp.ones(2**46))  # 256 TiB
+    with pytest.raises(UserError, match=r"RESOURCE_EXHAUSTED.*Buy more\.$"), memory_errors("Buy more."):
+        huge().block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError), memory_errors(""):
+        raise jax.errors.JaxRuntimeError("INTERNAL: of something else, RESOURCE_EXHAUSTED or not")
 
 
 def test_a_step_that_is_compiled_again_says_why():

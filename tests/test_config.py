@@ -163,7 +163,13 @@ def test_a_config_of_an_old_version_means_what_it_meant():
         **{"train.held_out": 64, "train.init_from": "", "train.optimizer": "adamw", "train.schedule": "cosine"},
         **{f"evaluation.judges.{name}": "" for name in ("segmentation", "sketch", "caption", "fidelity")},
         **{"modalities.segmentation.ignore": -1, "modalities.sketch.ignore": -1},
-        **{"data.partial": False, "data.held_out_share": 0.0, "data.discover": False},
+        **{
+            "data.partial": False,
+            "data.held_out_share": 0.0,
+            "data.discover": False,
+            "data.jitter": 0.0,
+            "data.unreadable": "fail",
+        },
         **{"train.wandb": "", "evaluation.seeds": 1, "evaluation.references": 0, "evaluation.strengths": []},
     }
 

@@ -36,6 +36,7 @@ def test_rows_are_every_subset():
     assert list(subsets(["a", "b"])) == ["both", "a", "b"]
     assert list(subsets(["a", "b", "c"])) == ["all", "a+b", "a+c", "b+c", "a", "b", "c"]
     assert list(subsets(["a"])) == ["a"]
+    assert len(subsets("abcd")) == 15 and list(subsets("abcde")) == ["all", *"abcde"]
     rows = rows_of(["a", "b"], 1.5, [1.5, 2.0], is_text_conditional=True)
     assert [r.name for r in rows] == ["unprompted", "base", "both", "a", "b", "both@2", "a@2", "b@2"]
     assert [r.guidance for r in rows] == [0, 0, 1.5, 1.5, 1.5, 2, 2, 2]

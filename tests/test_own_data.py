@@ -69,7 +69,8 @@ def test_the_command_trains_on_a_folder_and_samples(script, config, base_path, d
     assert set(json.loads((tmp_path / "metrics.json").read_text())["edge_f1"]) >= {"real", "base", "sketch"}
 
 
-def test_a_folder_with_unlabelled_pixels_trains_and_samples(config, data, tmp_path):
+def test_a_folder_with_unknown_pixels_of_other_kinds_trains_and_samples(config, data, tmp_path):
+    """Unlabelled pixels, and modalities that a config alone adds."""
     rng = np.random.default_rng(1)
     for path in data.glob("*/segmentation/*.png"):
         labels = np.array(Image.open(path))
@@ -80,12 +81,23 @@ def test_a_folder_with_unlabelled_pixels_trains_and_samples(config, data, tmp_pa
     ):
         train_and_evaluate(config, tmp_path / "refused")
     config.modalities.segmentation.ignore = 255
+    with config.unlocked():
+        config.modalities.strokes = {"kind": "sparse", "channels": 3}
+        config.modalities.normals = {"kind": "normals", "channels": 3}
+    for path in data.glob("*/image/*.png"):
+        for name, mode in (("strokes", "RGBA"), ("normals", "RGB")):
+            picture = Image.open(path).convert(mode)
+            if name == "strokes":
+                picture.putalpha(Image.fromarray((rng.random((20, 30)) < 0.5).astype(np.uint8) * 255))
+            (path.parents[1] / name).mkdir(exist_ok=True)
+            picture.save(path.parents[1] / name / path.name)
+    config.data.views, config.data.flip, config.train.validate_every = 2, True, 2
     workdir = tmp_path / "run"
     assert int(train_and_evaluate(config, workdir).step) == 2
     record = Cache(workdir / "cache").read(np.arange(COUNT, dtype=np.int32), np.zeros(COUNT, np.int32))["segmentation"]
     assert record.dtype == np.uint8 and set(np.unique(record)) == {0, 1, 2, 3, 4, 5, 255}
     assert 0.02 < (record == 255).mean() < 0.25
-    given = {"segmentation": str(data / "test/segmentation/0.png")}
+    given = {name: str(data / f"test/{name}/0.png") for name in ("segmentation", "strokes", "normals")}
     images = generate(str(workdir), given, tmp_path / "out", num_samples=1, steps=2)
     assert np.isfinite(images).all()
 

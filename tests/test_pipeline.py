@@ -85,6 +85,13 @@ def test_samples_follow_their_own_condition(strong, conditions, keys, samples):
     np.testing.assert_allclose(changed[1:], both[1:], atol=1e-4)
 
 
+def test_what_a_sample_lacks_it_is_not_shown(strong, conditions, keys, samples):
+    present = {"sketch": np.array([True, False, True])}
+    found = strong(conditions, keys, present=present, batch_size=N)
+    both, one = samples["segmentation", "sketch"], samples[("segmentation",)]
+    np.testing.assert_array_equal(found, np.where(present["sketch"][:, None, None, None], both, one))
+
+
 def test_guidance_zero_is_the_base_alone(strong, conditions, keys, samples):
     base = strong.base
     alone = strong(conditions, keys, guidance=0.0, batch_size=N)

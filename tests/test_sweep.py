@@ -171,6 +171,7 @@ def test_a_bad_sweep_is_explained_and_writes_nothing(script, small_path, tmp_pat
         (["--sweep=nowhere.py"], ["nowhere.py", "get_hyper()"]),
         (["--sweep={sweep}", "--sweep_index=3"], ["--sweep_index=3", "3 trials, 0 to 2"]),
         (["--sweep={sweep}", "--sweep_index=-1"], ["--sweep_index=-1", "3 trials"]),
+        (["--sweep={sweep}", "--sweep_width=0"], ["--sweep_width=0", "at least 1"]),
         (["--sweep_index=1"], ["--sweep_index goes with --sweep"]),
         (["--sweep={sweep}", "--profile=1:2"], ["sweep", "profile"]),
         (["--sweep={sweep}", "--sweep_mode=parallel"], ["sweep_mode", "together"]),
@@ -432,7 +433,12 @@ def test_a_cache_is_shared_where_what_is_in_it_is_the_same(small_path):
     for key, value in same.items():
         assert caching.shared_by(config.override(base, {key: value})) == caching.shared_by(base), key
     other = [{"draws.count": 3}, {"draws.seed": 1}, {"draws.density": [1.0, 2.0]}, {"draws.offset": 0.1}]
-    other += [{"data.size": 9}, {"data.seed": 5}, {"data.views": 2, "data.flip": True}]
+    other += [
+        {"data.size": 9},
+        {"data.seed": 5},
+        {"data.views": 2, "data.flip": True},
+        {"data.views": 2, "data.jitter": 0.2},
+    ]
     other += [{"cache.dtype": "int8"}, {"base.dtype": "bfloat16"}]
     other += [{"modalities.segmentation.ignore": 255}]
     # Caches of versions that did not know the key are found as long as it is not set.

@@ -35,6 +35,14 @@ def settings_of(base, changes):
     return tiny.settings_of(tiny.make_config(base, SAME | changes))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def gaps():
+    """Examples that lack modalities, as the hardest data."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.leave_gaps(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs(small_path, tmp_path_factory):
     """Settings of the trials, and the workdirs of their serial runs."""

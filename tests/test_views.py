@@ -1,6 +1,7 @@
 """Laws of augmentation: image and conditions change alike, and a view is a function of (seed, example, view)."""
 
 import concurrent.futures
+import json
 import os
 
 import numpy as np
@@ -108,9 +109,41 @@ def test_a_cut_shows_what_it_says():
     assert np.ptp(spans[:, 1]) > 30 and np.ptp(spans[:, 2]) > 30
 
 
+def test_jitter_changes_the_colours_of_the_picture_alone(source):
+    """The same parts and sides with it and without; each factor by itself is what Pillow makes of it."""
+    how = {"views": 4, "flip": True, "crop": 0.6}
+    plain, jittered = (Views(source, MODALITIES, **how, jitter=j) for j in (0, 0.4))
+    for row in range(len(plain)):
+        one, two = plain[row], jittered[row]
+        assert same(two, one) == (row % 4 == 0)
+        assert all(np.array_equal(one[name], two[name]) for name in ("segmentation", "sketch"))
+        assert two["image"].dtype == np.uint8 and two["image"].shape == one["image"].shape
+    means = [Views(source, MODALITIES, views=40, jitter=0.4)[v]["image"].mean() for v in range(40)]
+    assert 0.55 * means[0] < min(means) < 0.8 * means[0] and max(means) > 1.15 * means[0]
+
+
+def test_mirrored_classes_are_exchanged(source):
+    becomes, unknown = np.array([0, 2, 1, 3, 4, 5], np.int32), 255
+    labels = source.arrays["segmentation"].copy()
+    labels[:, :3] = unknown
+    views = Views(
+        InMemory(source.arrays | {"segmentation": labels}),
+        MODALITIES,
+        views=2,
+        flip=True,
+        swaps={"segmentation": becomes},
+    )
+    found, mirrored = views[1]["segmentation"], labels[0][:, ::-1]
+    wanted = np.where(mirrored == 1, 2, np.where(mirrored == 2, 1, mirrored))
+    np.testing.assert_array_equal(found, wanted)
+    assert found.dtype == np.uint8 and (found == unknown).any() and (found == 1).any()
+    assert np.array_equal(views[0]["segmentation"], labels[0])
+
+
 def test_a_view_is_a_function_of_its_number(source):
     before = {name: a.copy() for name, a in source.arrays.items()}
-    make = lambda seed: Views(source, MODALITIES, views=3, flip=True, crop=0.7, seed=seed)  # noqa: E731
+    how = {"views": 3, "flip": True, "crop": 0.7, "jitter": 0.3}
+    make = lambda seed: Views(source, MODALITIES, **how, seed=seed)  # noqa: E731
     one, two, other = make(0), make(0), make(1)
     forward = [one[i] for i in range(len(one))]
     assert all(same(two[i], forward[i]) for i in reversed(range(len(two))))
@@ -133,6 +166,8 @@ def test_a_view_is_a_function_of_its_number(source):
         ({"crop": 0.9}, ["views=1", "crop"]),
         ({"views": 2}, ["views=2", "only 1"]),
         ({"views": 3, "flip": True}, ["views=3", "only 2"]),
+        ({"jitter": 0.2}, ["views=1", "jitter"]),
+        ({"jitter": 1.0, "views": 2}, ["jitter", "1.0"]),
     ],
 )
 def test_views_that_would_not_differ_are_refused(source, settings, words):
@@ -173,6 +208,22 @@ def test_a_source_is_opened_with_its_views(folder):
     np.testing.assert_array_equal(mirrored["image"], plain["image"][:, ::-1])
     with pytest.raises(UserError, match="^views=1"):
         of("train", flip=True)
+
+
+def test_a_folder_says_which_classes_mirroring_exchanges(folder):
+    """And a fingerprint says so, where it matters, although no file of the examples has changed."""
+    mine = data(name="folder", path=str(folder), held_out_share=0.0, views=2, flip=True)
+    found = lambda: mine.find("train", MODALITIES, CARD)  # noqa: E731
+    before, plain = mine.fingerprints(found()), mine.open("train", MODALITIES, CARD)[3]
+    assert set(before) == {"image", "segmentation", "sketch"}
+    classes = {"classes": [{"name": name} for name in "abcdef"], "swap": {"b": "e"}}
+    (folder / "classes.json").write_text(json.dumps(classes))
+    swapped = mine.open("train", MODALITIES, CARD)[3]
+    becomes = np.array([0, 4, 2, 3, 1, 5], np.uint8)
+    np.testing.assert_array_equal(swapped["segmentation"], becomes[plain["segmentation"]])
+    after = mine.fingerprints(found(), known=before)
+    assert mine.fingerprints(found()) == after and before.items() < after.items() and "segmentation.swap" in after
+    assert mine.without_views().fingerprints(found(), known=after) == before
 
 
 def test_fingerprints_tell_contents(folder):

@@ -20,6 +20,7 @@ from absl import app, flags
 
 from configs import default
 from mcm_jax.base import load_base, loading
+from mcm_jax.data.pipeline import InMemory
 from mcm_jax.training import read_run, train_and_evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -201,6 +202,17 @@ def make_config(base_path, changes=None):
     config = default.get_config().lock()
     config.update_from_flattened_dict(OVERRIDES | {"base.path": str(base_path)} | (changes or {}))
     return config
+
+
+def leave_gaps(patch):
+    """Scenes, from now on, of which every third lacks its segmentation, and every fourth its sketch."""
+    render = InMemory.render
+
+    def partial(scenes):
+        arrays, i = render(scenes).arrays, np.arange(len(scenes))
+        return InMemory(arrays | {"present": np.stack([i % 3 != 0, i % 4 != 0], 1).astype(np.uint8)})
+
+    patch.setattr(InMemory, "render", partial)
 
 
 def settings_of(config):

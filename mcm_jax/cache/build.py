@@ -119,6 +119,9 @@ def build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[st
     def write(number: int, tensors: dict[str, np.ndarray]) -> int:
         path = folder / store.shard_name(number)
         entry = store.write_shard(path, tensors)
+        passed_over = getattr(recipe.source, "skipped", {})
+        if skipped := [i for i in plan.rows(number) if i in passed_over]:
+            entry["skipped"] = skipped
         with (folder / store.JOURNAL.format(process)).open("a") as journal:
             journal.write("\n" + json.dumps({"shard": path.name, **entry}) + "\n")  # a torn line stays alone
         return len(plan.rows(number))
@@ -185,7 +188,7 @@ def bytes_of_an_example(plan: store.Manifest, recipe: Recipe) -> int:
     eps = latent * 1 + 4 * channels if recipe.dtype == "int8" else latent * jnp.dtype(recipe.dtype).itemsize
     example = inputs.load_example(base, recipe.source, recipe.modalities, 0)
     view = 2 * latent if base.is_latent else example["image"].nbytes
-    view += sum(example[m.name].nbytes for m in recipe.modalities)
+    view += sum(example[name].nbytes for name in (*(m.name for m in recipe.modalities), "present") if name in example)
     return 4 + plan.draws * (eps + 4) + plan.views * view
 
 

@@ -67,7 +67,8 @@ class Cache:
           draw: which draw of each, int ``[B]``, at least 0; draw d is draw d mod K.
 
         Returns:
-          :attr:`fields`: ``latent`` or ``image``, the modalities, ``eps`` as it is stored and ``eps_scale`` for int8.
+          :attr:`fields`: ``latent`` or ``image``, the modalities, ``eps`` as it is stored, ``eps_scale`` for int8, and
+          ``present`` where examples may miss modalities.
 
         Raises:
           IndexError: an example that is not there.

@@ -62,7 +62,8 @@ class Manifest:
       draws: K.
       shard_examples: examples in each shard but the last.
       versions: of the packages that built it, for the record.
-      shards: bytes and SHA-256 by file name.
+      shards: bytes and SHA-256 by file name; ``skipped``, where there are any: examples that could not be read when it
+        was built, in whose places others are (:mod:`mcm_jax.data.unreadable`).
     """
 
     made_of: dict[str, str]
@@ -98,6 +99,11 @@ class Manifest:
     def rows(self, number: int) -> range:
         """The examples of a shard."""
         return range(number * self.shard_examples, min((number + 1) * self.shard_examples, self.examples))
+
+    @property
+    def skipped(self) -> list[int]:
+        """Examples that could not be read when the cache was built."""
+        return sorted(i for shard in self.shards.values() for i in shard.get("skipped", ()))
 
     def write(self, path: pathlib.Path) -> None:
         """Writes it with its own checksum."""
@@ -193,7 +199,10 @@ def written_shards(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 entry = json.loads(line)
                 if _SHARD.fullmatch(entry["shard"]):
-                    found[entry["shard"]] = {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+                    kept = {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+                    if "skipped" in entry:
+                        kept["skipped"] = [int(i) for i in entry["skipped"]]
+                    found[entry["shard"]] = kept
     return found
 
 

@@ -1,6 +1,8 @@
 """Paired examples: an image and its conditions."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -14,6 +16,8 @@ from mcm_jax.data.emoji import Emoji
 from mcm_jax.data.folder import Folder, has_split
 from mcm_jax.data.pipeline import InMemory
 from mcm_jax.data.scenes import Scenes
+from mcm_jax.data.tfds.records import Description, Records, describe, find
+from mcm_jax.data.unreadable import UNREADABLE, Skipping
 from mcm_jax.data.views import Views, check_views
 from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality
@@ -41,7 +45,11 @@ _SOURCES = {
         emoji.CLASSES, emoji.PALETTE, segmentation="interior:palette", sketch="edges:size=32", fidelity="emoji"
     ),
     "folder": _Known(),
+    "tfds": _Known(),
 }
+_WITH_PATH = ("folder", "tfds")
+
+_SWAP = ".swap"  # after a modality's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +57,19 @@ class DataSettings:
     """The data set. The config's section ``data``.
 
     Attributes:
-      name: ``scenes``, procedural landscapes at the base's resolution; ``emoji``, drawn art at 32x32 or 64x64; or
-        ``folder``: your own pairs.
-      path: of a folder of pairs, see docs/data.md; '' for the others.
+      name: ``scenes``, procedural landscapes at the base's resolution; ``emoji``, drawn art at 32x32 or 64x64;
+        ``folder``: your own pairs; or ``tfds``: a data set of TensorFlow Datasets.
+      path: of a folder of pairs, see docs/data.md; of a data set of TFDS, or its name, see docs/tfds.md; else ''.
       size: training examples of scenes.
       seed: of scenes: another seed is another data set (0 trained the base, 1 the segmentation net); and of crops.
       prompt_drop_rate: how often the base is shown the empty prompt; for text-conditional bases.
       views: augmented versions of each example, the first one as it is; see docs/data.md.
       flip: whether every other view is mirrored.
       crop: the least share of the picture's sides that a view shows.
+      jitter: how far views change the picture's brightness, contrast and saturation, each by a factor of at most 1 +
+        jitter and at least 1 - jitter; the conditions stay.
+      unreadable: what becomes of a training example whose files turn out to be damaged or wrong: ``fail``; or ``skip``:
+        the next one takes its place, which is counted and told, up to 5% of the examples.
       partial: whether pictures of a folder may miss modalities.
       held_out_share: of a folder without a test split, how much of it is held out, by a hash of the names; 0 is none.
       discover: whether the modalities of a folder are found in it, as configs/folder.py has it: the workdir's config
@@ -73,16 +85,19 @@ class DataSettings:
     flip: bool = False
     crop: float = 1.0
     # Names of caches are made of the others' repr.
+    jitter: float = dataclasses.field(default=0.0, repr=False)
+    unreadable: str = dataclasses.field(default="fail", repr=False)
     partial: bool = dataclasses.field(default=False, repr=False)
     held_out_share: float = setting(0.1, before=0.0, repr=False)
     discover: bool = dataclasses.field(default=False, repr=False)
+    jitter: float = dataclasses.field(default=0.0, repr=False)
 
     def __post_init__(self):
         expect(self.name in _SOURCES, "name", f"one of {', '.join(_SOURCES)}", self.name)
         expect(
-            bool(self.path) == (self.name == "folder"),
+            bool(self.path) == (self.name in _WITH_PATH),
             "path",
-            "a folder of pairs where data.name is 'folder', and '' where it is not",
+            "a folder of pairs where data.name is 'folder', a data set of TFDS where it is 'tfds', and '' elsewhere",
             self.path,
         )
         expect(self.size >= 1, "size", "at least 1", self.size)
@@ -91,7 +106,8 @@ class DataSettings:
         expect(0 <= self.held_out_share < 1, "held_out_share", "at least 0 and below 1", self.held_out_share)
         for key in ("partial", "discover"):
             expect(not getattr(self, key) or self.name == "folder", key, "False: it is for data.name='folder'", True)
-        check_views(self.views, self.flip, self.crop)
+        expect(self.unreadable in UNREADABLE, "unreadable", f"one of {', '.join(UNREADABLE)}", self.unreadable)
+        check_views(self.views, self.flip, self.crop, self.jitter)
 
     def check_holds(self, modalities: Sequence[Modality]) -> None:
         """Raises UserError where scenes have no such modality; what a folder has is seen when it is opened."""
@@ -107,7 +123,7 @@ class DataSettings:
     @property
     def holds(self) -> tuple[Modality, ...]:
         """The modalities that the data set is known to hold; what a folder has is seen when it is opened."""
-        return _SOURCES[self.name].holds
+        return self._of_tfds.modalities or _SOURCES[self.name].holds
 
     @property
     def judges(self) -> Mapping[str, str]:
@@ -125,17 +141,29 @@ class DataSettings:
         return described.colors if described else _SOURCES[self.name].palettes.get(modality)
 
     def described(self, modality: str) -> Classes | None:
-        """What a folder's ``classes.json`` says of a modality of labels, where there is one."""
+        """What a folder's ``classes.json``, or a data set of TFDS, says of a modality of labels, if it does."""
+        if self.name == "tfds":
+            return self._of_tfds.classes.get(modality)
         path = classes_path(self.path, modality) if self.name == "folder" else None
         return read_classes(path) if path else None
 
     def is_at_hand(self, split: str = "train") -> bool:
         """Whether a split's examples can be read."""
+        if self.name == "tfds":
+            return split in self._of_tfds.splits
         return self.name != "folder" or has_split(self.path, split, self.held_out_share)
 
     def splits_itself(self) -> bool:
         """Whether the held-out examples are some of the folder that would train otherwise."""
         return self.name == "folder" and not (pathlib.Path(self.path) / "test").is_dir() and self.has_test_split()
+
+    @property
+    def _of_tfds(self) -> Description:
+        """Empty where the data set is not of TFDS, or not at hand: a cache can train without it."""
+        try:
+            return describe(find(self.path)) if self.name == "tfds" else Description()
+        except UserError:
+            return Description()
 
     def has_test_split(self) -> bool:
         """Whether there are held-out examples."""
@@ -143,7 +171,7 @@ class DataSettings:
 
     def find(
         self, split: str, modalities: Sequence[Modality], card: BaseCard, *, size: int | None = None
-    ) -> Scenes | Emoji | Folder:
+    ) -> Scenes | Emoji | Folder | Records:
         """What :meth:`open` opens, by the same arguments, but as it is: nothing is rendered or read yet."""
         height, width, _ = card.image_shape
         if self.name == "folder":
@@ -158,6 +186,8 @@ class DataSettings:
                 partial=self.partial,
                 held_out_share=self.held_out_share,
             )
+        if self.name == "tfds":
+            return Records(self.path, split, modalities, height, width, card.is_text_conditional, size)
         if self.name == "emoji":
             return Emoji(split, height, width, size)
         return Scenes(split, size or self.size, height, width, self.seed)
@@ -175,7 +205,8 @@ class DataSettings:
 
         Returns:
           Random access to examples of ``image`` (uint8 ``[height, width, 3]``), the modalities on the same grid (labels
-          as integers, maps as value * 255), ``caption`` (a text, if the base takes it; scenes always have it).
+          as integers, maps as value * 255), ``caption`` (a text, if the base takes it; scenes always have it), and
+          where examples may miss modalities ``present`` (uint8 ``[len(modalities)]``, 0 for those that it lacks).
 
         Raises:
           UserError: a folder that is not as docs/data.md says.
@@ -185,6 +216,31 @@ class DataSettings:
         if self.partial and split == "train" and size is None:
             shares = ", ".join(f"{name} {share:.0%}" for name, share in found.shares().items())
             print(f"{self.path}: of {len(found)} pictures, so many have each modality: {shares}")
-        if split != "train" or (self.views, self.flip, self.crop) == (1, False, 1):
-            return source
-        return Views(source, modalities, views=self.views, flip=self.flip, crop=self.crop, seed=self.seed)
+        if split != "train":
+            return source  # figures are of these: none is another's
+        if self.views > 1:
+            how = dict(views=self.views, flip=self.flip, crop=self.crop, jitter=self.jitter, seed=self.seed)
+            source = Views(source, modalities, swaps=self._swaps(found), **how)
+        if self.unreadable == "skip" and isinstance(found, Folder):
+            source = Skipping(source, self.views, found.names)
+        return source
+
+    def without_views(self) -> "DataSettings":
+        """The same examples, each as it is."""
+        return dataclasses.replace(self, views=1, flip=False, crop=1.0, jitter=0.0)
+
+    def _swaps(self, found: Sequence[dict]) -> dict[str, np.ndarray]:
+        """What mirroring makes of the classes of each modality, where the data set says that it exchanges some."""
+        known = getattr(found, "classes", {}) if self.flip else {}
+        return {name: classes.mirrored for name, classes in known.items() if classes.swap}
+
+    def fingerprints(self, found: Scenes | Emoji | Folder, known: Mapping[str, str] | None = None) -> dict[str, str]:
+        """SHA-256, by name, of all that the examples of what :meth:`find` found are made of.
+
+        Args:
+          found: the data set.
+          known: an earlier result, where its files are known to be the same since: then they are not read.
+        """
+        digests = found.fingerprints() if known is None else {k: v for k, v in known.items() if not k.endswith(_SWAP)}
+        swaps = {name: json.dumps(becomes.tolist()).encode() for name, becomes in self._swaps(found).items()}
+        return digests | {name + _SWAP: hashlib.sha256(text).hexdigest() for name, text in swaps.items()}

@@ -15,12 +15,13 @@ Whatever is wrong with the tree is said at once; the files are opened as they ar
 import concurrent.futures
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
 import struct
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -105,23 +106,13 @@ class Folder:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         name = self.names[index]
-        path = self._path("image", name)
-        picture = read_image(path)
-        box = cover(picture.height, picture.width, self.height, self.width)
-        top, left, bottom, right = box
-        resized = picture.resize((self.width, self.height), Image.Resampling.LANCZOS, (left, top, right, bottom))
-        example = {"image": np.array(resized)}
+
+        def path_of(folder: str) -> pathlib.Path | None:
+            return self._path(folder, name) if name in self._files[folder] else None
+
+        example = read_example(path_of, self.modalities, self.classes, self.height, self.width)
         if self.partial:
             example["present"] = np.array([name in self._files[m.name] for m in self.modalities], np.uint8)
-        for modality in self.modalities:
-            if name not in self._files[modality.name]:
-                example[modality.name] = modality.pack(modality.null(1, self.height, self.width)[0])
-                continue
-            condition = read_condition(self._path(modality.name, name), modality, self.classes.get(modality.name))
-            check_shape(self._path(modality.name, name), condition, path, picture)
-            scales = (condition.shape[0] / picture.height, condition.shape[1] / picture.width)
-            scaled = tuple(edge * scale for edge, scale in zip(box, scales * 2, strict=True))
-            example[modality.name] = to_grid(modality, condition, scaled, self.height, self.width)
         if self.captions:
             prompts = self._prompts
             example["caption"] = np.array(prompts[name] if prompts else read_caption(self._path("caption", name)))
@@ -286,17 +277,21 @@ def scan(
     if not root.is_dir():
         found = f"there are {few(sorted(os.listdir(root.parent)))}" if root.parent.is_dir() else f"nor is {root.parent}"
         return {"image": {}}, [Problem(str(root), f"no such folder; {found}", f"Expected {_layout(root)}")]
-    files, problems = {}, []
+    files, problems, spoilt = {}, [], set()
     for name, known in {"image": PICTURES, **endings}.items():
         if name in partial and not os.path.lexists(root / name):
             files[name], wrong = {}, [Problem(str(root / name), "no such folder, so no picture has one", _NO_SUCH)]
         else:
             files[name], wrong = _files(root / name, known)
+        if name == "image":
+            spoilt = _stems(wrong)  # of these it is said what is wrong
         if name == "image" and not files[name] and not wrong:
             wrong = [Problem(str(root / name), "holds no pictures", f"Expected {_layout(root)}")]
         elif name != "image" and (root / name).is_dir():
             some = name in partial and not files[name].keys().isdisjoint(files["image"])
-            wrong += _unpaired(root / name, files[name], files["image"], known[0], some)
+            missing = () if some else files["image"].keys() - files[name].keys() - _stems(wrong)
+            extra = files[name].keys() - files["image"].keys() - spoilt
+            wrong += _unpaired(root / name, missing, [files[name][n] for n in extra], known[0], len(files["image"]))
         problems += wrong
     return files, problems
 
@@ -330,21 +325,22 @@ def _files(folder: pathlib.Path, endings: Sequence[str]) -> tuple[dict[str, str]
     return names, problems
 
 
+def _stems(problems: Iterable[Problem]) -> set[str]:
+    return {unicodedata.normalize("NFC", pathlib.Path(p.path).stem) for p in problems}
+
+
 def _unpaired(
-    folder: pathlib.Path, files: Mapping[str, str], images: Mapping[str, str], ending: str, partial: bool
+    folder: pathlib.Path, missing: Iterable[str], extra: Iterable[str], ending: str, pictures: int
 ) -> list[Problem]:
-    rule = "Files are paired by their names without ending: add or rename one, or remove the other"
-    missing = [] if partial else sorted(images.keys() - files.keys())
-    if missing and ending != ".txt" and len(missing) < len(images):
-        rule += "; config.data.partial=True trains with pictures that miss some of their conditions"
-    extra = sorted(files[name] for name in files.keys() - images.keys())
+    rule = gaps = "Files are paired by their names without ending: add or rename one, or remove the other"
+    missing = sorted(missing)
+    if ending != ".txt" and len(missing) < pictures:
+        gaps += "; config.data.partial=True trains with pictures that miss some of their conditions"
     image = folder.parent / "image"
+    found = f"missing, but {image} has a picture of its name"
     return [
-        *(
-            Problem(str(folder / (n + ending)), f"missing, but {image} has a picture of its name", rule)
-            for n in missing
-        ),
-        *(Problem(str(folder / file), f"{image} has no picture of its name", rule) for file in extra),
+        *(Problem(str(folder / (name + ending)), found, gaps) for name in missing),
+        *(Problem(str(folder / file), f"{image} has no picture of its name", rule) for file in sorted(extra)),
     ]
 
 
@@ -357,8 +353,48 @@ def _layout(root: pathlib.Path) -> str:
 
 # The files
 
+Source = pathlib.Path | io.BytesIO
+"""A file, or what is in one: then its ``str()`` says where it is."""
 
-def read_image(path: pathlib.Path) -> Image.Image:
+
+def read_example(
+    source_of: Callable[[str], Source | None],
+    modalities: Sequence[Modality],
+    classes: Mapping[str, Classes],
+    height: int,
+    width: int,
+) -> dict[str, np.ndarray]:
+    """The image and the conditions of an example, as :class:`Folder` gives them.
+
+    Args:
+      source_of: gives the picture of ``image``, and of each modality, or None where it is missing.
+      modalities: what is read.
+      classes: of the modalities of labels whose pictures may show them by colours.
+      height: of the grid.
+      width: of the grid.
+
+    Raises:
+      UserError: a picture is damaged, holds something else than it should, or has another shape than its image.
+    """
+    path = source_of("image")
+    picture = read_image(path)
+    box = cover(picture.height, picture.width, height, width)
+    top, left, bottom, right = box
+    example = {"image": np.array(picture.resize((width, height), Image.Resampling.LANCZOS, (left, top, right, bottom)))}
+    for modality in modalities:
+        source = source_of(modality.name)
+        if source is None:
+            example[modality.name] = modality.pack(modality.null(1, height, width)[0])
+            continue
+        condition = read_condition(source, modality, classes.get(modality.name))
+        check_shape(source, condition, path, picture)
+        scales = (condition.shape[0] / picture.height, condition.shape[1] / picture.width)
+        scaled = tuple(edge * scale for edge, scale in zip(box, scales * 2, strict=True))
+        example[modality.name] = to_grid(modality, condition, scaled, height, width)
+    return example
+
+
+def read_image(path: Source) -> Image.Image:
     """Any picture as upright RGB, its transparent parts over white. Raises UserError where it cannot be read."""
     try:
         with Image.open(path) as picture:
@@ -397,7 +433,7 @@ def read_caption(path: pathlib.Path) -> str:
     return prompts[0]
 
 
-def read_condition(path: pathlib.Path, modality: Modality, classes: Classes | None = None) -> np.ndarray:
+def read_condition(path: Source, modality: Modality, classes: Classes | None = None) -> np.ndarray:
     """:func:`read_png`; of labels whose classes have colours, a colour PNG is read by these.
 
     So is a palette PNG all of whose colours are the classes'; of any other the index counts.
@@ -431,12 +467,12 @@ def read_condition(path: pathlib.Path, modality: Modality, classes: Classes | No
 # The grid
 
 
-def check_shape(path: pathlib.Path, condition: np.ndarray, image: pathlib.Path, picture: Image.Image) -> None:
+def check_shape(path: Source, condition: np.ndarray, image: Source, picture: Image.Image) -> None:
     """Raises UserError where a condition ``[H, W]`` or ``[H, W, C]`` has another aspect ratio than its picture."""
     if not _same_aspect_ratio(condition.shape[:2], (picture.height, picture.width)):
         raise UserError(
             f"{path}: is {_size(*condition.shape[:2])}, which is another shape than {image}: "
-            f"{_size(picture.height, picture.width)}{_turned(image)}. A {path.parent.name} shows all of its picture; "
+            f"{_size(picture.height, picture.width)}{_turned(image)}. A condition shows all of its picture; "
             f"its resolution may differ, its aspect ratio may not"
         )
 
@@ -458,7 +494,7 @@ def _size(height: int, width: int) -> str:
     return f"{width}x{height} pixels"
 
 
-def _turned(path: pathlib.Path) -> str:
+def _turned(path: Source) -> str:
     """A remark for a picture that its EXIF data turns by 90 degrees, where many tools do not."""
     with Image.open(path) as picture:
         sideways = turn_of(picture) in (

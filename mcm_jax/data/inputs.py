@@ -34,7 +34,8 @@ class Inputs:
 
     Attributes:
       source: ``latent`` (float16 ``[N, h, w, C]``; ``image``, uint8, for a base that works on pixels), each modality on
-        the same grid, and, for a text-conditional base, ``prompt`` (int32 ``[N]``, a row of `contexts`).
+        the same grid, ``present`` (uint8 ``[N, M]``) where examples may miss some, and, for a text-conditional base,
+        ``prompt`` (int32 ``[N]``, a row of `contexts`).
       contexts: what the base sees of each distinct prompt, ``[P, L, D]`` in the base's dtype, on the host; row 0 is the
         empty prompt's. None for an unconditional base.
     """
@@ -81,11 +82,11 @@ def chunks(rows: Sequence[int], mesh: jax.sharding.Mesh) -> list[Sequence[int]]:
 
 
 def load_example(base: Base, source: Sequence[dict], modalities: Sequence[Modality], index: int) -> dict:
-    """One example of a source: ``image`` as it is, conditions on the latent's grid, ``caption`` if it is wanted."""
+    """One example: ``image`` and ``present`` as they are, conditions on the latent's grid, perhaps ``caption``."""
     height, width, _ = base.latent_shape
     example = source[index]
     found = {m.name: m.resize_all(example[m.name][None], height, width)[0] for m in modalities}
-    found["image"] = example["image"]
+    found |= {name: example[name] for name in ("image", "present") if name in example}
     if base.is_text_conditional:
         found["caption"] = example["caption"]
     return found
@@ -98,7 +99,7 @@ def encode(
     portions: Sequence[Sequence[int]],
     mesh: jax.sharding.Mesh,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields each portion of rows, stacked: ``latent`` or ``image``, the modalities, ``caption``.
+    """Yields each portion of rows, stacked: ``latent`` or ``image``, the modalities, ``present``, ``caption``.
 
     Threads read ahead while the caller's device works, but not far: pictures are large. The arguments and errors are
     those of :func:`prepare`; `portions` are from :func:`chunks`.

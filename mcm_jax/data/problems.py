@@ -3,12 +3,16 @@
 import dataclasses
 import itertools
 import os
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from mcm_jax.errors import UserError
 
+# In what was found: quoted texts, paths and numbers.
+_VARIES = re.compile(rf"""'[^']*'|"[^"]*"|\S*{re.escape(os.sep)}\S*|\d[\dx,.]*""")
 _SHOWN = 3  # names of files in a message
 _MOST = 20  # lines of a message
 
@@ -43,43 +47,74 @@ class Problem:
         return cls(str(path), text, "mend or replace it", fatal)
 
 
+class Kind(NamedTuple):
+    """Problems of which all but the file is the same, in one folder."""
+
+    fatal: bool
+    folder: str
+    found: str
+    fix: str
+    files: list[str]
+
+
+def kinds(problems: Iterable[Problem]) -> list[Kind]:
+    """Problems by what they are, in the order in which they first came."""
+    found: dict[tuple[bool, str, str, str], list[str]] = {}
+    for p in problems:
+        found.setdefault((p.fatal, os.path.dirname(p.path), p.found, p.fix), []).append(p.path)
+    return [Kind(*kind, files) for kind, files in found.items()]
+
+
+def alike(problems: Iterable[Problem]) -> list[list[Kind]]:
+    """Kinds that differ in names and numbers alone together, fatal ones first: one mistake made in many ways."""
+    groups: dict[tuple, list[Kind]] = {}
+    for kind in sorted(kinds(problems), key=lambda kind: not kind.fatal):
+        groups.setdefault((kind.fatal, kind.folder, _VARIES.sub("#", kind.found)), []).append(kind)
+    return list(groups.values())
+
+
 def refuse(problems: Iterable[Problem]) -> None:
-    """Raises one UserError that names all fatal problems; those alike in one folder on one line."""
+    """Raises one UserError that names all fatal problems; those of one kind on one line."""
     lines = []
-    for folder, found, fix, files in _kinds(p for p in problems if p.fatal):
-        where = files[0] if len(files) == 1 else f"{folder}: {len(files)} files ({few(map(os.path.basename, files))})"
-        lines.append(f"{where}: {found}. {fix}")
+    for kind in kinds(p for p in problems if p.fatal):
+        names = f"{len(kind.files)} files ({few(map(os.path.basename, kind.files))})"
+        where = kind.files[0] if len(kind.files) == 1 else f"{kind.folder}: {names}"
+        lines.append(f"{where}: {kind.found}. {kind.fix}")
     if lines:
         more = [f"and {len(lines) - _MOST} more; python -m mcm_jax.data check lists them all"]
         raise UserError("\n".join(lines[:_MOST] + more * (len(lines) > _MOST)))
 
 
-def table(problems: Iterable[Problem], root: str | os.PathLike = "", most: int = 10, width: int | None = None) -> str:
-    """A table of file, problem and fix, fatal ones first, those of one kind together.
+def table(problems: Iterable[Problem], root: str | os.PathLike = "", most: int = 8, width: int | None = None) -> str:
+    """A table of file, problem and fix, fatal ones first; empty where there are none.
 
     Args:
       problems: the rows.
       root: a folder; paths below it are shown relative to it.
-      most: how many files of one kind are named; how many more there are is said.
+      most: how many files with one problem are named; how many more there are is said.
       width: in characters; the terminal's by default.
     """
     width = width or max(80, shutil.get_terminal_size((120, 24)).columns)
     rows = []
-    for fatal in (True, False):
-        for _, found, fix, files in _kinds(p for p in problems if p.fatal == fatal):
-            names = [printable(_below(f, root)) for f in files[:most]]
-            if len(files) > most:
-                names.append(f"... and {len(files) - most} more")
-            rows.append(("FATAL" if fatal else "warning", names, printable(found), printable(fix)))
+    for group in alike(problems):
+        left = most
+        for kind in group[:most]:
+            if left > 0:
+                names = [below(file, root) for file in kind.files[:left]]
+                left -= len(names)
+                severity = "FATAL" if kind.fatal else "warning"
+                rows.append((severity, names, below(kind.found, root), below(kind.fix, root)))
+        if hidden := sum(len(kind.files) for kind in group) - (most - left):
+            rows[-1][1].append(f"... {hidden:,} more")
     if not rows:
         return ""
-    first = 7
-    name = min(max(4, *(len(n) for _, names, _, _ in rows for n in names)), width // 3)
+    first = max(len(row[0]) for row in rows)
+    name = min(max(len(line) for _, names, _, _ in rows for line in names), width // 3)
     rest = (width - first - name - 6) // 2
     lines = [f"{'':{first}}  {'file':{name}}  {'problem':{rest}}  fix", "-" * width]
-    for kind, names, found, fix in rows:
-        names = [line for n in names for line in textwrap.wrap(n, name, break_on_hyphens=False) or [""]]
-        cells = ([kind], names, textwrap.wrap(found, rest), textwrap.wrap(fix, rest))
+    for severity, names, found, fix in rows:
+        names = [part for line in names for part in textwrap.wrap(line, name, break_on_hyphens=False)]
+        cells = ([severity], names, textwrap.wrap(found, rest), textwrap.wrap(fix, rest))
         for a, b, c, d in itertools.zip_longest(*cells, fillvalue=""):
             lines.append(f"{a:{first}}  {b:{name}}  {c:{rest}}  {d}".rstrip())
     return "\n".join(lines)
@@ -92,19 +127,11 @@ def few(names: Iterable[str]) -> str:
     return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
+def below(text: str, root: str | os.PathLike) -> str:
+    """A text with paths relative to a folder; see :func:`printable`."""
+    return printable(text.replace(os.path.join(root, ""), "") if os.fspath(root) else text)
+
+
 def printable(text: str) -> str:
     """A text of somebody else's files, with what moves a terminal's cursor or is no character at all escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
-def _kinds(problems: Iterable[Problem]) -> list[tuple[str, str, str, list[str]]]:
-    """Folder, found, fix and files of each kind of problem, in the order in which they first came."""
-    kinds: dict[tuple[str, str, str], list[str]] = {}
-    for p in problems:
-        kinds.setdefault((os.path.dirname(p.path), p.found, p.fix), []).append(p.path)
-    return [(*kind, files) for kind, files in kinds.items()]
-
-
-def _below(path: str, root: str | os.PathLike) -> str:
-    root = os.path.join(root, "") if os.fspath(root) else ""
-    return path.removeprefix(root)

@@ -122,6 +122,7 @@ def evaluate(
         :mod:`.fidelity`;
       * ``diversity``: the mean root-mean-square distance, in units of the [-1, 1] range, between samples of several
         seeds for one condition;
+      * ``examples``, where examples miss modalities: how many have each, which its numbers are of;
       * ``interval``, laid out the same: half of the 95% interval, of the mean over the seeds, or of FID and KID of one
         seed by the pictures; ``undefined``: why a number is null; and what it was measured with.
 
@@ -149,6 +150,7 @@ def evaluate(
     held_out = HeldOut(run.data, pipeline.base.card, modalities, wanted.maps)
     of_all = judges_of(held_out, wanted.judges, wanted.references)
     is_text = pipeline.base.is_text_conditional
+    gaps = {name: int(has.sum()) for name, has in held_out.present.items() if not has.all()}
     measured = {
         "maps": len(held_out),
         "seeds": wanted.seeds,
@@ -166,6 +168,7 @@ def evaluate(
             "seeds": wanted.diversity_seeds,
         },
         "judges": {judge.name: judge.how for judge in of_all},
+        **({"examples": gaps} if gaps else {}),
         "data": dataclasses.asdict(run.data),
         "mcm_parameters": parameter_count(pipeline.params),
         "base_parameters": parameter_count(pipeline.base.params["unet"]),
@@ -187,7 +190,11 @@ def evaluate(
     result = _summed_up(found) | {"expected": dict(wanted.expected)} | measured
     result["seconds"] = round(time.perf_counter() - began, 1)
     print(report.as_text(result, of_all))
-    shown = [pictures.show(m, held_out.conditions[m.name][:_SHOWN], run.data.palette(m.name)) for m in modalities]
+    first = slice(_SHOWN)
+    shown = [
+        pictures.show(m, held_out.conditions[m.name][first], run.data.palette(m.name), held_out.present[m.name][first])
+        for m in modalities
+    ]
     drawn = ["base", *subsets(names)]
     pictures.save_png(out.parent / "samples.png", pictures.grid([*shown, *(found[name].shown for name in drawn)]))
     cases = _cases(found[drawn[1]], of_all, held_out, names)
@@ -200,9 +207,10 @@ def evaluate(
     report.write(out.parent, result, of_all, sheets, title=os.fspath(workdir))
     write_atomically(out, (json.dumps(result, indent=2) + "\n").encode())
     shutil.rmtree(parts.folder, ignore_errors=True)
+    having = "".join(f", {count} of them with a {name}" for name, count in gaps.items())
     print(
-        f"\n{len(held_out)} held-out maps, guidance {settings.guidance:g}. {out.parent / 'report.html'} has it all; "
-        f"rows of {out.parent / 'samples.png'}: {drawn_rows}"
+        f"\n{len(held_out)} held-out maps{having}, guidance {settings.guidance:g}. {out.parent / 'report.html'} has it "
+        f"all; rows of {out.parent / 'samples.png'}: {drawn_rows}"
     )
     return result
 
@@ -237,7 +245,9 @@ def _judged(
         within |= judgement.within
         if judgement.scores is not None:
             arrays[f"scores/{judge.name}"] = judgement.scores
-            arrays[f"cases/{judge.name}"] = pictures.to_uint8(images[_chosen(judgement.scores)])
+            arrays[f"cases/{judge.name}"] = pictures.to_uint8(
+                images[_chosen(judgement.scores, judge.judges_which(which))]
+            )
     return {"numbers": numbers, "within": within}, arrays
 
 
@@ -306,9 +316,10 @@ def _through_autoencoder(pipeline: Pipeline, images: np.ndarray) -> np.ndarray:
     return np.concatenate(out)[: len(images)]
 
 
-def _chosen(scores: np.ndarray) -> np.ndarray:
-    """Which are shown of a row: the worst ones, then the best ones."""
+def _chosen(scores: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
+    """Which are shown of a row, out of `among` (bool ``[N]``): the worst ones, then the best ones."""
     order = np.argsort(np.where(np.isnan(scores), -np.inf, scores), kind="stable")
+    order = order if among is None else order[among[order]]
     few = min(_CASES, max(1, len(order) // 2))
     return np.concatenate([order[:few], order[len(order) - few :]])
 
@@ -322,9 +333,14 @@ def _cases(
     for judge in judges:
         if judge.name not in row.scores:
             continue
-        chosen = _chosen(row.scores[judge.name])
+        chosen = _chosen(row.scores[judge.name], judge.of)
         conditions = [
-            pictures.show(by_name[name], held_out.conditions[name][chosen], held_out.data.palette(name))
+            pictures.show(
+                by_name[name],
+                held_out.conditions[name][chosen],
+                held_out.data.palette(name),
+                held_out.present[name][chosen],
+            )
             for name in names
         ]
         real = pictures.to_uint8(held_out.images[chosen])

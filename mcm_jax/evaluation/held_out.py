@@ -68,6 +68,12 @@ class HeldOut:
         return {m.name: self._arrays[m.name] for m in self.judged}
 
     @functools.cached_property
+    def present(self) -> dict[str, np.ndarray]:
+        """Which examples have each modality, bool ``[N]``: all, but where a data set has gaps."""
+        there = self._arrays.get("present", np.ones((len(self), len(self.judged)))) > 0
+        return {m.name: there[:, i] for i, m in enumerate(self.judged)}
+
+    @functools.cached_property
     def captions(self) -> list[str]:
         """One of each example, whether the base takes them or not. Raises UserError where the data set has none."""
         found = self._arrays.get("caption")
@@ -88,7 +94,7 @@ class HeldOut:
 
         They have the size of :attr:`images`: sets are compared whose pictures came to a judge's size in the same way.
         """
-        data = dataclasses.replace(self.data, views=1, flip=False, crop=1.0)
+        data = self.data.without_views()
         count = min(most, len(data.find("train", (), self.card)))
         source = data.open("train", (), self.card, size=count)
         for start in range(0, count, _AT_ONCE):

@@ -18,7 +18,7 @@ class Row:
 
     Attributes:
       name: of the row.
-      given: modalities that are shown to the MCM.
+      given: modalities that are shown to the MCM, for the examples that have them.
       guidance: modality guidance; 0 is the base alone.
       told: whether a text-conditional base is told the captions, or the empty prompt.
     """
@@ -29,10 +29,16 @@ class Row:
     told: bool = True
 
 
+_MOST = 4  # modalities of which every subset is sampled
+
+
 def subsets(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Every subset but the empty one, by its name: everything (``both``, ``all``) first, each alone last."""
-    found = {}
-    for size in range(len(names), 0, -1):
+    """Every subset but the empty one, by its name: everything (``both``, ``all``) first, each alone last.
+
+    Of more than four modalities everything and each alone: of ten there are 1,023 subsets.
+    """
+    found, sizes = {}, range(len(names), 0, -1)
+    for size in sizes if len(names) <= _MOST else (len(names), 1):
         for given in itertools.combinations(names, size):
             everything = size == len(names) > 1
             found[("both" if size == 2 else "all") if everything else "+".join(given)] = given
@@ -70,6 +76,7 @@ class Sampler:
         height, width, _ = pipeline.base.latent_shape
         at_hand = held_out.conditions
         self._conditions = {m.name: m.resize_all(at_hand[m.name], height, width) for m in pipeline.modulator.modalities}
+        self._present = held_out.present
         self._captions = held_out.captions if pipeline.base.is_text_conditional else None
 
     def __call__(
@@ -94,7 +101,8 @@ class Sampler:
             texts = None
             if self._captions is not None:
                 texts = [self._captions[i] if row.told else "" for i in part]
-            images = self._pipeline(given, keys[start : start + len(part)], prompts=texts, **how)
+            present = {name: self._present[name][part] for name in row.given}
+            images = self._pipeline(given, keys[start : start + len(part)], prompts=texts, present=present, **how)
             parts.append(np.clip(images, -1, 1))
             done(len(part))
         return np.concatenate(parts)

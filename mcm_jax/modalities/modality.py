@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import pathlib
 
 import jax
@@ -151,8 +152,8 @@ def cover(height: int, width: int, grid_height: int, grid_width: int) -> tuple[f
     return top, left, top + rows, left + columns
 
 
-def read_png(path: str | pathlib.Path, modality: Modality) -> np.ndarray:
-    """Reads a condition from a picture file.
+def read_png(path: str | pathlib.Path | io.BytesIO, modality: Modality) -> np.ndarray:
+    """Reads a condition from a picture file, or from what is in one; then its ``str()`` says where that is.
 
     Labels come from a PNG whose pixel values are the classes (greyscale or palette indices); a colour picture or a
     lossy one (JPEG, WebP) is refused, since its values are no classes. Maps come from any picture, grey for one channel
@@ -164,8 +165,7 @@ def read_png(path: str | pathlib.Path, modality: Modality) -> np.ndarray:
     Raises:
       UserError: the file is missing, no picture, lossy, in colour, or holds an unknown class.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
+    if not isinstance(path, io.BytesIO) and not pathlib.Path(path).is_file():
         raise UserError(f"{path}: no such file (wanted: the {modality.name}'s PNG)")
     try:
         with Image.open(path) as picture:

@@ -38,6 +38,7 @@ def run_sweep(
     workdir: str | pathlib.Path,
     *,
     mode: str = "auto",
+    width: int | None = None,
     index: int | None = None,
     command: Sequence[str] = ("python", "train.py"),
 ) -> list[Outcome]:
@@ -52,6 +53,8 @@ def run_sweep(
       workdir: gets ``sweep.json``, a workdir for each trial, ``cache/`` with each cache that they need, and what
         :func:`.results.write` writes.
       mode: ``serial``, one trial after the other; ``together``, all in one program; ``auto``, together what can be.
+      width: of trials that train together, how many each device has in one call of the program; see
+        :func:`mcm_jax.training.together.train_together`.
       index: of the one trial to train; None for all.
       command: words of the command that trains the config alone, without its workdir, for the results.
 
@@ -63,6 +66,8 @@ def run_sweep(
       Interrupted: SIGINT or SIGTERM came; the state of what was training was saved.
     """
     base, workdir = read_run(config), pathlib.Path(workdir)
+    if width is not None and width < 1:
+        raise UserError(f"--sweep_width={width}: expected at least 1 trial on each device")
     hyper, metric = trials_lib.load(sweep)
     trials = trials_lib.read(base, hyper)
     if index is not None and not 0 <= index < len(trials):
@@ -84,7 +89,7 @@ def run_sweep(
             _patiently(lambda: _write(trials, workdir, metric, command))
 
     for group in groups:
-        _train(group, trials, workdir, show, alone=index is not None)
+        _train(group, trials, workdir, show, width, alone=index is not None)
         show()
     found = collect(trials, workdir)
     print(results.summary(found, workdir, metric_of(found, metric), command))
@@ -123,7 +128,13 @@ def groups_of(trials: Sequence[Trial], mode: str) -> list[list[Trial]]:
 
 
 def _train(
-    group: Sequence[Trial], trials: Sequence[Trial], workdir: pathlib.Path, show: Callable[[], None], *, alone: bool
+    group: Sequence[Trial],
+    trials: Sequence[Trial],
+    workdir: pathlib.Path,
+    show: Callable[[], None],
+    width: int | None,
+    *,
+    alone: bool,
 ) -> None:
     """Trains what is left of a group. One that diverged has its end, too."""
     left = {workdir / trial.name: trial for trial in group if status(trial.settings, workdir / trial.name) not in ENDED}
@@ -133,7 +144,7 @@ def _train(
 
     def train() -> None:
         if len(left) > 1:
-            train_together([(trial.settings, folder) for folder, trial in left.items()], looked=show)
+            train_together([(trial.settings, folder) for folder, trial in left.items()], width=width, looked=show)
         else:
             [(folder, trial)] = left.items()
             train_and_evaluate(config_lib.to_dict(trial.settings), folder)

@@ -6,7 +6,7 @@ written by the first one.
 
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,7 @@ class Report:
       learning_rate: by step.
       blame: gives, of a step (from 0), what its batch was, as JSON has it; for a loss that is not finite.
       workdir: where that is written.
+      skipped: examples that could not be read so far: how many is reported, if any.
       reported: the last step that was reported before the run was stopped.
       sums: of the metrics since then; None for nothing.
     """
@@ -63,11 +64,12 @@ class Report:
         learning_rate: Callable[[int], Any],
         blame: Callable[[int], dict[str, Any]],
         workdir: pathlib.Path,
+        skipped: Collection[int] = (),
         reported: int = 0,
         sums: Mapping[str, float] | None = None,
     ):
         self._log, self._every, self._batch_size, self._rate = log, every, batch_size, learning_rate
-        self._blame, self._workdir = blame, workdir
+        self._blame, self._workdir, self._skipped = blame, workdir, skipped
         self._reported, self._sums = reported, sums and {k: np.float32(v) for k, v in sums.items()}
         self._recent: list[tuple[int, dict[str, jax.Array]]] = []  # metrics of each step since the last report
         self._timed: tuple[int, float, float] | None = None  # steps, seconds, and those waited, at the last report
@@ -111,6 +113,7 @@ class Report:
         pace = self._batch_size * (now.step - steps) / elapsed
         waits = min(1.0, (now.clock.waited - waited) / elapsed)
         more = {"images_per_second": pace, "input_wait": waits, "learning_rate": float(self._rate(now.step - 1))}
+        more |= {"unreadable": len(self._skipped)} if self._skipped else {}
         self._log.write(now.step, means | more)
         now.show(loss=f"{means['loss']:.4f}", img_s=f"{pace:.0f}")
         self._reported, self._sums, self._recent = now.step, None, []
@@ -286,9 +289,11 @@ class ValidationPictures:
         conditions = {m.name: m.resize_all(examples[m.name], height, width) for m in modalities}
         prompts = list(map(str, examples["caption"])) if pipeline.base.is_text_conditional else None
         keys = sampling.sample_keys(0, count)
-        rows = [pictures.show(m, examples[m.name]) for m in modalities]
-        alone = pipeline(conditions, keys, prompts=prompts, guidance=0.0, batch_size=count)
-        controlled = pipeline(conditions, keys, prompts=prompts, batch_size=count)
+        there = examples.get("present", np.ones((count, len(modalities)))) > 0
+        present = {m.name: there[:, i] for i, m in enumerate(modalities)}
+        rows = [pictures.show(m, examples[m.name], present=present[m.name]) for m in modalities]
+        how = dict(prompts=prompts, present=present, batch_size=count)
+        alone, controlled = pipeline(conditions, keys, guidance=0.0, **how), pipeline(conditions, keys, **how)
         return pictures.grid([*rows, pictures.to_uint8(alone), pictures.to_uint8(controlled)])
 
 

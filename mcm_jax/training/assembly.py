@@ -13,6 +13,7 @@ import optax
 from mcm_jax import config as config_lib
 from mcm_jax import distributed, sharding
 from mcm_jax.data.pipeline import Order
+from mcm_jax.data.unreadable import said
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import lock
 from mcm_jax.mcm import parameter_count
@@ -23,7 +24,7 @@ from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.actions import Checkpoint, Control, HeldOutLoss, Profile, Report, ValidationPictures
 from mcm_jax.training.caching import agree_on
 from mcm_jax.training.checkpoints import Checkpoints
-from mcm_jax.training.compiled import CompiledStep
+from mcm_jax.training.compiled import CompiledStep, memory_errors
 from mcm_jax.training.feed import Feed
 from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Action, Clock, train
@@ -133,7 +134,13 @@ def _run(
                 actions.append(trace := Profile(workdir / "profile", *profile))
                 trace.begin(first)
             try:
-                return train(state, Ahead(train_step, t.accumulate), records, steps, actions, clock)
+                with memory_errors(
+                    "Smaller steps of the same batch: config.train.accumulate=2 or more, config.mcm.remat=True; or "
+                    "another batch: config.train.batch_size"
+                ):
+                    state = train(state, Ahead(train_step, t.accumulate), records, steps, actions, clock)
+                say_what_was_skipped(feed)
+                return state
             except Interrupted as e:
                 raise Interrupted(f"{e}; the state is saved in {workdir}. Go on with the same command") from None
 
@@ -193,6 +200,12 @@ def say_if_draws_come_often(settings: RunSettings, feed: Feed) -> None:
             f"training will see each cached draw {times:.0f} times and overfit to it: more draws an example "
             f"(config.draws.count, now {feed.repeat}) give better control (docs/cache.md)"
         )
+
+
+def say_what_was_skipped(feed: Feed) -> None:
+    """Prints which examples could not be read, if there are any."""
+    if feed.skipped:
+        print(said(feed.skipped, feed.examples, feed.names))
 
 
 @contextlib.contextmanager
@@ -293,6 +306,7 @@ def actions_of(
         batch_size=t.batch_size,
         learning_rate=learning_rate,
         blame=blame,
+        skipped=feed.skipped,
         workdir=workdir,
         reported=pending["reported"],
         sums=pending["sums"],

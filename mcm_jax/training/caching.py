@@ -19,6 +19,7 @@ from mcm_jax.base import Base, BaseCard
 from mcm_jax.cache import Cache, build, store
 from mcm_jax.data import Emoji, Folder, Scenes
 from mcm_jax.data.inputs import PREPROCESSING
+from mcm_jax.data.unreadable import said
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import check_writable
 from mcm_jax.modalities import Modality
@@ -140,6 +141,8 @@ def _build(
         f"{folder}: {len(cache):,} examples x {cache.manifest.draws} draws in {len(shards)} shards, "
         f"{sum(s['bytes'] for s in shards.values()) / 2**20:,.1f} MiB; {len(built)} shard(s) built now"
     )
+    if skipped := cache.manifest.skipped:
+        print(said(skipped, len(cache), getattr(source, "names", ())))
     return cache
 
 
@@ -209,7 +212,7 @@ def _plan(settings: RunSettings, card: BaseCard, rows: int, split: str) -> store
     """The manifest of a cache, without its shards."""
     source = _find(settings, card, split)
     return store.Manifest(
-        made_of=made_of(settings, card, source.fingerprints()),
+        made_of=made_of(settings, card, settings.data.fingerprints(source)),
         base=card.to_json(),
         stamps={"base": settings.base.stamp(), "data": source.stamp()},
         examples=rows // settings.data.views,
@@ -229,7 +232,8 @@ def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict
     schedule = hashlib.sha256(card.schedule.alphas_cumprod.tobytes() + card.schedule.prediction_type.encode())
     d = settings.data
     views = f"{d.views}" if d.views == 1 else f"{d.views}, flip {d.flip}, crop {float(d.crop)}"
-    views += f", seed {d.seed}" if d.crop < 1 else ""
+    views += f", jitter {float(d.jitter)}" if d.jitter else ""
+    views += f", seed {d.seed}" if d.crop < 1 or d.jitter else ""
     density = [float(part) / sum(settings.draws.density) for part in settings.draws.density]
     text = {"prompt_drop_rate": f"{float(d.prompt_drop_rate)}"} if card.is_text_conditional else {}
     offset = {"draws.offset": f"{float(settings.draws.offset)}"} if settings.draws.offset else {}
@@ -267,6 +271,9 @@ def shared_by(settings: RunSettings) -> str:
     parts = [s.base, s.data, s.draws, s.modalities.shown, s.cache.dtype]
     parts += [_facts(m) for m in s.modalities.shown if m.ignore != -1]
     parts += ["partial"] if s.data.partial else []
+    parts += [f"jitter={float(s.data.jitter)}"] if s.data.jitter else []
+    held_out = s.data.held_out_share if s.data.name == "folder" else 0
+    parts += [f"held_out_share={float(held_out)}"] if held_out else []
     return store.fingerprint({str(i): repr(part) for i, part in enumerate(parts)})[:8]
 
 
@@ -287,7 +294,7 @@ def _wanted(settings: RunSettings, there: store.Manifest, split: str) -> dict[st
     data = there.data
     if settings.data.is_at_hand(split):
         source = _find(settings, card, split)
-        data = data if source.stamp() == there.stamps.get("data") else source.fingerprints()
+        data = settings.data.fingerprints(source, data if source.stamp() == there.stamps.get("data") else None)
     return made_of(settings, card, data)
 
 

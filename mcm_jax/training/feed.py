@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -36,6 +36,7 @@ class Feed:
       predict: ``eps`` (float32, on the devices) of this process's rows of a batch and the record that was made of it.
       repeat: K, where the same draws come again after K epochs; 0 where they never do.
       names: of the examples, where they have any.
+      skipped: examples that could not be read so far, in whose places others are: :mod:`mcm_jax.data.unreadable`.
     """
 
     card: BaseCard
@@ -45,6 +46,7 @@ class Feed:
     predict: Callable[[Mapping[str, Any], Record], jax.Array]
     repeat: int
     names: Sequence[str] = ()
+    skipped: Collection[int] = ()
 
     def records(
         self,
@@ -91,6 +93,7 @@ def online(
     *,
     accumulate: int = 1,
     names: Sequence[str] = (),
+    skipped: Collection[int] = (),
 ) -> Feed:
     """Predictions by the base, as they are needed: new draws without end.
 
@@ -103,6 +106,7 @@ def online(
       mesh: what batches are split over.
       accumulate: parts that the base sees a batch in, one after the other: as much less memory for activations.
       names: of the examples.
+      skipped: those that could not be read so far.
     """
 
     @jax.jit
@@ -126,14 +130,15 @@ def online(
     def read(index: np.ndarray, draw: np.ndarray) -> dict[str, np.ndarray]:
         return inputs.source[index * views + draw % draws.count % views]
 
-    return Feed(base.card, _digest(data), len(inputs.source) // views, read, fresh, 0, names)
+    return Feed(base.card, _digest(data), len(inputs.source) // views, read, fresh, 0, names, skipped)
 
 
 def cached(cache: Cache) -> Feed:
     """Predictions from a cache: the base is neither run nor in memory."""
     undo = jax.jit(dequantise)
     m = cache.manifest
-    return Feed(cache.card, _digest(m.data), m.examples, cache.read, lambda batch, record: undo(batch), repeat=m.draws)
+    predict = lambda batch, record: undo(batch)  # noqa: E731
+    return Feed(cache.card, _digest(m.data), m.examples, cache.read, predict, repeat=m.draws, skipped=m.skipped)
 
 
 def _digest(fingerprints: Mapping[str, str]) -> str:

@@ -109,7 +109,7 @@ def _online(settings: RunSettings, base: Base, modulator: Modulator, split: str,
     """Predictions by the base."""
     size = settings.data.size if split == "test" else None
     found = settings.data.find(split, modulator.modalities, base.card, size=size)
-    data = found.fingerprints()
+    data = settings.data.fingerprints(found)
     # Before they compute together: another number of examples would be another number of steps to wait for.
     distributed.agree({"the base": base.card.fingerprint, **{f"the data's {k}": v for k, v in data.items()}})
     source = settings.data.open(split, modulator.modalities, base.card, size=size)
@@ -123,6 +123,7 @@ def _online(settings: RunSettings, base: Base, modulator: Modulator, split: str,
         mesh,
         accumulate=settings.train.accumulate,
         names=getattr(found, "names", ()),
+        skipped=getattr(source, "skipped", ()),
     )
 
 

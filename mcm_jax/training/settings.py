@@ -44,8 +44,8 @@ class TrainSettings:
       checkpoint_every: steps between checkpoints.
       keep: how many of the newest checkpoints stay.
       best: which number of the evaluations while training tells the best MCM, kept in ``best/``: ``held_out_loss``,
-        ``held_out_mse``; ``mean_iou``, ``edge_f1``, ``ms_ssim``, ``depth_rmse``, ``delta_e``, ``angular_error``, ``pck``
-        of the judges (section ``evaluation``). '' keeps none.
+        ``held_out_mse``; ``mean_iou``, ``edge_f1``, ``ms_ssim``, ``depth_rmse``, ``delta_e``, ``angular_error``,
+        ``pck`` of the judges (section ``evaluation``). '' keeps none.
       validate_every: steps between validation pictures; 0 is never.
       evaluate_every: steps between evaluations on held-out examples; 0 is never.
       held_out: examples of these.
@@ -122,7 +122,7 @@ class RunSettings:
 
     def held_out(self) -> "RunSettings":
         """The same for the held-out examples: so many, as they are, with draws of their own that never change."""
-        data = dataclasses.replace(self.data, size=self.train.held_out, views=1, flip=False, crop=1.0)
+        data = dataclasses.replace(self.data.without_views(), size=self.train.held_out)
         draws = dataclasses.replace(self.draws, seed=(self.draws.seed + 1) % 2**32)
         return dataclasses.replace(self, data=data, draws=draws)
 

@@ -27,10 +27,11 @@ def make_noise_step(
     """Returns jitted ``noise_step(batch) -> record``, a record that only lacks the base's prediction.
 
     A batch has ``latent`` (float16) or ``image`` (uint8), ``[B, H, W, C]``, ``index`` (which example), ``draw`` (which
-    draw; both int32 ``[B]``), ``seen`` (how often the example was seen before, int32 ``[B]``) and every modality. A
-    record has ``x_t``, ``noise`` (the target), ``t``, ``importance`` (of t), ``conditions`` and ``present``. Which
-    modalities are hidden is drawn anew each time that an example is seen, by the run's own seed. ``present`` is bool
-    ``[B, M]``; of several drop rates ``[rates, B, M]``, each as the rate by itself would have it.
+    draw; both int32 ``[B]``), ``seen`` (how often the example was seen before, int32 ``[B]``), every modality, and
+    ``present`` (uint8 ``[B, M]``) where examples may lack some. A record has ``x_t``, ``noise`` (the target), ``t``,
+    ``importance`` (of t), ``conditions`` and ``present``. Which modalities are hidden is drawn anew each time that an
+    example is seen, by the run's own seed; what an example lacks is always hidden. ``present`` is bool ``[B, M]``; of
+    several drop rates ``[rates, B, M]``, each as the rate by itself would have it.
     """
     names, schedule = [m.name for m in modulator.modalities], modulator.schedule
     maps = [m.name for m in modulator.modalities if m.continuous]
@@ -47,6 +48,9 @@ def make_noise_step(
 
         several = isinstance(drop_rate, Sequence)
         present = jnp.stack([shown(rate) for rate in drop_rate]) if several else shown(drop_rate)
+        if "present" in batch:
+            there = batch["present"] > 0
+            present &= there[None] if several else there
         conditions = {name: values[name] for name in names}
         importance = draws.importance(t)
         return {

@@ -29,6 +29,7 @@ from mcm_jax.training import step as steps_lib
 from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.actions import Diverged
 from mcm_jax.training.checkpoints import Checkpoints
+from mcm_jax.training.compiled import memory_errors
 from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Action, Clock, Moment, train
 from mcm_jax.training.optimizer import make_optimizer
@@ -211,7 +212,13 @@ def _train(
     clock, steps, each = Clock(), range(first, t.steps), _Each(trials, wide * mesh.size, mesh, looked)
     records = records_of(parts, trials[0].settings, seeds, rates, steps, mesh, clock)
     try:
-        train(calls, train_step, records, steps, [each], clock)
+        with memory_errors(
+            f"Fewer trials in a call of the program: --sweep_width={wide // 2}, here {wide}"
+            if wide > 1
+            else "Smaller steps of the same batch: config.train.accumulate=2 or more"
+        ):
+            train(calls, train_step, records, steps, [each], clock)
+        assembly.say_what_was_skipped(parts.feed)
     except Interrupted as e:
         raise Interrupted(f"{e}; the states of all trials are saved. Go on with the same command") from None
     each.tell()

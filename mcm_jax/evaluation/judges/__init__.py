@@ -87,6 +87,11 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
                 f"config.evaluation.judges.{name}): "
                 f"{_CAN_BE[modality.kind]}; or --judge={name}=none to leave it out"
             )
+        if not held_out.present[name].any():
+            raise UserError(
+                f"none of the {len(held_out)} held-out examples has a {name}, so nothing can be judged by it; "
+                f"--judge={name}=none (while training, config.evaluation.judges.{name}) leaves it out"
+            )
         by = _OF_KIND.get(modality.kind)
         if by is None:
             reader = open_reader(
@@ -101,10 +106,19 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
             made.append(metric(modality, spec, held_out))
         else:
             raise UserError(f"--judge={name}={spec}: no judge of {modality.kind}; expected {_CAN_BE[modality.kind]}")
+    made = [_of_those_with_it(judge, held_out.present[judge.name]) for judge in made]
     made += captions(caption, held_out)
     if references and (seen := open_features(of_sets, seeing)):
         made.append(likeness(*seen, held_out, references))
     return _distinct(made)
+
+
+def _of_those_with_it(judge: Judge, has: np.ndarray) -> Judge:
+    """The judge, of the examples that have what it judges by, bool ``[N]``."""
+    if has.all():
+        return judge
+    how = f"{judge.how}; of the {has.sum()} of {len(has)} held-out examples that have one"
+    return dataclasses.replace(judge, how=how, of=has)
 
 
 def _distinct(judges: list[Judge]) -> list[Judge]:

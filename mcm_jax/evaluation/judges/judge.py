@@ -38,6 +38,8 @@ class Judge:
         that each was drawn for.
       headline: names of the numbers that stand for all, the most important first, e.g. ``edge_f1.f1``.
       watched: what training's log calls them.
+      of: bool, of each held-out example: whether it has what is judged by. Others have no score and count in no
+        number. None where all have it.
       conditional: whether it matters to it what pictures were drawn for; else the row ``shuffled`` has no number of it.
     """
 
@@ -47,10 +49,23 @@ class Judge:
     headline: tuple[str, ...]
     watched: tuple[str, ...]
     conditional: bool = True
+    of: np.ndarray | None = None
 
     def __call__(self, images: np.ndarray, which: np.ndarray) -> Judgement:
         """See :attr:`judge`."""
-        return self.judge(images, which)
+        own = self.judges_which(which)
+        if own is None:
+            return self.judge(images, which)
+        found = self.judge(images[own], which[own])
+        if found.scores is None:
+            return found
+        scores = np.full(len(which), np.nan)
+        scores[own] = found.scores
+        return dataclasses.replace(found, scores=scores)
+
+    def judges_which(self, which: np.ndarray) -> np.ndarray | None:
+        """Of pictures for the examples `which`, bool: those that are judged; None for all."""
+        return None if self.of is None else self.of[which]
 
     def watch(self, images: np.ndarray, which: np.ndarray) -> dict[str, float]:
         """The headline's numbers, as training logs them, but for those that are undefined."""

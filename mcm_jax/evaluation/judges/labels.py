@@ -61,6 +61,7 @@ def labels(modality: Modality, reader: Reader, held_out: HeldOut, interior: bool
         return Judgement(numbers, np.array(scores))
 
     how = f"mean IoU of {modality.channels} classes, read by {reader.name} {at_size(size, held_out.images)}"
+    own = counts[held_out.present[modality.name]]
     if only := ["have a label"] * (modality.ignore != -1) + ["no border runs through"] * interior:
-        how += f", over the {counts.mean():.0%} of the pixels that {' and that '.join(only)}"
+        how += f", over the {own.mean():.0%} of the pixels that {' and that '.join(only)}"
     return Judge(modality.name, how, judge, ("miou",), ("mean_iou",))

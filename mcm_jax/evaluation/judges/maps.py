@@ -14,9 +14,10 @@ from mcm_jax.errors import UserError
 from mcm_jax.evaluation import metrics
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges.judge import Judge, Judgement, Number, settings_of
-from mcm_jax.evaluation.judges.readers import at_size, imported, open_onnx, resize_images
+from mcm_jax.evaluation.judges.readers import at_size, resize_images
 from mcm_jax.modalities import Modality
 from mcm_jax.pictures import to_uint8
+from mcm_jax.plugins import imported, open_onnx
 
 CAN_BE = (
     "ms_ssim (structure), colour (distance in CIELAB), depth:reader=READER (RMSE), pck:reader=READER (keypoints), by a "
@@ -52,11 +53,11 @@ def _opened(modality: Modality, spec: str, reader: str, gives: str, checked: Cal
     """The reader that a text names; `checked` takes what it gave, ``(N, H, W)`` and whether channels are first."""
     size, checked = held_out.images.shape[1:3], functools.partial(checked, reader)
     if reader.endswith(".onnx"):
-        read, fixed = open_onnx(reader, checked)
+        read, fixed = open_onnx("judge", reader, checked)
         size = fixed or size
         return _Reader(f"read by {reader} {at_size(size, held_out.images)}", size, read)
     if ":" in reader:
-        function = imported(reader, f"FILE.onnx, which give {gives}")
+        function = imported("judge", reader, f"FILE.onnx, which give {gives}")
         name = f"read by {reader} {at_size(size, held_out.images)}"
         return _Reader(name, size, lambda images: checked(function(images), images.shape[:3], False))
     raise _no_reader(modality, spec, gives)

@@ -1,10 +1,6 @@
-"""Readers: what finds the labels in a picture, so that they can be compared with those it was drawn for.
-
-Functions (:func:`imported`) and ONNX nets (:func:`open_onnx`) are opened here for the readers of maps, too.
-"""
+"""Readers: what finds the labels in a picture, so that they can be compared with those it was drawn for."""
 
 import dataclasses
-import importlib
 import json
 import os
 import pathlib
@@ -18,6 +14,7 @@ from mcm_jax.data.colours import nearest
 from mcm_jax.errors import UserError
 from mcm_jax.evaluation.segmenter import load_segmenter
 from mcm_jax.pictures import to_uint8
+from mcm_jax.plugins import imported, open_onnx
 
 CAN_BE = (
     "scenes or emoji (the shipped nets), palette (nearest colour, where the data set has colours), palette:FILE.json "
@@ -27,7 +24,6 @@ CAN_BE = (
 )
 
 _SHIPPED = ("scenes", "emoji")  # data sets whose judge is an asset, scenes-segmenter, emoji-segmenter
-_BATCH = 64  # pictures a call of an ONNX net that takes any number
 _PROBE = 64  # height and width of the picture that tries an ONNX net that takes any size
 
 
@@ -109,7 +105,7 @@ def open_reader(
     if is_net(spec):
         return of_net(spec, channels)
     if spec.endswith(".onnx"):
-        read, size = open_onnx(spec, lambda *given: _labels_of(spec, *given, channels))
+        read, size = open_onnx("judge", spec, lambda *given: _labels_of(spec, *given, channels))
         reader = Reader(spec, read, channels, size, names)
         reader(np.zeros((1, *(size or (_PROBE, _PROBE)), 3), np.float32))  # what is wrong shows before any sample
         return reader
@@ -123,7 +119,7 @@ def open_reader(
             raise UserError(f"judge {spec}: found {len(palette)} colours, expected one for each of {channels} classes")
         return Reader(spec, lambda images: nearest(to_uint8(images), palette), channels, classes=names)
     if kind and rest:
-        return Reader(spec, imported(spec, CAN_BE), channels, classes=names)
+        return Reader(spec, imported("judge", spec, CAN_BE), channels, classes=names)
     raise UserError(f"judge {spec!r}: there is no such judge of labels; expected {CAN_BE}")
 
 
@@ -150,67 +146,6 @@ def of_net(spec: str, channels: int | None = None) -> Reader:
         raise UserError(f"judge {spec}: the net knows {len(net.classes)} classes, the labels here have {channels}")
     size = net.config["height"], net.config["width"]
     return Reader(os.fspath(spec), net.predict, len(net.classes), size, net.classes, net.features)
-
-
-def open_onnx(
-    spec: str, decode: Callable[[np.ndarray, tuple[int, int, int], bool], np.ndarray]
-) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[int, int] | None]:
-    """A net of another framework. Which axis is which is found by its shapes.
-
-    Args:
-      spec: its file.
-      decode: makes what is read of the net's first output: given that, the batch's ``(N, H, W)`` and whether channels
-        are first in what the net takes.
-
-    Returns:
-      What reads pictures, float32 ``[N, H, W, 3]`` in [-1, 1]; and their ``(H, W)``, None for any.
-
-    Raises:
-      UserError: it cannot be loaded, or takes something else than pictures.
-    """
-    try:
-        import onnxruntime
-    except ImportError as e:
-        raise UserError(f"judge {spec}: ONNX files need onnxruntime; pip install 'mcm-jax[onnx]'") from e
-    if not pathlib.Path(spec).is_file():
-        raise UserError(f"judge {spec}: no such file")
-    try:
-        session = onnxruntime.InferenceSession(spec, providers=["CPUExecutionProvider"])
-    except Exception as e:  # onnxruntime has a class for each way to fail, which share no other base
-        raise UserError(f"judge {spec}: onnxruntime cannot load it ({e})") from e
-    inputs = session.get_inputs()
-    shape = list(inputs[0].shape) if inputs else []
-    floats = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-    if len(inputs) != 1 or len(shape) != 4 or 3 not in (shape[1], shape[3]) or inputs[0].type not in floats:
-        found = ", ".join(f"{i.name}: {i.type}{i.shape}" for i in inputs)
-        raise UserError(
-            f"judge {spec}: it takes {found or 'nothing'}; expected one batch of pictures in [-1, 1], float "
-            f"[N, 3, H, W] or [N, H, W, 3]"
-        )
-    channels_first = shape[1] == 3
-    size = tuple(shape[2:] if channels_first else shape[1:3])
-    fixed = tuple(isinstance(side, int) for side in size)
-    if any(fixed) != all(fixed):
-        raise UserError(f"judge {spec}: it takes pictures {shape}; expected height and width both fixed, or neither")
-    size = size if all(fixed) else None
-    batch = shape[0] if isinstance(shape[0], int) else None  # a fixed one must be filled
-
-    def read(images: np.ndarray) -> np.ndarray:
-        if not len(images):
-            return read(np.zeros((1, *images.shape[1:]), np.float32))[:0]
-        found = []
-        for start in range(0, len(images), batch or _BATCH):
-            part = images[start : start + (batch or _BATCH)]
-            padded = np.concatenate([part, np.repeat(part[-1:], (batch or len(part)) - len(part), axis=0)])
-            given = padded.transpose(0, 3, 1, 2) if channels_first else padded
-            try:
-                out = session.run(None, {inputs[0].name: np.ascontiguousarray(given, floats[inputs[0].type])})[0]
-            except Exception as e:  # as above
-                raise UserError(f"judge {spec}: it fails on pictures {list(given.shape)} ({e})") from e
-            found.append(decode(np.asarray(out), padded.shape[:3], channels_first)[: len(part)])
-        return np.concatenate(found)
-
-    return read, size
 
 
 def _labels_of(spec: str, out: np.ndarray, pixels: tuple[int, ...], channels_first: bool, channels: int) -> np.ndarray:
@@ -244,33 +179,3 @@ def _read_palette(path: pathlib.Path) -> tuple[np.ndarray, tuple[str, ...] | Non
             f"whole numbers in 0..255, in the order of the classes"
         ) from e
     return colours.astype(np.uint8), tuple(content) if isinstance(content, dict) else None
-
-
-def imported(spec: str, can_be: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The function that ``module:function`` names; `can_be` is what else a message says that a judge can be.
-
-    Returns:
-      The function, whose answers are arrays.
-
-    Raises:
-      UserError: there is none. The function raises it, too, where an answer is no array.
-    """
-    module, _, name = spec.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as e:  # a module of the user's can fail in any way
-        raise UserError(
-            f"judge {spec}: cannot be imported ({type(e).__name__}: {e}); expected module:function, or {can_be}. A "
-            f"module of your own is found from where the command is typed if PYTHONPATH has that folder"
-        ) from e
-    if not callable(function):
-        raise UserError(f"judge {spec}: {name} is a {type(function).__name__}, expected a function")
-
-    def answer(images: np.ndarray) -> np.ndarray:
-        found = function(images)
-        try:
-            return np.asarray(found)
-        except (ValueError, TypeError) as e:
-            raise UserError(f"judge {spec}: it gave a {type(found).__name__} that is no array ({e})") from e
-
-    return answer

@@ -10,7 +10,8 @@ from mcm_jax.evaluation import fidelity
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.inception import FEATURES, inception_features
 from mcm_jax.evaluation.judges.judge import Judge, Judgement, Number
-from mcm_jax.evaluation.judges.readers import Reader, at_size, imported, is_net, of_net, resize_images
+from mcm_jax.evaluation.judges.readers import Reader, at_size, is_net, of_net, resize_images
+from mcm_jax.plugins import imported
 
 CAN_BE = (
     "inception:FILE.safetensors (FID proper; docs/evaluation.md says how to have the file), module:function (pictures "
@@ -50,7 +51,7 @@ def open_features(spec: str, readers: Sequence[Reader]) -> tuple[Features, tuple
         return inception_features(rest), None, how
     if not (kind and rest):
         raise UserError(f"--judge=fidelity={spec}: there are no such features; expected {CAN_BE}")
-    function = imported(spec, CAN_BE)
+    function = imported("judge", spec, CAN_BE)
 
     def checked(images: np.ndarray) -> np.ndarray:
         found = function(images)

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from mcm_jax.data import DataSettings
+from mcm_jax.data.tfds.records import prepared
 from mcm_jax.errors import UserError, expect
 from mcm_jax.evaluation.metrics import class_iou, confusion_matrix, mean_iou
 from mcm_jax.evaluation.segmenter import SegmentationNet, Segmenter, load_segmenter, save_segmenter
@@ -191,9 +192,9 @@ def save(folder: pathlib.Path, segmenter: Segmenter, log: list[dict]) -> None:
 
 
 def data_of(text: str) -> DataSettings:
-    """The data set that a command line names: a folder of pairs, or a name. Raises UserError where it is neither."""
-    if pathlib.Path(text).is_dir():
-        return DataSettings("folder", text)
+    """The data set that a command line names: a folder of pairs or of TFDS, or a name. Raises UserError for others."""
+    if (path := pathlib.Path(text)).is_dir():
+        return DataSettings("tfds" if not (path / "train").exists() and prepared(path) else "folder", text)
     try:
         return DataSettings(text, **_NAMED)
     except UserError as e:

@@ -1,0 +1,218 @@
+"""Pictures alone become pairs: extracts conditions from pictures and lays both out as a folder of pairs.
+
+python -m mcm_jax.data make DATA --extract=sketch,canny
+
+DATA is a flat folder of pictures (and of prompts: NAME.txt beside NAME.jpg, captions.jsonl or metadata.jsonl), or has
+them in DATA/train/image (and DATA/test/image). What is done is not done again: the same command goes on after an
+interruption, and with pictures or extractors that were added.
+"""
+
+import argparse
+import concurrent.futures
+import io
+import json
+import os
+import pathlib
+import shutil
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+
+from tqdm import tqdm
+
+from mcm_jax.data import captions
+from mcm_jax.data.extract import EXTRACTORS, Extractor, open_extractors
+from mcm_jax.data.folder import read_image
+from mcm_jax.data.problems import few
+from mcm_jax.errors import UserError, expect
+from mcm_jax.files import lock, write_atomically
+from mcm_jax.modalities import PICTURES
+
+RECORD = "extracted.json"
+"""In DATA: by modality, how its conditions were extracted."""
+
+SPLITS = ("train", "test")
+_LINES = ("captions.jsonl", f"image/{captions.BESIDE_PICTURES}")  # in a split, where they lie beside the pictures
+
+
+def make(data: str | os.PathLike, extractors: Sequence[Extractor], workers: int | None = None) -> list[str]:
+    """Writes the conditions of all pictures of a folder, those that are not there yet.
+
+    Pictures that lie in DATA itself, and their prompts, are linked (copied, where links fail) into DATA/train; they
+    stay where they are.
+
+    Args:
+      data: a flat folder of pictures, or one with train/image and perhaps test/image.
+      extractors: what is extracted.
+      workers: threads; None for one a core.
+
+    Returns:
+      What is wrong with pictures that cannot be read; these have no conditions, all others have.
+
+    Raises:
+      UserError: there are no pictures, or conditions of the same name that were made otherwise.
+    """
+    data = pathlib.Path(data)
+    expect(workers is None or workers >= 1, "--workers", "at least 1", workers)
+    if not data.is_dir():
+        raise UserError(f"{data}: no such folder; expected one of pictures ({', '.join(PICTURES)})")
+    with lock(data, "extracting conditions there", "DATA"):
+        splits = _lay_out(data)
+        _check_record(data, splits, extractors)
+        work = list(_missing(data, splits, extractors))
+        return _extract(work, workers or os.cpu_count() or 1)
+
+
+def pictures_in(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The pictures in a folder by name, sorted. Raises UserError where two have one name but for their endings."""
+    found: dict[str, pathlib.Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.suffix.lower() not in PICTURES or not path.is_file():
+            continue
+        name = unicodedata.normalize("NFC", path.stem)
+        if name in found:
+            raise UserError(
+                f"{folder}: files of one name are one example, but there are {found[name].name} and {path.name}. "
+                f"Rename or remove one"
+            )
+        found[name] = path
+    return found
+
+
+def _lay_out(data: pathlib.Path) -> list[str]:
+    """Brings what lies in a flat folder to train; returns the splits that there are."""
+    flat = pictures_in(data)
+    if not any((data / split).is_dir() for split in SPLITS):
+        if not flat:
+            raise UserError(
+                f"{data}: found no pictures ({', '.join(PICTURES)}) there, and no {data / 'train' / 'image'}; expected "
+                f"pictures in one of these"
+            )
+        partial = data / ".train"  # all or none
+        shutil.rmtree(partial, ignore_errors=True)
+        files = [("image", path) for path in flat.values()]
+        files += [(captions.FOLDER, path.with_suffix(".txt")) for path in flat.values()]
+        files += [(str(pathlib.Path(file).parent), data / pathlib.Path(file).name) for file in _LINES]
+        for folder, path in files:
+            if path.is_file():
+                (partial / folder).mkdir(parents=True, exist_ok=True)
+                _link(path, partial / folder / path.name)
+        partial.rename(data / "train")
+    splits = [split for split in SPLITS if (data / split / "image").is_dir()]
+    if not splits:
+        raise UserError(f"{data}: has no {pathlib.Path('train', 'image')}; expected the pictures there")
+    if late := flat.keys() - {name for split in splits for name in pictures_in(data / split / "image")}:
+        print(
+            f"note: left out {len(late)} picture(s) of {data} itself ({few(sorted(late))}), since there is "
+            f"{data / splits[0] / 'image'} already: move them there"
+        )
+    return splits
+
+
+def _link(path: pathlib.Path, to: pathlib.Path) -> None:
+    try:
+        to.hardlink_to(path.resolve())
+    except OSError:  # another file system, or one without links
+        shutil.copy2(path, to)
+
+
+def _check_record(data: pathlib.Path, splits: Sequence[str], extractors: Sequence[Extractor]) -> None:
+    """Notes how conditions are made; refuses a folder with others, which would be mixed with these."""
+    path = data / RECORD
+    try:
+        record = json.loads(path.read_text()) if path.is_file() else {}
+        if not isinstance(record, dict):
+            raise ValueError("no JSON object")
+    except ValueError as e:
+        raise UserError(f"{path}: damaged ({e}); remove it, and the folders of extracted conditions") from e
+    for e in extractors:
+        folders = [data / split / e.modality for split in splits]
+        there = [f for f in folders if f.is_dir() and any(pictures_in(f))]
+        if there and record.get(e.modality) != e.record:
+            before = record.get(e.modality)
+            how = f"made by {_said(before)}, not by {_said(e.record)}" if before else "not made by this command"
+            raise UserError(
+                f"{there[0]}: holds conditions that were {how}. Extract into another folder, "
+                f"--extract={e.modality}_2=..., or remove {' and '.join(map(str, there))}"
+            )
+        record[e.modality] = e.record
+    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _said(record: Mapping[str, object]) -> str:
+    return f"{record['by']} ({', '.join(f'{k}={v}' for k, v in record.items() if k != 'by')})"
+
+
+def _missing(
+    data: pathlib.Path, splits: Sequence[str], extractors: Sequence[Extractor]
+) -> Iterator[tuple[pathlib.Path, dict[pathlib.Path, Extractor]]]:
+    """Pictures, and the files that they lack or that are older than the picture."""
+    for split in splits:
+        for e in extractors:
+            (data / split / e.modality).mkdir(exist_ok=True)
+        for path in pictures_in(data / split / "image").values():
+            time, files = path.stat().st_mtime_ns, {}
+            for e in extractors:
+                file = data / split / e.modality / f"{path.stem}.png"
+                if not (file.exists() and file.stat().st_mtime_ns >= time):
+                    files[file] = e
+            if files:
+                yield path, files
+
+
+def _extract(work: Sequence[tuple[pathlib.Path, dict[pathlib.Path, Extractor]]], workers: int) -> list[str]:
+    def one(path: pathlib.Path, files: Mapping[pathlib.Path, Extractor]) -> str | None:
+        try:
+            picture = read_image(path)
+        except UserError as e:
+            return str(e)
+        name = unicodedata.normalize("NFC", path.stem)
+        for file, extractor in files.items():
+            data = io.BytesIO()
+            extractor(picture, name).save(data, format="PNG")
+            write_atomically(file, data.getvalue())
+        return None
+
+    # Threads: what takes time (SciPy, Pillow, nets) lets go of the interpreter.
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        futures = [pool.submit(one, *item) for item in work]
+        done = concurrent.futures.as_completed(futures)
+        for future in tqdm(done, "conditions", len(futures), unit=" pictures", leave=False, disable=not futures):
+            future.result()  # an extractor that fails ends it here
+        return [wrong for future in futures if (wrong := future.result())]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of :func:`main`."""
+    parser.add_argument("data", type=pathlib.Path, metavar="DATA", help="pictures, or a folder with train/image")
+    add_extract_argument(parser)
+
+
+def add_extract_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --extract and --workers."""
+    parser.add_argument(
+        "--extract",
+        required=True,
+        metavar="A,B",
+        help=f"which conditions: {', '.join(EXTRACTORS)}, NAME=module:function, NAME=FILE.onnx (docs/extract.md)",
+    )
+    parser.add_argument("--workers", type=int, help="threads that extract (default: one a core)")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs the command; raises UserError where something is wrong, also with single pictures."""
+    extract(args.data, open_extractors(args.extract), args.workers)
+
+
+def extract(data: pathlib.Path, extractors: Sequence[Extractor], workers: int | None) -> None:
+    """:func:`make`, and says what to type next. Raises UserError, at the end, where pictures cannot be read."""
+    wrong = make(data, extractors, workers)
+    for e in extractors:
+        count = [f"{len(pictures_in(f))} in {f}" for s in SPLITS if (f := data / s / e.modality).is_dir()]
+        print(f"{e.modality}: {', '.join(count)}")
+    if wrong:
+        listed = "\n".join(wrong)
+        raise UserError(f"{len(wrong)} picture(s) have no conditions, all others do:\n{listed}")
+    print(f"\nNext: python -m mcm_jax.data check {data}")
