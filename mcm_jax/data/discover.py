@@ -319,15 +319,17 @@ def _refuse_colors(name: str, files: Sequence[pathlib.Path], path: pathlib.Path)
 def _values(files: Sequence[pathlib.Path], errors: list[UserError]) -> np.ndarray:
     """All pixel values of label maps, ascending."""
 
-    def values(file: pathlib.Path) -> np.ndarray:
-        return np.unique(np.concatenate([np.asarray(p).reshape(-1) for p in _pictures_of([file], errors)] or [[]]))
+    def values(file: pathlib.Path) -> set[int]:
+        found: set[int] = set()
+        for picture in _pictures_of([file], errors):
+            if picture.mode in ("L", "P"):  # many times faster than sorting
+                found.update(value for value, count in enumerate(picture.histogram()) if count)
+            else:
+                found.update(np.unique(np.asarray(picture)).astype(int).tolist())
+        return found
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        parts = pool.map(values, files)
-        found: set[int] = set()
-        for part in parts:
-            found.update(part.tolist())
-    return np.array(sorted(map(int, found)))
+        return np.array(sorted(set().union(*pool.map(values, files))), int)
 
 
 def _count(
