@@ -28,7 +28,7 @@ from tqdm import tqdm
 from mcm_jax.base import Base, BaseSettings
 from mcm_jax.data import DataSettings, sheet
 from mcm_jax.data.captions import find_captions
-from mcm_jax.data.classes import classes_path, read_classes
+from mcm_jax.data.discover import survey
 from mcm_jax.data.folder import (
     Tree,
     check_shape,
@@ -124,7 +124,8 @@ def check(
     path = pathlib.Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; expected one with pictures in {path / 'train' / 'image'}")
-    modalities, problems = _modalities(path)
+    modalities, told = _survey(path, held_out_share)
+    problems: list[Problem] = []
     names = ["train"] + ["test"] * has_split(path, "test", held_out_share)
     prompted = base.is_text_conditional if base else any(find_captions(path / split) for split in names)
     trees = {s: read_tree(path, s, modalities, prompted, partial, held_out_share) for s in names}
@@ -158,39 +159,31 @@ def check(
                 bar.update()
             problems += _too_long(base, prompts)
     problems += _lacking_classes(report)
-    report.problems = list(dict.fromkeys(problems))
+    refused = {p.path for p in problems if p.fatal}  # what is said of these is said in training's words
+    report.problems = list(dict.fromkeys([*(p for p in told if p.path not in refused), *problems]))
     return report
 
 
-def _modalities(path: pathlib.Path) -> tuple[tuple[Modality, ...], list[Problem]]:
-    """What the folder holds. Stands in for configs/folder.py's own search until that is merged."""
-    found, problems = [], []
-    usual = {"segmentation": "labels", "sketch": "lines", "canny": "lines", "lineart": "lines"}
+def _survey(path: pathlib.Path, held_out_share: float) -> tuple[tuple[Modality, ...], list[Problem]]:
+    """What the folder holds, as configs/folder.py finds it, and what cannot be told or is doubtful."""
+    try:
+        found, errors = survey(path, held_out_share=held_out_share)
+    except UserError as e:
+        return (), [_row(e)]
     root = path / "train"
-    folders = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    for name in (f for f in folders if f not in ("image", "caption") and not f.startswith(".")):
-        kind, channels, ignore = usual.get(name, "map"), 1, -1
-        try:
-            if kind == "labels" and (file := classes_path(path, name)):
-                known = read_classes(file)
-                channels, ignore = len(known.names), known.ignore
-            elif kind == "labels":
-                channels, ignore = _count_classes(root / name)
-            found.append(Modality(name, kind, channels, ignore))
-        except UserError as e:
-            problems.append(Problem.of(e, path))
-    return tuple(found), problems
+    doubts = [Problem(str(root / f.modality.name), f.doubt, _SAY, False) for f in found.findings if f.doubt]
+    for text in found.left_out:
+        name, _, why = text.removesuffix(")").partition(" (")
+        doubts.append(Problem(str(root / name), f"left out: {why}", "Nothing, if it is no modality", False))
+    return tuple(f.modality for f in found.findings), [*map(_row, errors), *doubts]
 
 
-def _count_classes(folder: pathlib.Path) -> tuple[int, int]:
-    values: set[int] = set()
-    for file in sorted(folder.glob("*.png")):
-        try:
-            values |= set(np.unique(read_condition(file, Modality(folder.name, "labels", 2**16))).tolist())
-        except UserError:
-            continue
-    ignore = 255 if 255 in values and max(values - {255}, default=0) < 254 else -1
-    return max(values - {ignore}, default=0) + 1, ignore
+_SAY = "If that is wrong, say what it is: --config.modalities.NAME.kind=..., .channels=, .ignore="
+
+
+def _row(error: UserError) -> Problem:
+    """An error whose text begins with the file or folder that it is about."""
+    return Problem.of(error, str(error).partition(": ")[0])
 
 
 # One example
@@ -376,7 +369,7 @@ def _duplicate(seen: dict[bytes, tuple[str, str]], example: _Example, split: str
     if first_split == split:
         yield Problem(path, f"the same picture as {first}", "Keep one, unless it is to count twice", False)
     else:
-        fix = "Remove it from one of the splits, or the test measures memory"
+        fix = "Remove one of the two, or the test measures memory"
         yield Problem(path, f"a leak: the training picture {first} again, in the test split", fix, False)
 
 
