@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import re
 
 import numpy as np
@@ -25,7 +24,6 @@ SEGMENTATION = Modality("segmentation", "labels", 6)
 SKETCH = Modality("sketch", "lines", 1)
 DEPTH = Modality("depth", "map", 1)
 NORMALS = Modality("normals", "map", 3)
-DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs" / "data.md"
 SQUARE = (48, 48)
 CARD = BaseCard("", "", None, (8, 8, 3), (8, 8, 3), False, 1, 1)
 
@@ -532,52 +530,6 @@ def test_a_caption_is_one_prompt_in_utf_8(content, found, tmp_path):
     path.write_bytes(content)
     message = _fails(tmp_path, captions=True)
     assert message.startswith(f"{path}: ") and found in message
-
-
-# The lines of docs/data.md that bring other data sets into this form
-
-
-def _run(snippet, tmp_path, monkeypatch, **names):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
-    (block,) = (b for b in blocks if snippet in b)
-    exec(compile(block, str(DOCS), "exec"), names)
-
-
-def test_parts_of_faces_become_labels(tmp_path, monkeypatch):
-    masks = tmp_path / "CelebAMask-HQ" / "CelebAMask-HQ-mask-anno"
-    expected = {}
-    for i in (7, 2001):
-        _save(tmp_path / "CelebAMask-HQ" / "CelebA-HQ-img" / f"{i}.jpg", _noise(1024, 1024, 3))
-        expected[str(i)] = np.zeros((512, 512), int)
-        for part, value, edge in (("skin", 1, 100), ("hair", 13, 200), ("cloth", 18, 300 + i % 50)):
-            mask = np.zeros((512, 512, 3), np.uint8)
-            mask[edge : edge + 150] = 255
-            _save(masks / str(i // 2000) / f"{i:05}_{part}.png", mask)
-            expected[str(i)][edge : edge + 150] = value
-    _run("CelebAMask-HQ", tmp_path, monkeypatch)
-    source = Folder("DATA", "train", (Modality("segmentation", "labels", 19),), 512, 512)
-    assert set(source.names) == set(expected)
-    for i, name in enumerate(source.names):
-        np.testing.assert_array_equal(source[i]["segmentation"], expected[name])
-
-
-def test_rows_of_images_conditions_and_texts_become_a_folder(tmp_path, monkeypatch):
-    rows = [
-        {
-            "image": Image.fromarray(_noise(48, 64, 3, seed=k)),
-            "conditioning_image": Image.fromarray(_noise(48, 64, 3, seed=k + 10)),
-            "text": f"prompt\n{k}",
-        }
-        for k in range(3)
-    ]
-    _run("conditioning_image", tmp_path, monkeypatch, rows=rows)
-    source = Folder("DATA", "train", (SKETCH,), 48, 64, captions=True)
-    assert len(source) == 3
-    for row, example in zip(rows, (source[i] for i in range(3)), strict=True):
-        np.testing.assert_array_equal(example["image"], np.asarray(row["image"]))
-        np.testing.assert_array_equal(example["sketch"], 255 - np.asarray(row["conditioning_image"].convert("L")))
-        assert example["caption"] == " ".join(row["text"].split())
 
 
 # Names and colours of classes

@@ -17,6 +17,7 @@ import shutil
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
+from PIL import Image
 from tqdm import tqdm
 
 from mcm_jax.data import captions
@@ -24,7 +25,7 @@ from mcm_jax.data.extract import EXTRACTORS, Extractor, open_extractors
 from mcm_jax.data.folder import read_image
 from mcm_jax.data.problems import few
 from mcm_jax.errors import UserError, expect
-from mcm_jax.files import lock, write_atomically
+from mcm_jax.files import check_writable, lock, write_atomically
 from mcm_jax.modalities import PICTURES
 
 RECORD = "extracted.json"
@@ -55,6 +56,7 @@ def make(data: str | os.PathLike, extractors: Sequence[Extractor], workers: int 
     expect(workers is None or workers >= 1, "--workers", "at least 1", workers)
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; expected one of pictures ({', '.join(PICTURES)})")
+    check_writable(data, "DATA")
     with lock(data, "extracting conditions there", "DATA"):
         splits = _lay_out(data)
         _check_record(data, splits, extractors)
@@ -159,6 +161,16 @@ def _missing(
                 yield path, files
 
 
+def write_png(path: pathlib.Path, picture: Image.Image) -> None:
+    """Writes a picture that is either complete or not there. Raises UserError where it cannot."""
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    try:
+        write_atomically(path, data.getvalue())
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror or e}). Free space or permissions there") from e
+
+
 def _extract(work: Sequence[tuple[pathlib.Path, dict[pathlib.Path, Extractor]]], workers: int) -> list[str]:
     def one(path: pathlib.Path, files: Mapping[pathlib.Path, Extractor]) -> str | None:
         try:
@@ -167,9 +179,7 @@ def _extract(work: Sequence[tuple[pathlib.Path, dict[pathlib.Path, Extractor]]],
             return str(e)
         name = unicodedata.normalize("NFC", path.stem)
         for file, extractor in files.items():
-            data = io.BytesIO()
-            extractor(picture, name).save(data, format="PNG")
-            write_atomically(file, data.getvalue())
+            write_png(file, extractor(picture, name))
         return None
 
     # Threads: what takes time (SciPy, Pillow, nets) lets go of the interpreter.

@@ -10,7 +10,6 @@ a larger count. The pictures are all in DATA/train.
 import argparse
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -28,7 +27,7 @@ from mcm_jax import config, sampling, sharding
 from mcm_jax.base import Base, BaseSettings
 from mcm_jax.base.tokenizer import Cuts
 from mcm_jax.data.extract import open_extractors
-from mcm_jax.data.make import add_extract_argument, extract
+from mcm_jax.data.make import add_extract_argument, extract, write_png
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, lock, write_atomically
 from mcm_jax.sampling import SamplingSettings
@@ -118,7 +117,7 @@ def sampler_of(base: Base, settings: SamplingSettings, mesh: jax.sharding.Mesh) 
 def _sample_missing(
     base: Base, out: pathlib.Path, count: int, seed: int, prompts: Sequence[str] | None, settings: SamplingSettings
 ) -> int:
-    mesh = sharding.local_mesh() if sharding.mesh_of(base.params) is None else sharding.mesh_of(base.params)
+    mesh = sharding.local_mesh() if (found := sharding.mesh_of(base.params)) is None else found
     base = dataclasses.replace(base, params=sharding.place(base.params, mesh))
     run = sampler_of(base, settings, mesh)
     batch_size = -(-settings.batch_size // mesh.size) * mesh.size
@@ -136,17 +135,15 @@ def _sample_missing(
             contexts, texts = (None, None), []
             if prompts:
                 texts, cut = [prompts[i % len(prompts)] for i in rows], {}
-                found = np.asarray(base.embed_text(base.params, [*texts, settings.negative_prompt], cut))
+                embedded = np.asarray(base.embed_text(base.params, [*texts, settings.negative_prompt], cut))
                 cuts.add(texts, cut)
-                contexts = found[:-1], np.repeat(found[-1:], batch_size, axis=0)
+                contexts = embedded[:-1], np.repeat(embedded[-1:], batch_size, axis=0)
             values = np.asarray(run(base.params, *sharding.split_batch((keys[rows], *contexts), mesh)))
             pictures = np.round((np.clip(values, -1, 1) + 1) * 127.5).astype(np.uint8)
             for i in (i for i in rows if i < count and not files[i].exists()):
                 if prompts:  # before the picture, which says that both are there
                     write_atomically(captions / f"{i:06d}.txt", f"{texts[i - start]}\n".encode())
-                data = io.BytesIO()
-                Image.fromarray(pictures[i - start]).save(data, format="PNG")
-                write_atomically(files[i], data.getvalue())
+                write_png(files[i], Image.fromarray(pictures[i - start]))
                 progress.update()
     cuts.warn(stacklevel=3)
     return len(missing)
