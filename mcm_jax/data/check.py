@@ -19,7 +19,7 @@ import shlex
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -136,28 +136,18 @@ def check(
     with warnings.catch_warnings(), tqdm(total=sum(len(t.names) for t in trees.values()), unit="picture") as bar:
         warnings.simplefilter("ignore")  # of Pillow, about EXIF data and large pictures: here they are rows
         for split, tree in trees.items():
-            problems += tree.problems
-            report.splits[split] = found = Split(len(tree.names), {})
             bar.set_description(f"checking {split}")
-            found.files = {f: sum(n in files for n in tree.names) for f, files in tree.files.items()}
-            if prompted and tree.prompts:
-                found.files["caption"] = sum(n in tree.prompts for n in tree.names)
-            problems += itertools.chain.from_iterable(
-                _odd_names(tree.root / "image" / tree.files["image"][n]) for n in tree.names
-            )
-            prompts: list[tuple[str, str, str]] = []
-            for name, example in _in_order(lambda n, t=tree: _examine(t, n, modalities, base), tree.names, workers):
-                problems += example.problems
-                _count(found, example)
-                if example.digest:
-                    problems += _duplicate(seen, example, split, str(tree.root / "image" / tree.files["image"][name]))
-                if example.prompt is not None:
-                    prompts.append((*example.prompt, name))
-                if len(prompts) >= 512:
-                    problems += _too_long(base, prompts)
-                    prompts = []
-                bar.update()
-            problems += _too_long(base, prompts)
+            problems += tree.problems
+            for name in tree.names:
+                problems += _odd_name(tree.root / "image" / tree.files["image"][name])
+            report.splits[split] = found = Split(len(tree.names), _counts(tree))
+            examples = _in_order(lambda name, tree=tree: _examine(tree, name, modalities, base), tree.names, workers)
+            while some := list(itertools.islice(examples, 64)):
+                problems += _too_long(base, [e.prompt for e in some if e.prompt])
+                for example in some:
+                    problems += [*example.problems, *_duplicate(seen, example, split)]
+                    _count(found, example)
+                bar.update(len(some))
     problems += _lacking_classes(report)
     refused = {p.path for p in problems if p.fatal}  # what is said of these is said in training's words
     report.problems = list(dict.fromkeys([*(p for p in told if p.path not in refused), *problems]))
@@ -193,6 +183,7 @@ def _row(error: UserError) -> Problem:
 class _Example:
     """What one example adds."""
 
+    image: str
     problems: list[Problem] = dataclasses.field(default_factory=list)
     size: tuple[int, int] | None = None
     digest: bytes = b""
@@ -202,7 +193,8 @@ class _Example:
 
 def _examine(tree: Tree, name: str, modalities: Sequence[Modality], base: Base | None) -> _Example:
     """Reads an example as training does, but goes on after what training would stop at."""
-    out = _Example()
+    image = tree.root / "image" / tree.files["image"][name]
+    out = _Example(str(image))
 
     def read(path: pathlib.Path, function: Callable, *args: object) -> object:
         try:
@@ -211,7 +203,6 @@ def _examine(tree: Tree, name: str, modalities: Sequence[Modality], base: Base |
             out.problems.append(Problem.of(e, path))
             return None
 
-    image = tree.root / "image" / tree.files["image"][name]
     picture = read(image, read_image)
     if picture is not None:
         pixels = np.asarray(picture)
@@ -319,7 +310,7 @@ def _shares(labels: np.ndarray, modality: Modality) -> np.ndarray:
     return np.bincount(known, minlength=modality.channels + 1) / labels.size
 
 
-def _odd_names(path: pathlib.Path) -> Iterator[Problem]:
+def _odd_name(path: pathlib.Path) -> Iterator[Problem]:
     name = path.name
     if len(os.fsencode(name)) > _LONG:
         found = f"its name has {len(os.fsencode(name))} bytes"
@@ -334,23 +325,26 @@ def _odd_names(path: pathlib.Path) -> Iterator[Problem]:
 # All examples
 
 
-def _in_order(
-    function: Callable[[str], _Example], names: Sequence[str], workers: int | None
-) -> Iterator[tuple[str, _Example]]:
-    """Names and examples; threads are some ahead of the caller, not more, so that memory stays flat."""
+def _in_order(function: Callable[[str], _Example], names: Sequence[str], workers: int | None) -> Iterator[_Example]:
+    """Examples by their names; threads are some ahead of the caller, not more, so that memory stays flat."""
     workers = workers or min(8, os.cpu_count() or 1)
     ahead: collections.deque = collections.deque()
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:
         for name in names:
-            ahead.append((name, pool.submit(function, name)))
+            ahead.append(pool.submit(function, name))
             if len(ahead) > 2 * workers:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        for name, future in ahead:
-            yield name, future.result()
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _counts(tree: Tree) -> dict[str, int]:
+    """How many examples have a file in each folder, or a prompt."""
+    folders = tree.files | ({"caption": tree.prompts} if tree.prompts else {})
+    return {folder: sum(name in files for name in tree.names) for folder, files in folders.items()}
 
 
 def _count(split: Split, example: _Example) -> None:
@@ -362,26 +356,25 @@ def _count(split: Split, example: _Example) -> None:
         split.read[name] += 1
 
 
-def _duplicate(seen: dict[bytes, tuple[str, str]], example: _Example, split: str, path: str) -> Iterator[Problem]:
-    first_split, first = seen.setdefault(example.digest, (split, path))
-    if first == path:
+def _duplicate(seen: dict[bytes, tuple[str, str]], example: _Example, split: str) -> Iterator[Problem]:
+    path = example.image
+    if not example.digest or (first := seen.setdefault(example.digest, (split, path)))[1] == path:
         return
-    if first_split == split:
-        yield Problem(path, f"the same picture as {first}", "Keep one, unless it is to count twice", False)
+    if first[0] == split:
+        yield Problem(path, f"the same picture as {first[1]}", "Keep one, unless it is to count twice", False)
     else:
         fix = "Remove one of the two, or the test measures memory"
-        yield Problem(path, f"a leak: the training picture {first} again, in the test split", fix, False)
+        yield Problem(path, f"a leak: the training picture {first[1]} again, in the test split", fix, False)
 
 
-def _too_long(base: Base | None, prompts: Iterable[tuple[str, str, str]]) -> list[Problem]:
-    """Rows of the prompts, with their file and example, of which the base sees the beginning only."""
-    prompts = list(prompts)
+def _too_long(base: Base | None, prompts: Sequence[tuple[str, str]]) -> list[Problem]:
+    """Rows of the prompts, each with its file, of which the base sees the beginning only."""
     if base is None or base.tokenizer is None or not prompts:
         return []
     cut: dict[str, str] = {}
-    base.tokenize([prompt for _, prompt, _ in prompts], cut)
+    base.tokenize([prompt for _, prompt in prompts], cut)
     fix = "Shorten it: the rest is not seen"
-    rows = ((path, cut[p].removeprefix(f"{p!r} ")) for path, p, _ in prompts if p in cut)
+    rows = ((path, cut[p].removeprefix(f"{p!r} ")) for path, p in prompts if p in cut)
     return [Problem(path, f"its prompt {textwrap.shorten(said, 120)}", fix, False) for path, said in rows]
 
 
@@ -420,10 +413,10 @@ def summary(report: Report) -> list[sheet.Table]:
     tables = [sheet.Table("Files", ("folder", "kind", *splits), counts)]
 
     sizes = sum((s.sizes for s in splits.values()), collections.Counter())
-    if len(sizes) <= 8:
+    if 0 < len(sizes) <= 8:
         rows = [(f"{w}x{h}", f"{n:,}", _percent(n / sizes.total())) for (w, h), n in sizes.most_common()]
         tables.append(sheet.Table("Sizes of the pictures", ("size", "pictures", ""), rows))
-    else:
+    elif sizes:
         bins = collections.Counter()
         for (width, height), count in sizes.items():
             bins[min(width, height).bit_length() - 1] += count

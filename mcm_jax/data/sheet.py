@@ -209,7 +209,8 @@ th{font-weight:600;background:#f6f6f6}.numbers td:not(:first-child),.numbers th:
 .refused{border-color:#c33;background:#fdf3f3}code,.file{font:13px ui-monospace,monospace;overflow-wrap:anywhere}
 .badge{font-size:12px;padding:.1em .6em;border-radius:1em;color:#fff;background:#a70}.FATAL{background:#c33}
 img{max-width:96px;max-height:96px;margin:2px;border:1px solid #ccc;vertical-align:top}
-.examples{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0;width:min-content;min-width:26em}figcaption{font-size:13px;overflow-wrap:anywhere}
+.examples{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0}figure div{white-space:nowrap}
+figcaption{font-size:13px;overflow-wrap:anywhere;width:0;min-width:100%}
 .track{display:inline-block;width:7em;margin-left:.6em;text-align:left}
 .bar{display:inline-block;height:.7em;background:#69c}
 .swatch{display:inline-block;width:.9em;height:.9em;border:1px solid #999;margin-right:.5em;vertical-align:-.1em}
@@ -245,7 +246,7 @@ def _page(
     parts.append('show the same thing, the same way round.</p><div class="examples">')
     for name, pictures in examples:
         caption = _safe(name) + _prompt(trees, name)
-        parts.append(f"<figure>{''.join(map(_img, pictures))}<figcaption>{caption}</figcaption></figure>")
+        parts.append(f"<figure><div>{''.join(map(_img, pictures))}</div><figcaption>{caption}</figcaption></figure>")
     parts.append("</div>")
     parts += [_html_table(t) for t in tables]
     return "\n".join([*parts, "</html>\n"])
