@@ -28,6 +28,7 @@ LAYERS = (
     "draws",
     "data",
     "cache",
+    "samplers",
     "sampling",
     "pipeline",
     "pictures",
