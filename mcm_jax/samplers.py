@@ -138,7 +138,7 @@ def _dpm(p: _Levels, is_sde: bool) -> _Rows:
         decay = math.exp(-h)
         gain = p.alpha[i + 1] * (1 - decay ** (2 if is_sde else 1))
         data = {_X0: 1.0}
-        if 0 < i < p.steps - 1:
+        if 0 < i < p.steps - 1 and min(h, p.lam[i] - p.lam[i - 1]) > 0:  # schedules may rest at their end
             r = (p.lam[i] - p.lam[i - 1]) / h
             data = {_X0: 1 + 0.5 / r, _M1: -0.5 / r}
         x = p.sigma[i + 1] / p.sigma[i] * (decay if is_sde else 1)
@@ -175,7 +175,7 @@ def _unipc(p: _Levels) -> _Rows:
     order = 0
     for i in range(p.steps):
         x = {_X: 1.0}
-        if i:
+        if i and p.lam[i] > p.lam[i - 1]:
             h = p.lam[i] - p.lam[i - 1]
             phi = math.expm1(-h)
             inner: list[float] = []
@@ -189,8 +189,8 @@ def _unipc(p: _Levels) -> _Rows:
             differences.append({_X0: 1.0, _M1: -1.0})
             data = _plus((1, {_M1: 1.0}), *zip(weights, differences, strict=True))
             x = _plus((p.sigma[i] / p.sigma[i - 1], {_M3: 1.0}), (-p.alpha[i] * phi, data))
-        order = min(2, p.steps - i, i + 1)
         h = p.lam[i + 1] - p.lam[i]
+        order = 2 if 0 < i < p.steps - 1 and min(h, p.lam[i] - p.lam[i - 1]) > 0 else 1
         data = {_X0: 1.0}
         if order == 2:
             half = 0.5 * h / (p.lam[i - 1] - p.lam[i])
