@@ -51,7 +51,7 @@ class _Numbers(flags.ArgumentParser):
     """Reads numbers with commas between them."""
 
     def parse(self, argument: str) -> tuple[float, ...]:
-        return tuple(float(part) for part in argument.split(","))
+        return tuple(float(part) for part in argument.split(",") if part)
 
 
 def define_flags(cls: type, names: Sequence[str] = ()) -> Callable[[], dict[str, Any]]:

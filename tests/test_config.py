@@ -163,6 +163,7 @@ def test_a_config_of_an_old_version_means_what_it_meant():
         **{"train.held_out": 64, "train.init_from": "", "train.optimizer": "adamw", "train.schedule": "cosine"},
         **{f"evaluation.judges.{name}": "" for name in ("segmentation", "sketch", "caption", "fidelity")},
         **{"modalities.segmentation.ignore": -1, "modalities.sketch.ignore": -1},
+        **{"sampling.spacing": "", "sampling.timesteps": [], "sampling.start": 0.0, "sampling.end": 1.0},
         **{"train.wandb": "", "evaluation.seeds": 1, "evaluation.references": 0, "evaluation.strengths": []},
     }
 
