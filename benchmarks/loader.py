@@ -4,8 +4,8 @@ python -m benchmarks.loader --out=benchmarks/results/loader.json
 
 Random pictures, which no codec makes small: 64x64 PNGs for a base that works on pixels, 512x512 JPEGs with conditions
 brought to a latent grid of 64x64. Each has a label map and a sketch as PNGs. They are read as ``data.stream`` reads
-them: shuffled, by the same threads, to the same batches. Training is that of the shipped base (32x32) on the first folder,
-streamed, with the share of its time that it waits for batches.
+them: shuffled, by the same threads, to the same batches. Training is that of the shipped base (32x32) on the first
+folder, streamed, with the share of its time that it waits for batches.
 """
 
 import argparse
