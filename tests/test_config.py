@@ -169,6 +169,7 @@ def test_a_config_of_an_old_version_means_what_it_meant():
             "data.discover": False,
             "data.jitter": 0.0,
             "data.unreadable": "fail",
+            "data.stream": "auto",
         },
         **{"train.wandb": "", "evaluation.seeds": 1, "evaluation.references": 0, "evaluation.strengths": []},
     }

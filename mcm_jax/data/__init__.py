@@ -49,6 +49,7 @@ _SOURCES = {
 }
 _WITH_PATH = ("folder", "tfds")
 
+_STREAM = ("auto", "on", "off")
 _SWAP = ".swap"  # after a modality's name
 
 
@@ -70,6 +71,9 @@ class DataSettings:
         jitter and at least 1 - jitter; the conditions stay.
       unreadable: what becomes of a training example whose files turn out to be damaged or wrong: ``fail``; or ``skip``:
         the next one takes its place, which is counted and told, up to 5% of the examples.
+      stream: whether training without a cache reads (and encodes) examples for each batch, ``on``, or all of them once
+        and keeps them, ``off``; ``auto`` streams what would take more than 4 GiB. The batches are the same, latents to
+        rounding.
       partial: whether pictures of a folder may miss modalities.
       held_out_share: of a folder without a test split, how much of it is held out, by a hash of the names; 0 is none.
       discover: whether the modalities of a folder are found in it, as configs/folder.py has it: the workdir's config
@@ -87,6 +91,7 @@ class DataSettings:
     # Names of caches are made of the others' repr.
     jitter: float = dataclasses.field(default=0.0, repr=False)
     unreadable: str = dataclasses.field(default="fail", repr=False)
+    stream: str = dataclasses.field(default="auto", repr=False)
     partial: bool = dataclasses.field(default=False, repr=False)
     held_out_share: float = setting(0.1, before=0.0, repr=False)
     discover: bool = dataclasses.field(default=False, repr=False)
@@ -107,6 +112,7 @@ class DataSettings:
         for key in ("partial", "discover"):
             expect(not getattr(self, key) or self.name == "folder", key, "False: it is for data.name='folder'", True)
         expect(self.unreadable in UNREADABLE, "unreadable", f"one of {', '.join(UNREADABLE)}", self.unreadable)
+        expect(self.stream in _STREAM, "stream", f"one of {', '.join(_STREAM)}", self.stream)
         check_views(self.views, self.flip, self.crop, self.jitter)
 
     def check_holds(self, modalities: Sequence[Modality]) -> None:

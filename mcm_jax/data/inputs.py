@@ -1,11 +1,13 @@
 """What training sees of each example: its latent, its conditions on the latent's grid, its prompt's context.
 
-The nets of the base that make them run once an example. A latent is the mean of the autoencoder's posterior, rounded to
-float16, whether it is kept in memory or in a cache.
+Prepared examples (:class:`Inputs`) are made once, before training, and kept in memory. Streamed ones
+(:class:`Streamed`) are made anew for each batch, in memory that does not grow with the data set: the same values, but
+for the rounding of the nets, which on CPUs depends on an example's place among those that they see at a time. A latent is
+the mean of the autoencoder's posterior, rounded to float16, wherever it is kept.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
 import jax
@@ -42,6 +44,72 @@ class Inputs:
 
     source: InMemory
     contexts: np.ndarray | None
+
+    encode = None
+    """Latents are there."""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Some examples, stacked."""
+        return self.source[rows]
+
+    def context(self, batch: Mapping[str, np.ndarray], dropped: np.ndarray) -> np.ndarray:
+        """What the base sees of a batch's prompts, ``[B, L, D]``; of the empty one where `dropped`, bool ``[B]``."""
+        return self.contexts[np.where(dropped, 0, batch["prompt"])]
+
+
+class Streamed:
+    """What :class:`Inputs` gives, of examples that are read, encoded and embedded for each batch.
+
+    Args:
+      base: the frozen model, its params on the mesh by :func:`mcm_jax.sharding.place`.
+      source: as :func:`prepare` takes it.
+      modalities: which are kept.
+      mesh: what batches are split over.
+
+    Attributes:
+      encode: of a latent base: this process's pictures of a batch, uint8 ``[B, H, W, 3]``, to their latents. Every
+        process of a mesh calls it for the same batches, in their order. None for a base that works on pixels.
+
+    Raises:
+      UserError: prompts, in several processes, which would not embed the same ones. With :meth:`read`: a file cannot
+        be read.
+    """
+
+    def __init__(self, base: Base, source: Sequence[dict], modalities: Sequence[Modality], mesh: jax.sharding.Mesh):
+        if base.is_text_conditional and jax.process_count() > 1:
+            raise UserError(
+                f"config.data.stream: prompts are not streamed in {jax.process_count()} processes. Train from a cache "
+                f"(config.cache.mode=build), or set data.stream to off"
+            )
+        self._base, self._source, self._modalities = base, source, modalities
+        self.encode = make_encode(base, mesh) if base.is_latent else None
+        self._has_warned = False
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Some examples, stacked: ``image`` in the place of ``latent``, ``caption`` in that of ``prompt``."""
+        return load(self._base, self._source, self._modalities, rows)
+
+    def context(self, batch: Mapping[str, np.ndarray], dropped: np.ndarray) -> np.ndarray:
+        """As :meth:`Inputs.context`."""
+        cuts = Cuts()
+        which, contexts = embed_distinct(self._base, np.where(dropped, "", batch["caption"]), cuts)
+        if cuts.count and not self._has_warned:
+            self._has_warned = True
+            cuts.warn(stacklevel=2)
+        return contexts[which]
+
+
+def prepared_bytes(base: Base, source: Sequence[dict], modalities: Sequence[Modality]) -> int:
+    """What :func:`prepare` would keep of a data set, but for contexts: by its first example."""
+    example = load_example(base, source, modalities, 0)
+    own = 2 * int(np.prod(base.latent_shape)) if base.is_latent else example["image"].nbytes
+    return len(source) * (own + sum(v.nbytes for name, v in example.items() if name not in ("image", "caption")))
 
 
 def prepare(base: Base, source: Sequence[dict], modalities: Sequence[Modality], mesh: jax.sharding.Mesh) -> Inputs:
@@ -105,30 +173,56 @@ def encode(
     those of :func:`prepare`; `portions` are from :func:`chunks`.
     """
 
-    def load(rows: Sequence[int]) -> dict[str, np.ndarray]:
-        examples = [load_example(base, source, modalities, int(row)) for row in rows]
-        return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
+    net = _make_net(base, mesh) if base.is_latent else None
+    own = sharding.local_rows(mesh, _BATCH * mesh.size)
+    batches = grain.MapDataset.source(portions).map(lambda rows: load(base, source, modalities, rows))
+    for batch in batches.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)):
+        if net:
+            image = batch.pop("image")
+            batch["latent"] = net(image[own % len(image)])[: len(image)]
+        yield batch
+
+
+def load(
+    base: Base, source: Sequence[dict], modalities: Sequence[Modality], rows: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """:func:`load_example` of some rows, stacked."""
+    examples = [load_example(base, source, modalities, int(row)) for row in rows]
+    return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
+
+
+def make_encode(base: Base, mesh: jax.sharding.Mesh) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a function of pictures, uint8 ``[n, H, W, 3]``, to latents, float16: of this process's rows of any batch.
+
+    They go through the net in portions of the size that :func:`encode` has.
+    """
+    net, own = _make_net(base, mesh), sharding.local_rows(mesh, _BATCH * mesh.size)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        parts = [images[start : start + len(own)] for start in range(0, len(images), len(own))]
+        return np.concatenate([net(part[np.arange(len(own)) % len(part)])[own[: len(part)]] for part in parts])
+
+    return run
+
+
+def _make_net(base: Base, mesh: jax.sharding.Mesh) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a function of this process's rows of a portion to all its latents: one shape is one compilation."""
 
     @jax.jit
     def net(params, image):
         latent = base.encode(params, image.astype(jnp.float32) / 127.5 - 1).astype(jnp.float16)
         return sharding.keep_whole(latent, mesh)  # for each process to read
 
-    size = _BATCH * mesh.size
-    own = sharding.local_rows(mesh, size)
-    batches = grain.MapDataset.source(portions).map(load)
-    for batch in batches.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)):
-        if base.is_latent:
-            image = batch.pop("image")
-            count = len(image)
-            padded = image[own % count]  # one shape is one compilation
-            batch["latent"] = np.asarray(net(base.params, sharding.split_batch(padded, mesh)))[:count]
-            if not np.isfinite(batch["latent"]).all():
-                raise UserError(
-                    f"the autoencoder of {base.name!r} overflows (a latent that float16 cannot hold); set "
-                    f"config.base.dtype to float32"
-                )
-        yield batch
+    def run(images: np.ndarray) -> np.ndarray:
+        latents = np.asarray(net(base.params, sharding.split_batch(images, mesh)))
+        if not np.isfinite(latents).all():
+            raise UserError(
+                f"the autoencoder of {base.name!r} overflows (a latent that float16 cannot hold); set "
+                f"config.base.dtype to float32"
+            )
+        return latents
+
+    return run
 
 
 def embed_distinct(base: Base, captions: np.ndarray, cuts: Cuts) -> tuple[np.ndarray, np.ndarray]:

@@ -16,12 +16,13 @@ from mcm_jax import sharding
 from mcm_jax.base import Base, BaseCard
 from mcm_jax.cache import Cache
 from mcm_jax.cache.build import dequantise
-from mcm_jax.data.inputs import Inputs
+from mcm_jax.data.inputs import Inputs, Streamed
 from mcm_jax.data.pipeline import training_batches
 from mcm_jax.draws import Draws
 from mcm_jax.training.step import Record, micro_batches
 
 _STORED = ("eps", "eps_scale")  # of a cache's batch; all else is what the base's own has, too
+_ON_HOST = ("caption",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Feed:
       repeat: K, where the same draws come again after K epochs; 0 where they never do.
       names: of the examples, where they have any.
       skipped: examples that could not be read so far, in whose places others are: :mod:`mcm_jax.data.unreadable`.
+      encode: where batches have pictures in the place of latents: the latents of this process's.
     """
 
     card: BaseCard
@@ -47,6 +49,7 @@ class Feed:
     repeat: int
     names: Sequence[str] = ()
     skipped: Collection[int] = ()
+    encode: Callable[[np.ndarray], np.ndarray] | None = None
 
     def records(
         self,
@@ -72,12 +75,19 @@ class Feed:
         """
         rows = sharding.local_rows(mesh, batch_size)
         batches = training_batches(self.read, self.examples, batch_size, seed, self.repeat, rows)
-        ahead = batches[steps.start : steps.stop].map(lambda batch: (batch, sharding.split_batch(batch, mesh)))
+        later = _ON_HOST + ("image",) * (self.encode is not None)
+
+        def split(batch: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
+            return batch, sharding.split_batch({k: v for k, v in batch.items() if k not in later}, mesh)
+
+        ahead = batches[steps.start : steps.stop].map(split)
         ready = iter(ahead.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)))
         for _ in steps:
             began = time.perf_counter()
             batch, on_device = next(ready)
             waited(time.perf_counter() - began)
+            if self.encode:
+                on_device["latent"] = sharding.split_batch(self.encode(batch["image"]), mesh)
             record = noise_step({k: v for k, v in on_device.items() if k not in _STORED})
             stored = {k: v for k, v in on_device.items() if k in _STORED}
             yield record | {"eps": self.predict(stored or batch, record)}
@@ -85,7 +95,7 @@ class Feed:
 
 def online(
     base: Base,
-    inputs: Inputs,
+    inputs: Inputs | Streamed,
     draws: Draws,
     views: int,
     data: Mapping[str, str],
@@ -99,7 +109,7 @@ def online(
 
     Args:
       base: the frozen model, its params on the mesh by :func:`mcm_jax.sharding.place`.
-      inputs: the prepared examples, `views` rows for each.
+      inputs: the examples, `views` rows for each.
       draws: timesteps, noise, dropped prompts.
       views: of each example; each group of K draws takes the first, second, ... of them in turn.
       data: fingerprints of the data.
@@ -122,15 +132,17 @@ def online(
 
     def fresh(batch: Mapping[str, np.ndarray], record: Record) -> jax.Array:
         args = [record["x_t"], record["t"]]
-        if inputs.contexts is not None:
-            rows = np.where(dropped(batch["index"], batch["draw"]), 0, batch["prompt"])
-            args.append(sharding.split_batch(inputs.contexts[rows], mesh))
+        if base.is_text_conditional:
+            context = inputs.context(batch, np.asarray(dropped(batch["index"], batch["draw"])))
+            args.append(sharding.split_batch(context, mesh))
         return predict(base.params, *args)
 
     def read(index: np.ndarray, draw: np.ndarray) -> dict[str, np.ndarray]:
-        return inputs.source[index * views + draw % draws.count % views]
+        return inputs.read(index * views + draw % draws.count % views)
 
-    return Feed(base.card, _digest(data), len(inputs.source) // views, read, fresh, 0, names, skipped)
+    return Feed(
+        base.card, _digest(data), len(inputs) // views, read, fresh, 0, names, skipped=skipped, encode=inputs.encode
+    )
 
 
 def cached(cache: Cache) -> Feed:

@@ -12,7 +12,9 @@ import numpy as np
 from mcm_jax import distributed, sharding
 from mcm_jax.base import Base, BaseCard
 from mcm_jax.cache import Cache
-from mcm_jax.data.inputs import prepare
+from mcm_jax.data import DataSettings
+from mcm_jax.data.inputs import Inputs, Streamed, prepare, prepared_bytes
+from mcm_jax.data.pipeline import InMemory
 from mcm_jax.errors import UserError
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import Judge, judges_of
@@ -25,6 +27,7 @@ from mcm_jax.training.feed import Feed
 from mcm_jax.training.settings import RunSettings
 
 _VALIDATION_IMAGES = 8
+_IN_MEMORY = 2**32  # bytes of prepared examples, beyond which they are streamed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +116,7 @@ def _online(settings: RunSettings, base: Base, modulator: Modulator, split: str,
     # Before they compute together: another number of examples would be another number of steps to wait for.
     distributed.agree({"the base": base.card.fingerprint, **{f"the data's {k}": v for k, v in data.items()}})
     source = settings.data.open(split, modulator.modalities, base.card, size=size)
-    inputs = prepare(base, source, modulator.modalities, mesh)
+    inputs = _inputs(settings.data, base, source, modulator, mesh)
     return feeds.online(
         base,
         inputs,
@@ -125,6 +128,21 @@ def _online(settings: RunSettings, base: Base, modulator: Modulator, split: str,
         names=getattr(found, "names", ()),
         skipped=getattr(source, "skipped", ()),
     )
+
+
+def _inputs(
+    data: DataSettings, base: Base, source: Sequence[dict], modulator: Modulator, mesh: jax.sharding.Mesh
+) -> Inputs | Streamed:
+    """The examples, prepared or streamed: all processes decide alike, by settings and sizes."""
+    if data.stream == "auto" and not isinstance(source, InMemory):
+        size = prepared_bytes(base, source, modulator.modalities)
+        if size > _IN_MEMORY and not (base.is_text_conditional and jax.process_count() > 1):
+            print(
+                f"{len(source):,} examples would take {size / 2**30:.1f} GiB of memory, so they are read for each "
+                f"batch (config.data.stream)" + "; a cache encodes them but once (config.cache.mode)" * base.is_latent
+            )
+            return Streamed(base, source, modulator.modalities, mesh)
+    return (Streamed if data.stream == "on" else prepare)(base, source, modulator.modalities, mesh)
 
 
 def _names(settings: RunSettings, card: BaseCard) -> Sequence[str]:

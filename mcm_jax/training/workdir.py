@@ -25,7 +25,7 @@ _FREE = {
         "train.init_from",
     ),
     *("train.log_every", "train.checkpoint_every", "train.keep", "train.best", "train.validate_every"),
-    *("train.evaluate_every", "train.held_out", "train.wandb", "data.unreadable"),
+    *("train.evaluate_every", "train.held_out", "train.wandb", "data.unreadable", "data.stream"),
 }
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 _ERRNO = re.compile(r"(?i)(?:errno|os.error(?:_code)?)\W{1,3}(\d+)")
