@@ -73,13 +73,12 @@ def generate(
     known = {m.name: m for m in pipeline.modulator.modalities}
     if unknown := sorted(conditions.keys() - known.keys()):
         raise UserError(f"the MCM {workdir!r} knows {', '.join(known)}, not {', '.join(unknown)}")
-    height, width, _ = pipeline.base.latent_shape
     maps, shown = {}, []
     for name, path in sorted(conditions.items()):
         condition = read_png(path, known[name])
         if doubt := known[name].doubt(condition):
             warnings.warn(f"{path}: {doubt}", stacklevel=2)
-        maps[name] = np.repeat(known[name].fit(condition, height, width)[None], num_samples, axis=0)
+        maps[name] = np.repeat(known[name].fit(condition, *pipeline.grid)[None], num_samples, axis=0)
         shown.append(pictures.show(known[name], known[name].fit(condition, *pipeline.base.image_shape[:2])[None]))
 
     out = pathlib.Path(out)
