@@ -30,6 +30,7 @@ from mcm_jax.data import DataSettings, sheet
 from mcm_jax.data.captions import find_captions
 from mcm_jax.data.discover import survey
 from mcm_jax.data.folder import (
+    SIDEWAYS,
     Tree,
     check_shape,
     has_split,
@@ -42,12 +43,11 @@ from mcm_jax.data.folder import (
 from mcm_jax.data.problems import Problem, few, table
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable
-from mcm_jax.modalities import Modality, cover
+from mcm_jax.modalities import Modality, cover, open_picture
 
 _LONG = 200  # bytes of a name: with an ending, what every file system and archive takes
 _FAINT = 0.1  # of the range of 16 bits
 _LEAST_SHOWN = 0.5  # of a picture
-_SIDEWAYS = (5, 6, 7, 8)
 
 
 # What is found
@@ -236,13 +236,13 @@ def _doubts_of_picture(
     def doubt(found: str, fix: str) -> Problem:
         return Problem(str(path), found, fix, fatal=False)
 
-    with Image.open(path) as file:
+    with open_picture(path) as file:
         mode, turn, is_deep = file.mode, turn_of(file), _is_deep(path, file)
     if mode == "CMYK":
         yield doubt("CMYK, converted to RGB without a colour profile", "Save it as RGB if its colours come out wrong")
     if is_deep:
         yield doubt("16 bits a channel, of which 8 are kept", "Nothing, if its range is right; else save 8 bits")
-    if turn is not None and not _turns_sideways(path):
+    if turn is not None and turn not in SIDEWAYS:
         yield doubt("turned by its EXIF data", _UPRIGHT)
     elif turn is not None and abs(picture.width - picture.height) <= 1:
         yield doubt("turned by its EXIF data, which the size of a square does not show", _UPRIGHT)
@@ -265,11 +265,6 @@ def _doubts_of_picture(
 _UPRIGHT = "See that its conditions show the upright picture, or save it upright without EXIF data"
 
 
-def _turns_sideways(path: pathlib.Path) -> bool:
-    with Image.open(path) as file:
-        return file.getexif().get(0x0112) in _SIDEWAYS
-
-
 def _is_deep(path: pathlib.Path, file: Image.Image) -> bool:
     """Whether a picture has 16 bits a channel; of colour PNGs Pillow does not say so, but their header does."""
     if file.format != "PNG":
@@ -282,7 +277,7 @@ def _doubts_of_condition(path: pathlib.Path, modality: Modality, condition: np.n
     def doubt(found: str, fix: str) -> Problem:
         return Problem(str(path), found, fix, fatal=False)
 
-    with Image.open(path) as file:
+    with open_picture(path) as file:
         turn, is_deep = turn_of(file), _is_deep(path, file)
         is_seen_through = file.has_transparency_data and modality.kind not in ("labels", "sparse")
     if turn is not None:

@@ -19,7 +19,7 @@ from mcm_jax.data.classes import FILE, Classes, classes_path, read_classes
 from mcm_jax.data.folder import PICTURES, held_out_names, scan
 from mcm_jax.data.problems import few, printable, refuse
 from mcm_jax.errors import UserError
-from mcm_jax.modalities import KINDS, Modality, known
+from mcm_jax.modalities import KINDS, Modality, known, open_picture
 
 NONE = "none"
 """The kind that a config gives a modality that shall be left out."""
@@ -234,12 +234,9 @@ def _some(files: Sequence[pathlib.Path]) -> list[pathlib.Path]:
 
 
 def _open(path: pathlib.Path) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-        return picture
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UserError(f"{path}: not a picture that can be read ({e}). Replace it, or remove it") from e
+    with open_picture(path, "Replace it, or remove it") as picture:
+        picture.load()
+    return picture
 
 
 def _pictures_of(files: Sequence[pathlib.Path], errors: list[UserError]) -> list[Image.Image]:

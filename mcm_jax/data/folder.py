@@ -15,7 +15,6 @@ Whatever is wrong with the tree is said at once; the files are opened as they ar
 import concurrent.futures
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -31,7 +30,7 @@ from mcm_jax.data import captions as captions_lib
 from mcm_jax.data.classes import Classes, classes_path, labels_of_colors, read_classes
 from mcm_jax.data.problems import Problem, few, refuse
 from mcm_jax.errors import UserError
-from mcm_jax.modalities import PICTURES, Modality, cover, read_png
+from mcm_jax.modalities import PICTURES, Modality, PictureBytes, cover, open_picture, read_png
 
 _CLUTTER = ("thumbs.db", "desktop.ini")  # and hidden files: what file managers leave behind
 _NO_SUCH = "Add it, or take the modality out of the config"
@@ -45,6 +44,8 @@ _UPRIGHT = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+SIDEWAYS = frozenset(_UPRIGHT[i] for i in (5, 6, 7, 8))
+"""What makes a picture that lies on its side upright."""
 
 
 class Folder:
@@ -353,8 +354,8 @@ def _layout(root: pathlib.Path) -> str:
 
 # The files
 
-Source = pathlib.Path | io.BytesIO
-"""A file, or what is in one: then its ``str()`` says where it is."""
+Source = pathlib.Path | PictureBytes
+"""A file, or what is in one."""
 
 
 def read_example(
@@ -396,9 +397,8 @@ def read_example(
 
 def read_image(path: Source) -> Image.Image:
     """Any picture as upright RGB, its transparent parts over white. Raises UserError where it cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
+    with open_picture(path, "Replace it, or remove it and its conditions") as picture:
+        picture.load()
         turn = turn_of(picture)
         if picture.mode.startswith("I;16"):  # convert() would cut it off at 255
             picture = Image.fromarray(np.round(np.asarray(picture) / 257).astype(np.uint8))
@@ -406,10 +406,6 @@ def read_image(path: Source) -> Image.Image:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         picture = picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as e:
-        raise UserError(
-            f"{path}: not a picture that can be read ({e}). Replace it, or remove it and its conditions"
-        ) from e
     return picture if turn is None else picture.transpose(turn)
 
 
@@ -441,13 +437,13 @@ def read_condition(path: Source, modality: Modality, classes: Classes | None = N
     if modality.kind != "labels" or classes is None or classes.colors is None:
         return read_png(path, modality)
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             if picture.format != "PNG" or picture.mode not in ("RGB", "RGBA", "P"):
                 return read_png(path, modality)
             mode = picture.mode
             alpha = np.asarray(picture)[..., 3] if mode == "RGBA" else None
             pixels = np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except UserError:
         return read_png(path, modality)  # says what is wrong
     if alpha is not None and (count := int((alpha != 255).sum())):
         raise UserError(
@@ -496,11 +492,5 @@ def _size(height: int, width: int) -> str:
 
 def _turned(path: Source) -> str:
     """A remark for a picture that its EXIF data turns by 90 degrees, where many tools do not."""
-    with Image.open(path) as picture:
-        sideways = turn_of(picture) in (
-            Transpose.TRANSPOSE,
-            Transpose.ROTATE_270,
-            Transpose.TRANSVERSE,
-            Transpose.ROTATE_90,
-        )
-    return " as its EXIF data turns it" if sideways else ""
+    with open_picture(path) as picture:
+        return " as its EXIF data turns it" if turn_of(picture) in SIDEWAYS else ""

@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -19,7 +18,7 @@ from mcm_jax.data.folder import read_example
 from mcm_jax.data.problems import few
 from mcm_jax.data.tfds import LAYOUTS
 from mcm_jax.errors import UserError
-from mcm_jax.modalities import Modality
+from mcm_jax.modalities import Modality, PictureBytes
 
 _INFO = "dataset_info.json"
 _CHUNK = 64  # records a step of a fingerprint
@@ -40,17 +39,6 @@ def library() -> ModuleType:
             f"TensorFlow)"
         ) from e
     return tensorflow_datasets
-
-
-class _Part(io.BytesIO):
-    """A picture of a record; as a text it says where it is."""
-
-    def __init__(self, data: bytes, where: str):
-        super().__init__(data)
-        self._where = where
-
-    def __str__(self) -> str:
-        return self._where
 
 
 class Records:
@@ -123,8 +111,8 @@ class Records:
         record = self._read(index)
         where = f"{self._root}: {self._split}[{index}]" + (f" ({record['name'].decode()})" if "name" in record else "")
 
-        def source_of(name: str) -> _Part:
-            return _Part(record[name], f"{where} {name}")
+        def source_of(name: str) -> PictureBytes:
+            return PictureBytes(record[name], f"{where} {name}")
 
         example = read_example(source_of, self.modalities, self.classes, self.height, self.width)
         if self.captions:
