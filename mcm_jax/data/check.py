@@ -122,7 +122,7 @@ def check(
       UserError: there is no such folder.
     """
     path = pathlib.Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False of a path that is too long, too
         raise UserError(f"{path}: no such folder; expected one with pictures in {path / 'train' / 'image'}")
     modalities, told = _survey(path, held_out_share)
     problems: list[Problem] = []

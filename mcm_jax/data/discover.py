@@ -120,9 +120,9 @@ def survey(
     """
     path, said = pathlib.Path(path), said or {}
     root = path / "train"
-    if not root.is_dir() and (bare := _bare(path)):
+    if not os.path.isdir(root) and (bare := _bare(path)):
         raise UserError(
-            f"{path}: holds pictures in {bare}, but no pairs in {root}. Make them: python -m mcm_jax.data make {path} "
+            f"{path}: holds pictures in {bare}, but no pairs in {root}. Make them: python -m mcm_jax.data make {bare} "
             f"--extract=sketch,canny"
         )
     files, problems = scan(root, {})
@@ -161,7 +161,7 @@ def survey(
 def _bare(path: pathlib.Path) -> pathlib.Path | None:
     """Where a folder has pictures without a split."""
     for folder in (path, path / "image"):
-        if folder.is_dir() and any(file.lower().endswith(PICTURES) for file in os.listdir(folder)):
+        if os.path.isdir(folder) and any(file.lower().endswith(PICTURES) for file in os.listdir(folder)):
             return folder
     return None
 

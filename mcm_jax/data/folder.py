@@ -196,7 +196,7 @@ def read_tree(
 ) -> Tree:
     """Lists a split's files and pairs them; opens no picture. The arguments are those of :class:`Folder`."""
     path = pathlib.Path(path)
-    borrowed = held_out_share > 0 and not (path / "test").is_dir()
+    borrowed = held_out_share > 0 and not os.path.isdir(path / "test")
     root = path / ("train" if borrowed else split)
     found = captions_lib.find_captions(root) if captions else []
     endings = {m.name: m.endings for m in modalities}
@@ -247,8 +247,8 @@ def _number(name: str) -> float:
 def has_split(path: str | os.PathLike, split: str, held_out_share: float) -> bool:
     """Whether a folder has a split's pictures, of its own or held out of its training split; checks nothing else."""
     path = pathlib.Path(path)
-    if (path / split).is_dir() or split != "test" or held_out_share <= 0:
-        return (path / split).is_dir()
+    if os.path.isdir(path / split) or split != "test" or held_out_share <= 0:
+        return os.path.isdir(path / split)
     return len(_files(path / "train" / "image", PICTURES)[0]) >= 2
 
 
@@ -275,8 +275,12 @@ def scan(
     Returns:
       For each folder its files by their names without ending, and all that is wrong with the tree.
     """
-    if not root.is_dir():
-        found = f"there are {few(sorted(os.listdir(root.parent)))}" if root.parent.is_dir() else f"nor is {root.parent}"
+    if not os.path.isdir(root):
+        found = (
+            f"there are {few(sorted(os.listdir(root.parent)))}"
+            if os.path.isdir(root.parent)
+            else f"nor is {root.parent}"
+        )
         return {"image": {}}, [Problem(str(root), f"no such folder; {found}", f"Expected {_layout(root)}")]
     files, problems, spoilt = {}, [], set()
     for name, known in {"image": PICTURES, **endings}.items():
