@@ -16,10 +16,10 @@ from PIL import Image
 
 from mcm_jax.data.captions import find_captions
 from mcm_jax.data.classes import FILE, Classes, classes_path, read_classes
-from mcm_jax.data.folder import PICTURES, held_out_names, scan
+from mcm_jax.data.folder import held_out_names, scan
 from mcm_jax.data.problems import few, printable, refuse
 from mcm_jax.errors import UserError
-from mcm_jax.modalities import KINDS, Modality, known, open_picture
+from mcm_jax.modalities import KINDS, PICTURES, Modality, known, open_picture
 
 NONE = "none"
 """The kind that a config gives a modality that shall be left out."""

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from mcm_jax.data import captions
 from mcm_jax.data.extract import EXTRACTORS, Extractor, open_extractors
-from mcm_jax.data.folder import read_image
 from mcm_jax.data.problems import few
+from mcm_jax.data.reading import read_image
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, lock, write_atomically
 from mcm_jax.modalities import PICTURES

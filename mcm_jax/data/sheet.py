@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mcm_jax.data.folder import Tree, read_caption, read_condition, read_image
+from mcm_jax.data.folder import Tree
 from mcm_jax.data.problems import Kind, Problem, alike, below, printable
+from mcm_jax.data.reading import read_caption, read_condition, read_image
 from mcm_jax.errors import UserError
 from mcm_jax.files import write_atomically
 from mcm_jax.modalities import Modality

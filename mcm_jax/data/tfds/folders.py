@@ -5,11 +5,12 @@ import pathlib
 
 from mcm_jax.data.captions import find_captions
 from mcm_jax.data.classes import FILE, classes_path, read_classes
-from mcm_jax.data.folder import PICTURES, held_out_names, read_caption, read_tree
+from mcm_jax.data.folder import held_out_names, read_tree
 from mcm_jax.data.problems import few, refuse
+from mcm_jax.data.reading import read_caption
 from mcm_jax.data.tfds.layout import Holds, Layout, Record, Shard, picture, shards
 from mcm_jax.errors import UserError, expect
-from mcm_jax.modalities import Modality, known, open_picture
+from mcm_jax.modalities import PICTURES, Modality, known, open_picture
 
 _SPLITS = ("train", "test")
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from mcm_jax.data.classes import Classes
-from mcm_jax.data.folder import read_example
 from mcm_jax.data.problems import few
+from mcm_jax.data.reading import read_example
 from mcm_jax.data.tfds import LAYOUTS
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality, PictureBytes
