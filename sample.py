@@ -2,7 +2,8 @@
 
 python sample.py --segmentation=docs/examples/segmentation.png --sketch=docs/examples/sketch.png --out=runs/samples
 
-Either condition may be left out. --workdir is a folder that train.py made, or the name of a shipped MCM.
+Either condition may be left out. --workdir is a folder that train.py made, or the name of a shipped MCM. Sampler,
+steps, guidance and what else docs/sampling.md has are flags as well, which --helpfull lists.
 """
 
 from absl import flags
@@ -15,7 +16,9 @@ from mcm_jax.sampling import SamplingSettings
 _WORKDIR = flags.DEFINE_string("workdir", "scenes-mcm", "Workdir of train.py, or the name of a shipped MCM")
 _OUT = flags.DEFINE_string("out", None, "Folder for the samples, a grid of them and a JSON that repeats the run")
 _CONDITIONS = {
-    "segmentation": flags.DEFINE_string("segmentation", None, "PNG with one class a pixel, any size"),
+    "segmentation": flags.DEFINE_string(
+        "segmentation", None, "PNG with one class a pixel, or in the colours of classes.json; any size"
+    ),
     "sketch": flags.DEFINE_string("sketch", None, "PNG, black lines on white, any size"),
 }
 _OTHERS = flags.DEFINE_multi_string("condition", [], "NAME=PICTURE, for any other modality of the MCM; may be repeated")

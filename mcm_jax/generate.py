@@ -13,11 +13,19 @@ import jax
 import numpy as np
 
 from mcm_jax import assets, config, pictures, sampling
+from mcm_jax.data import DataSettings
+from mcm_jax.data.folder import read_condition
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, write_atomically
-from mcm_jax.modalities import read_png
 from mcm_jax.pipeline import WEIGHTS, Pipeline
 from mcm_jax.version import __version__
+
+
+@dataclasses.dataclass(frozen=True)
+class _RunSettings:
+    """What is read of a run's config beside its model: the data set, for the colours of its classes."""
+
+    data: DataSettings
 
 
 def _sha256(path: str | os.PathLike) -> str:
@@ -38,7 +46,8 @@ def generate(
 
     Args:
       workdir: of a training run, or the name of a shipped MCM.
-      conditions: picture file of each modality that is given, at least one.
+      conditions: picture file of each modality that is given, at least one. Labels may be in the colours of the data
+        set's classes, where it is at hand.
       out: folder; gets ``sample_000.png`` ..., ``grid.png`` (the conditions, then the samples) and
         ``samples.json``, which holds every argument.
       num_samples: how many, at least 1.
@@ -73,13 +82,15 @@ def generate(
     known = {m.name: m for m in pipeline.modulator.modalities}
     if unknown := sorted(conditions.keys() - known.keys()):
         raise UserError(f"the MCM {workdir!r} knows {', '.join(known)}, not {', '.join(unknown)}")
+    data = config.load(_RunSettings, assets.resolve(workdir), others=True).data
     maps, shown = {}, []
     for name, path in sorted(conditions.items()):
-        condition = read_png(path, known[name])
+        condition = read_condition(path, known[name], data.described(name))
         if doubt := known[name].doubt(condition):
             warnings.warn(f"{path}: {doubt}", stacklevel=2)
         maps[name] = np.repeat(known[name].fit(condition, *pipeline.grid)[None], num_samples, axis=0)
-        shown.append(pictures.show(known[name], known[name].fit(condition, *pipeline.base.image_shape[:2])[None]))
+        large = known[name].fit(condition, *pipeline.base.image_shape[:2])[None]
+        shown.append(pictures.show(known[name], large, data.palette(name)))
 
     out = pathlib.Path(out)
     check_writable(out, "--out")

@@ -15,6 +15,7 @@ from mcm_jax.cache import Cache
 from mcm_jax.data import inputs
 from mcm_jax.data.__main__ import main as commands
 from mcm_jax.data.folder import Folder
+from mcm_jax.data.scenes import PALETTE
 from mcm_jax.errors import UserError
 from mcm_jax.generate import generate
 from mcm_jax.sharding import make_mesh, replicate
@@ -133,7 +134,7 @@ def test_a_folder_with_unknown_pixels_of_other_kinds_trains_and_samples(config, 
 
 
 def test_conditions_are_cut_in_sampling_as_in_training(config, data, base, tmp_path, monkeypatch):
-    """A wide sketch on a square base: the centre, not all of it squeezed."""
+    """A wide sketch on a square base: the centre, not all of it squeezed; a map in the data's colours: its classes."""
     modalities = tiny.settings_of(config).modalities.shown
     source = Folder(data, "train", modalities, *base.image_shape[:2])
     seen = {}
@@ -155,6 +156,11 @@ def test_conditions_are_cut_in_sampling_as_in_training(config, data, base, tmp_p
     real = module.Pipeline.from_folder(tmp_path / "run")
     monkeypatch.setattr(module.Pipeline, "from_folder", lambda workdir: Fake(real))
     files = {name: str(data / "train" / name / "3.png") for name in ("segmentation", "sketch")}
+    classes = [{"name": f"{i}", "color": PALETTE[i].tolist()} for i in range(6)]
+    (data / "classes.json").write_text(json.dumps({"classes": classes}))
+    files["segmentation"] = str(tmp_path / "colours.png")
+    labels = np.array(Image.open(data / "train" / "segmentation" / "3.png"))
+    Image.fromarray(PALETTE[labels]).save(files["segmentation"])
     with pytest.raises(Stop):
         generate(str(tmp_path / "run"), files, tmp_path / "out", num_samples=1)
     np.testing.assert_array_equal(seen["segmentation"][0], source[3]["segmentation"])

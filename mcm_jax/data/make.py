@@ -14,6 +14,7 @@ import io
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,12 +104,17 @@ def _lay_out(data: pathlib.Path) -> list[str]:
     splits = [split for split in SPLITS if (data / split / "image").is_dir()]
     if not splits:
         raise UserError(f"{data}: has no {pathlib.Path('train', 'image')}; expected the pictures there")
-    if late := flat.keys() - {name for split in splits for name in pictures_in(data / split / "image")}:
+    there = {name: path for split in splits for name, path in pictures_in(data / split / "image").items()}
+    if late := [name for name, path in flat.items() if name not in there or _is_older(there[name], path)]:
         print(
-            f"note: left out {len(late)} picture(s) of {data} itself ({few(sorted(late))}), since there is "
+            f"note: left out {len(late)} new or changed picture(s) of {data} itself ({few(late)}), since there is "
             f"{data / splits[0] / 'image'} already: move them there"
         )
     return splits
+
+
+def _is_older(path: pathlib.Path, than: pathlib.Path) -> bool:
+    return path.stat().st_mtime_ns < than.stat().st_mtime_ns
 
 
 def _link(path: pathlib.Path, to: pathlib.Path) -> None:
@@ -231,4 +237,4 @@ def extract(data: pathlib.Path, extractors: Sequence[Extractor], workers: int | 
     if wrong:
         listed = "\n".join(wrong)
         raise UserError(f"{len(wrong)} picture(s) have no conditions, all others do:\n{listed}")
-    print(f"\nNext: python -m mcm_jax.data check {data}")
+    print(f"\nNext: python -m mcm_jax.data check {shlex.quote(str(data))}")
