@@ -120,7 +120,7 @@ def test_conditions_are_cut_in_sampling_as_in_training(config, data, base, tmp_p
             raise Stop
 
     train_and_evaluate(config, tmp_path / "run")
-    from mcm_jax import generate as module
+    from mcm_jax import jobs as module
 
     real = module.Pipeline.from_folder(tmp_path / "run")
     monkeypatch.setattr(module.Pipeline, "from_folder", lambda workdir: Fake(real))
