@@ -425,7 +425,9 @@ class Pipeline:
                 positive = np.all((strengths[:, i] >= 0) & np.isfinite(strengths[:, i]))
                 expect(positive, f"strength of {modality.name}", "at least 0", strength.get(modality.name))
                 strengths[:, i] *= (present or {}).get(modality.name, True)
-            full[modality.name] = modality.null(count, height, width) if given is None else np.asarray(given)
+            values = modality.null(count, height, width) if given is None else np.asarray(given)
+            # Classes come in several dtypes, each of which would compile anew.
+            full[modality.name] = values if modality.continuous else values.astype(np.int32)
         guided = any(self._is_guided(s) for s in each)
         run = self._compiled(guided, settings.modulate)
         negatives = [s.negative_prompt for s in each] if guided else []
