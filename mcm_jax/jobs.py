@@ -142,11 +142,12 @@ class Drawer:
             )
 
     def _read(self, path: str, name: str) -> np.ndarray:
-        modality, (height, width, _) = self.known.get(name, _MASK), self.pipeline.base.latent_shape
+        modality = self.known.get(name, _MASK)
+        grid = self.pipeline.grid if name in self.known else self.pipeline.base.latent_shape[:2]
         condition = read_png(path, modality)
         if name in self.known and (doubt := modality.doubt(condition)):
             warnings.warn(f"{path}: {doubt}", stacklevel=2)
-        return modality.fit(condition, height, width)
+        return modality.fit(condition, *grid)
 
     def record(self, job: Job) -> dict[str, Any]:
         """All that decides a picture, and what made it; as JSON has it."""
@@ -171,10 +172,9 @@ class Drawer:
         Raises:
           UserError: a condition's file cannot be read.
         """
-        height, width, _ = self.pipeline.base.latent_shape
         maps, present, strength = {}, {}, {}
         for name, modality in self.known.items():
-            null = modality.null(1, height, width)[0]
+            null = modality.null(1, *self.pipeline.grid)[0]
             given = [self._condition(j.conditions[name], name) if name in j.conditions else null for j in jobs]
             shown = np.array([name in j.conditions for j in jobs])
             if shown.any():
@@ -182,7 +182,7 @@ class Drawer:
                 strength[name] = np.array([j.strength.get(name, 1.0) for j in jobs])
         masks = None
         if any(j.mask for j in jobs):
-            everywhere = np.ones((height, width), np.float32)
+            everywhere = np.ones(self.pipeline.base.latent_shape[:2], np.float32)
             masks = np.stack([self._condition(j.mask, "") if j.mask else everywhere for j in jobs])
         how = dataclasses.asdict(jobs[0].settings) | {k: [getattr(j.settings, k) for j in jobs] for k in PER_SAMPLE}
         seeds, numbers = (

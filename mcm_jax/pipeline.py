@@ -128,16 +128,18 @@ def start_from(folder: str, settings: MCMSettings, modulator: Modulator, card: B
         )
     trained = found.mcm.modulator(found.modalities.shown, card.schedule)
     like, wanted = (
-        jax.eval_shape(lambda m=m: m.init(jax.random.key(0), card.latent_shape)) for m in (trained, modulator)
+        jax.eval_shape(lambda m=m: m.init(jax.random.key(0), card.latent_shape, m.grid(card)))
+        for m in (trained, modulator)
     )
     params, _ = _read_mcm(path / WEIGHTS, like, card)
-    before = np.asarray(params["unet"]["conv_in"]["kernel"])
-    kernel = np.zeros(wanted["unet"]["conv_in"]["kernel"].shape, np.float32)
+    first = ("encoder", "down_0", "conv") if "encoder" in params else ("unet", "conv_in")
+    flat = traverse_util.flatten_dict(params)
+    before = np.asarray(flat[*first, "kernel"])
+    kernel = np.zeros(traverse_util.flatten_dict(wanted)[*first, "kernel"].shape, np.float32)
     places = [_channels(m, card.latent_shape[-1]) for m in (trained, modulator)]
     for name in places[0].keys() & places[1].keys():
         kernel[:, :, places[1][name]] = before[:, :, places[0][name]]
-    conv_in = params["unet"]["conv_in"] | {"kernel": jnp.asarray(kernel)}
-    return params | {"unet": params["unet"] | {"conv_in": conv_in}}
+    return traverse_util.unflatten_dict(flat | {(*first, "kernel"): jnp.asarray(kernel)})
 
 
 # What two MCMs must have in common for the params of one to mean the same in the other.
@@ -145,8 +147,8 @@ _MATHS = {f.name for f in dataclasses.fields(MCMSettings)} - {"dtype", "remat"}
 
 
 def _channels(modulator: Modulator, depth: int) -> dict[str, slice]:
-    """Which of the channels that the network sees are whose; '' is all that is no modality."""
-    begin = depth * len(modulator.module.inputs)
+    """Which channels of the convolution that sees the conditions are whose; '' is all that is no modality."""
+    begin = depth * len(modulator.module.inputs) if modulator.module.conditions == "grid" else 0
     found = {"": slice(0, begin)}
     for m in modulator.modalities:
         found[m.name] = slice(begin, begin + m.channels + 1)
@@ -241,9 +243,14 @@ class Pipeline:
         mesh = sharding.local_mesh(found.mesh)
         base = found.base.load(mesh)
         modulator = found.mcm.modulator(found.modalities.shown, base.schedule)
-        like = jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape))
+        like = jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape, modulator.grid(base)))
         params, step = _read_mcm(path / WEIGHTS, like, base)
         return cls(base, modulator, params, found.sampling, step, mesh)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of conditions: :meth:`mcm_jax.mcm.Modulator.grid`."""
+        return self.modulator.grid(self.base)
 
     def _is_guided(self, settings: SamplingSettings) -> bool:
         """Whether the base is asked about the negative prompt, too."""
@@ -303,9 +310,9 @@ class Pipeline:
         if base.is_text_conditional:
             ids = shape((batch_size, base.tokenizer.length), jnp.int32)
             context = jax.eval_shape(base.encode_tokens, base.params, ids)
-        params = jax.eval_shape(lambda: self.modulator.init(jax.random.key(0), base.latent_shape))
+        params = jax.eval_shape(lambda: self.modulator.init(jax.random.key(0), base.latent_shape, self.grid))
         names = self.modulator.modalities
-        conditions = {m.name: m.null(batch_size, *base.latent_shape[:2]) for m in names}
+        conditions = {m.name: m.null(batch_size, *self.grid) for m in names}
         control = self._control(conditions, np.ones((batch_size, len(names))), [self.settings] * batch_size, None)
         rows = sharding.batch_sharding(self.mesh)
         batch, texts = jax.tree.map(
@@ -386,7 +393,7 @@ class Pipeline:
         """Samples one image a key.
 
         Args:
-          conditions: for each modality that is given, ``[N, H, W]`` on the base's grid, or ``[N, H, W, planes]``
+          conditions: for each modality that is given, ``[N, H, W]`` on :attr:`grid`, or ``[N, H, W, planes]``
             (labels int, others in [0, 1]); any subset. None at all samples from the base under an MCM that sees no
             condition.
           keys: ``[N]``, see :func:`mcm_jax.sampling.sample_keys`.
@@ -406,7 +413,7 @@ class Pipeline:
         """
         if not len(keys):
             raise UserError("no keys given: at least one sample is drawn")
-        count, (height, width, _) = len(keys), self.base.latent_shape
+        count, (height, width) = len(keys), self.grid
         each, strength = self._each(count, changes), strength or {}
         settings = each[0]
         table = settings.table(self.base.schedule)
