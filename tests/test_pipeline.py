@@ -113,7 +113,7 @@ class _Counted:
     """An MCM that counts how often it runs."""
 
     def __init__(self, modulator, calls):
-        self.modulator, self.modalities, self.calls = modulator, modulator.modalities, calls
+        self.modulator, self.modalities, self.grid, self.calls = modulator, modulator.modalities, modulator.grid, calls
 
     def __call__(self, *arguments):
         jax.debug.callback(lambda: self.calls.append(1))
@@ -177,10 +177,10 @@ def test_each_sample_has_its_own_control(strong, conditions, keys, samples):
     np.testing.assert_array_equal(run(3, strength={"sketch": 0.0}), run(3, present={"sketch": np.zeros(N, bool)}))
     assert min(np.abs(found[2] - other[2]).max() for other in (one, both)) > 1e-2
 
-    mixed = run(2, guidance=[0.0, 1.0, 2.0], start=[0, 0, 0.3], end=[1.0, 0.6, 0.9])
+    mixed = run(2, guidance=[0.0, 1.0, 2.0], start=[0, 0, 0.6], end=[1.0, 0.3, 1.0])
     np.testing.assert_allclose(mixed[0], alone[0], atol=1e-4)
-    np.testing.assert_allclose(mixed[1], run(2, end=0.6)[1], atol=1e-4)
-    np.testing.assert_allclose(mixed[2], run(2, guidance=2.0, start=0.3, end=0.9)[2], atol=1e-4)
+    np.testing.assert_allclose(mixed[1], run(1, end=0.3)[1], atol=1e-4)
+    np.testing.assert_allclose(mixed[2], run(1, guidance=2.0, start=0.6)[2], atol=1e-4)
 
     mask = np.zeros((N, tiny.SIZE, tiny.SIZE))
     np.testing.assert_array_equal(run(0, mask=mask), run(0, guidance=0.0))
