@@ -103,7 +103,7 @@ def _essence(value: Any) -> Any:
 
 
 class Drawer:
-    """Draws jobs from a base under an MCM's control.
+    """Draws jobs from a base under an MCM's control; of one process.
 
     Args:
       workdir: of a training run, or the name of a shipped MCM.
@@ -211,6 +211,8 @@ class Drawer:
           UserError: some could not be drawn (an unreadable condition, a NaN): which, when the others are; or the folder
             cannot be written.
         """
+        if jax.process_count() > 1:  # each would look for itself which pictures are there
+            raise UserError("lists of jobs are drawn by one process; start it alone, or give each a list of its own")
         out, problems, todo, drawn = pathlib.Path(out), list(problems), [], 0
         check_writable(out, "--out")
         for job in jobs:
