@@ -10,9 +10,13 @@ over ``concat(x_t, eps, y)``; its last convolution starts at zero, so an untrain
   is heading for, which a small network would spend its capacity on deriving.
 * ``shift_space = "x0"`` scales the shift as a bounded change of x0:
   ``eps' = eps (1 + gamma) - nu min(1, alpha / sigma)``.
+
+Conditions come on the grid of ``x_t``, as the paper has it, or, for a latent base, at the pictures' resolution, and
+strided convolutions inside the MCM bring them to the grid (:class:`ConditionEncoder`, as in its descendant VCM).
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +24,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mcm_jax.base import Base, BaseCard
+from mcm_jax.base.blocks import Downsample
 from mcm_jax.base.unet2d import UNet2D, UNet2DConfig
 from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality, stack, total_channels
@@ -27,6 +33,7 @@ from mcm_jax.schedules import Schedule
 
 INPUTS = ("x_t", "eps", "x0")
 SHIFT_SPACES = ("eps", "x0")
+CONDITIONS = ("grid", "encoder")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -73,6 +80,30 @@ class Size:
                 )
 
 
+class ConditionEncoder(nn.Module):
+    """Conditions at the pictures' resolution to the grid of latents: 3x3 convolutions of stride 2, SiLU after each.
+
+    Of the MCM's own width it adds ``halvings * (9 width^2 + width)`` parameters to an MCM, whatever the modalities: its
+    first kernel is as large as the one that the U-Net's first convolution does without.
+
+    Attributes:
+      width: channels of each convolution.
+      halvings: how many: log2 of the pictures' size over the grid's.
+      dtype: of the computation.
+    """
+
+    width: int
+    halvings: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, conditions: jax.Array) -> jax.Array:
+        """``[B, H, W, D]`` to ``[B, H / 2^halvings, W / 2^halvings, width]``."""
+        for i in range(self.halvings):
+            conditions = nn.silu(Downsample(self.width, dtype=self.dtype, name=f"down_{i}")(conditions))
+        return conditions
+
+
 class MCM(nn.Module):
     """Scale and shift maps from the noisy input, the base's prediction and the conditions.
 
@@ -81,12 +112,14 @@ class MCM(nn.Module):
       inputs: which of ``x_t``, ``eps`` and ``x0`` it sees, in this order (the paper: x_t and eps).
       dtype: dtype of the computation; gamma and nu are float32.
       remat: recompute activations in the backward pass rather than keep them: less memory, more time, same params.
+      conditions: how they come: on the ``grid``, or finer, for a :class:`ConditionEncoder` of the first level's width.
     """
 
     size: Size
     inputs: tuple[str, ...] = ("x_t", "eps")
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    conditions: str = "grid"
 
     @nn.compact
     def __call__(
@@ -98,11 +131,15 @@ class MCM(nn.Module):
           x_t: noisy input ``[B, H, W, C]``.
           eps: the base's prediction ``[B, H, W, C]``.
           t: timesteps int32 ``[B]``.
-          conditions: channels of the modalities ``[B, H, W, D]``, see :func:`mcm_jax.modalities.stack`.
+          conditions: channels of the modalities ``[B, H, W, D]``, see :func:`mcm_jax.modalities.stack`; with an encoder
+            ``[B, 2^n H, 2^n W, D]``.
           x0: the base's estimate of x0, :func:`estimate_x0`; needed where ``inputs`` names it.
         """
         if "x0" in self.inputs and x0 is None:
             raise ValueError("this MCM sees the base's estimate of x0: pass x0=estimate_x0(...)")
+        if self.conditions == "encoder":
+            halvings = int(math.log2(conditions.shape[1] // x_t.shape[1]))
+            conditions = ConditionEncoder(self.size.channels, halvings, self.dtype, name="encoder")(conditions)
         given = {"x_t": x_t, "eps": eps, "x0": x0}
         seen = jnp.concatenate([given[name] for name in self.inputs] + [conditions], axis=-1)
         channels = eps.shape[-1]
@@ -200,11 +237,30 @@ class Modulator:
     residual_scale: bool = True
     x0_clip: float = 1.0
 
-    def init(self, key: jax.Array, shape: tuple[int, int, int]) -> Any:
-        """Initial params for a base of latent shape ``(H, W, C)``."""
+    def grid(self, base: Base | BaseCard) -> tuple[int, int]:
+        """Height and width at which it takes conditions: those of a base's latents, or with an encoder its pictures'.
+
+        Raises:
+          UserError: an encoder, and nothing for it to do: the pictures are not 2, 4, 8, ... times as large as latents.
+        """
+        height, width, _ = base.latent_shape
+        if self.module.conditions == "grid":
+            return height, width
+        picture = tuple(base.image_shape[:2])
+        factor = picture[0] // height
+        if factor < 2 or factor & (factor - 1) or picture != (factor * height, factor * width):
+            raise UserError(
+                f"config.mcm.conditions: found 'encoder' for the base {base.name!r}, whose pictures are "
+                f"{picture[0]}x{picture[1]} and its grid {height}x{width}; expected a grid that is smaller by 2, 4, 8, "
+                f"... Take 'grid'"
+            )
+        return picture
+
+    def init(self, key: jax.Array, shape: tuple[int, int, int], grid: tuple[int, int] | None = None) -> Any:
+        """Initial params for a base of latent shape ``(H, W, C)``; `grid` by :meth:`grid`, H and W if left out."""
         height, width, channels = shape
         x = jnp.zeros((1, height, width, channels))
-        y = jnp.zeros((1, height, width, total_channels(self.modalities)))
+        y = jnp.zeros((1, *(grid or (height, width)), total_channels(self.modalities)))
         return self.module.init(key, x, x, jnp.zeros(1, jnp.int32), y, x)["params"]
 
     def __call__(
@@ -224,7 +280,7 @@ class Modulator:
           x_t: noisy input ``[B, H, W, C]``.
           eps: the base's prediction, of the same shape.
           t: timesteps int32 ``[B]``.
-          conditions: one batch a modality, on the grid of x_t.
+          conditions: one batch a modality, on :meth:`grid`.
           present: bool ``[B, len(modalities)]``.
           level: alpha and sigma of x_t, ``[B]``; None are the schedule's at t.
         """
@@ -256,6 +312,8 @@ class MCMSettings:
       head_dim: of attention; 0 is one head over all channels.
       groups: of each normalisation.
       inputs: what the MCM sees beside the conditions: ``x_t``, ``eps`` (the paper), ``x0``, the base's estimate (ours).
+      conditions: how it sees the conditions: resized to the base's ``grid`` (the paper), or, of a latent base, at the
+        pictures' resolution through a small convolutional ``encoder`` that is part of it (VCM).
       shift_space: the shift as a bounded change of ``x0`` (ours), or of ``eps`` (the paper).
       residual_scale: ``eps * (1 + gamma)``, or False: ``eps * gamma``.
       x0_clip: bound of the estimate of x0: 1 for pixels, 4 for latents.
@@ -275,8 +333,10 @@ class MCMSettings:
     x0_clip: float = 1.0
     dtype: str = "float32"
     remat: bool = False
+    conditions: str = "grid"
 
     def __post_init__(self):
+        expect(self.conditions in CONDITIONS, "conditions", f"one of {', '.join(CONDITIONS)}", self.conditions)
         expect(self.head_dim >= 0, "head_dim", "at least 0", self.head_dim)
         self.size()  # refuses what makes no network
         known = len(set(self.inputs)) == len(self.inputs) > 0 and set(self.inputs) <= set(INPUTS)
@@ -293,7 +353,7 @@ class MCMSettings:
     def modulator(self, modalities: tuple[Modality, ...], schedule: Schedule) -> "Modulator":
         """The MCM for a base's schedule."""
         return Modulator(
-            module=MCM(self.size(), self.inputs, jnp.dtype(self.dtype), self.remat),
+            module=MCM(self.size(), self.inputs, jnp.dtype(self.dtype), self.remat, self.conditions),
             modalities=modalities,
             schedule=schedule,
             shift_space=self.shift_space,

@@ -83,8 +83,8 @@ def feeds_of(config, workdir):
     settings = tiny.settings_of(config)
     modalities, draws = settings.modalities.shown, settings.draws_for(base.card)
     source = settings.data.open("train", modalities, base.card)
-    inputs = prepare(base, source, modalities, mesh)
     modulator = tiny.modulator_of(config, base)
+    inputs = prepare(base, source, modalities, mesh, modulator.grid(base))
     noise_step = step.make_noise_step(modulator, draws, seed=config.seed, drop_rate=0.3)
     size = config.train.batch_size
     steps = range(draws.count * len(source) // config.data.views // size)
@@ -104,7 +104,7 @@ def feeds_of(config, workdir):
         ("base_path", "float32", {}),
         ("base_path", "int8", {}),
         ("base_path", "float16", {"data.views": 2, "data.flip": True, "data.crop": 0.8, "draws.density": (1, 2, 0.5)}),
-        ("ldm_path", "float16", {"data.views": 2, "data.flip": True, "draws.offset": 0.5}),
+        ("ldm_path", "float16", {"data.views": 2, "data.flip": True, "draws.offset": 0.5, "mcm.conditions": "encoder"}),
         ("sd_path", "float32", {"data.prompt_drop_rate": 0.5}),
         ("sd2_path", "bfloat16", {}),
     ],

@@ -158,7 +158,8 @@ def test_a_config_of_an_old_version_means_what_it_meant():
     assert {k: flat[k] for k in config_lib.flatten(old)} == config_lib.flatten(old)
     younger = {k: v for k, v in flat.items() if k not in config_lib.flatten(old)}
     assert younger == {
-        **{"draws.offset": 0.0, "loss.snr_gamma": 5.0, "mcm.remat": False, "mesh.data": 0, "mesh.fsdp": 1},
+        **{"draws.offset": 0.0, "loss.snr_gamma": 5.0, "mcm.remat": False, "mcm.conditions": "grid"},
+        **{"mesh.data": 0, "mesh.fsdp": 1},
         **{"train.accumulate": 1, "train.best": "", "train.decay_steps": 1000, "train.evaluate_every": 0},
         **{"train.held_out": 64, "train.init_from": "", "train.optimizer": "adamw", "train.schedule": "cosine"},
         **{f"evaluation.judges.{name}": "" for name in ("segmentation", "sketch", "caption", "fidelity")},

@@ -19,7 +19,8 @@ Any reader of safetensors reads a shard. Of n examples with K draws and V views 
 ``eps_scale``   float32 ``[n, K, C]``      with int8 only: what each channel is multiplied by
 ``latent``      float16 ``[n, V, h, w, C]`` the autoencoder's latent of each view; draw d saw view d mod V
 ``image``       uint8 ``[n, V, H, W, 3]``  in its place, for a base that works on pixels
-a modality      ``[n, V, h, w]``           on the same grid: labels as integers, maps as value * 255
+a modality      ``[n, V, h, w]``           on the same grid (``[n, V, H, W]``, the pictures', where the MCM has an
+                                           encoder of conditions): labels as integers, maps as value * 255
 ``present``     uint8 ``[n, V, M]``        only where examples may miss modalities: 0 for those that this one lacks
 =============== ========================== ==========================================================================
 

@@ -47,6 +47,7 @@ class Recipe:
       dtype: how predictions are stored, one of :data:`DTYPES`.
       batch_size: predictions at a time, over all devices of a process.
       mesh: this process's devices.
+      grid: height and width of the conditions, :meth:`mcm_jax.mcm.Modulator.grid`; the latent's if left out.
     """
 
     base: Base
@@ -56,6 +57,7 @@ class Recipe:
     dtype: str
     batch_size: int
     mesh: jax.sharding.Mesh = dataclasses.field(default_factory=sharding.local_mesh)
+    grid: tuple[int, int] | None = None
 
 
 def quantise(eps: jax.Array, dtype: str) -> dict[str, jax.Array]:
@@ -186,7 +188,7 @@ def bytes_of_an_example(plan: store.Manifest, recipe: Recipe) -> int:
     base, latent = recipe.base, int(np.prod(recipe.base.latent_shape))
     channels = base.latent_shape[-1]
     eps = latent * 1 + 4 * channels if recipe.dtype == "int8" else latent * jnp.dtype(recipe.dtype).itemsize
-    example = inputs.load_example(base, recipe.source, recipe.modalities, 0)
+    example = inputs.load_example(base, recipe.source, recipe.modalities, 0, recipe.grid)
     view = 2 * latent if base.is_latent else example["image"].nbytes
     view += sum(example[name].nbytes for name in (*(m.name for m in recipe.modalities), "present") if name in example)
     return 4 + plan.draws * (eps + 4) + plan.views * view
@@ -203,7 +205,7 @@ def _shards(
         number: inputs.chunks([i * plan.views + v for i in plan.rows(number) for v in range(plan.views)], mesh)
         for number in numbers
     }
-    encoded = inputs.encode(base, recipe.source, recipe.modalities, sum(per_shard.values(), []), mesh)
+    encoded = inputs.encode(base, recipe.source, recipe.modalities, sum(per_shard.values(), []), mesh, recipe.grid)
     total = sum(len(plan.rows(i)) for i in range(plan.shard_count)) * plan.draws
     left = sum(len(plan.rows(i)) for i in numbers) * plan.draws
     with tqdm(total=total, initial=total - left, desc="predicting", unit="draw", dynamic_ncols=True) as bar:

@@ -95,7 +95,6 @@ class DataSettings:
     partial: bool = dataclasses.field(default=False, repr=False)
     held_out_share: float = setting(0.1, before=0.0, repr=False)
     discover: bool = dataclasses.field(default=False, repr=False)
-    jitter: float = dataclasses.field(default=0.0, repr=False)
 
     def __post_init__(self):
         expect(self.name in _SOURCES, "name", f"one of {', '.join(_SOURCES)}", self.name)
@@ -229,8 +228,8 @@ class DataSettings:
         if self.views > 1:
             how = dict(views=self.views, flip=self.flip, crop=self.crop, jitter=self.jitter, seed=self.seed)
             source = Views(source, modalities, swaps=self._swaps(found), **how)
-        if self.unreadable == "skip" and isinstance(found, Folder):
-            source = Skipping(source, self.views, found.names)
+        if self.unreadable == "skip" and isinstance(found, Folder | Records):
+            source = Skipping(source, self.views, getattr(found, "names", ()))
         return source
 
     def without_views(self) -> "DataSettings":

@@ -1,4 +1,4 @@
-"""What training sees of each example: its latent, its conditions on the latent's grid, its prompt's context.
+"""What training sees of each example: its latent, its conditions on the grid of the MCM's, its prompt's context.
 
 Prepared examples (:class:`Inputs`) are made once, before training, and kept in memory. Streamed ones
 (:class:`Streamed`) are made anew for each batch, in memory that does not grow with the data set: the same values, but
@@ -36,7 +36,7 @@ class Inputs:
 
     Attributes:
       source: ``latent`` (float16 ``[N, h, w, C]``; ``image``, uint8, for a base that works on pixels), each modality on
-        the same grid, ``present`` (uint8 ``[N, M]``) where examples may miss some, and, for a text-conditional base,
+        its grid, ``present`` (uint8 ``[N, M]``) where examples may miss some, and, for a text-conditional base,
         ``prompt`` (int32 ``[N]``, a row of `contexts`).
       contexts: what the base sees of each distinct prompt, ``[P, L, D]`` in the base's dtype, on the host; row 0 is the
         empty prompt's. None for an unconditional base.
@@ -68,6 +68,7 @@ class Streamed:
       source: as :func:`prepare` takes it.
       modalities: which are kept.
       mesh: what batches are split over.
+      grid: as :func:`prepare` takes it.
 
     Attributes:
       encode: of a latent base: this process's pictures of a batch, uint8 ``[B, H, W, 3]``, to their latents. Every
@@ -78,13 +79,20 @@ class Streamed:
         be read.
     """
 
-    def __init__(self, base: Base, source: Sequence[dict], modalities: Sequence[Modality], mesh: jax.sharding.Mesh):
+    def __init__(
+        self,
+        base: Base,
+        source: Sequence[dict],
+        modalities: Sequence[Modality],
+        mesh: jax.sharding.Mesh,
+        grid: tuple[int, int] | None = None,
+    ):
         if base.is_text_conditional and jax.process_count() > 1:
             raise UserError(
                 f"config.data.stream: prompts are not streamed in {jax.process_count()} processes. Train from a cache "
                 f"(config.cache.mode=build), or set data.stream to off"
             )
-        self._base, self._source, self._modalities = base, source, modalities
+        self._base, self._source, self._modalities, self._grid = base, source, modalities, grid
         self.encode = make_encode(base, mesh) if base.is_latent else None
         self._has_warned = False
 
@@ -93,7 +101,7 @@ class Streamed:
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Some examples, stacked: ``image`` in the place of ``latent``, ``caption`` in that of ``prompt``."""
-        return load(self._base, self._source, self._modalities, rows)
+        return load(self._base, self._source, self._modalities, rows, self._grid)
 
     def context(self, batch: Mapping[str, np.ndarray], dropped: np.ndarray) -> np.ndarray:
         """As :meth:`Inputs.context`."""
@@ -105,14 +113,22 @@ class Streamed:
         return contexts[which]
 
 
-def prepared_bytes(base: Base, source: Sequence[dict], modalities: Sequence[Modality]) -> int:
+def prepared_bytes(
+    base: Base, source: Sequence[dict], modalities: Sequence[Modality], grid: tuple[int, int] | None = None
+) -> int:
     """What :func:`prepare` would keep of a data set, but for contexts: by its first example."""
-    example = load_example(base, source, modalities, 0)
+    example = load_example(base, source, modalities, 0, grid)
     own = 2 * int(np.prod(base.latent_shape)) if base.is_latent else example["image"].nbytes
     return len(source) * (own + sum(v.nbytes for name, v in example.items() if name not in ("image", "caption")))
 
 
-def prepare(base: Base, source: Sequence[dict], modalities: Sequence[Modality], mesh: jax.sharding.Mesh) -> Inputs:
+def prepare(
+    base: Base,
+    source: Sequence[dict],
+    modalities: Sequence[Modality],
+    mesh: jax.sharding.Mesh,
+    grid: tuple[int, int] | None = None,
+) -> Inputs:
     """Runs the autoencoder and the text encoder over a data set.
 
     Every process of a mesh calls this; each reads all examples and keeps all results, and its devices do their share.
@@ -123,6 +139,7 @@ def prepare(base: Base, source: Sequence[dict], modalities: Sequence[Modality], 
         base wants prompts.
       modalities: which are kept.
       mesh: of devices that share the work.
+      grid: height and width of the conditions, :meth:`mcm_jax.mcm.Modulator.grid`; the latent's if left out.
 
     Raises:
       UserError: a file cannot be read, or the autoencoder gives a latent that is not finite.
@@ -130,7 +147,7 @@ def prepare(base: Base, source: Sequence[dict], modalities: Sequence[Modality], 
     parts: dict[str, list[np.ndarray]] = {}
     quick = isinstance(source, InMemory) and not base.is_latent
     with tqdm(total=len(source), desc="preparing", unit="example", disable=quick) as bar:
-        for batch in encode(base, source, modalities, chunks(range(len(source)), mesh), mesh):
+        for batch in encode(base, source, modalities, chunks(range(len(source)), mesh), mesh, grid):
             for name, values in batch.items():
                 parts.setdefault(name, []).append(values)
             bar.update(len(values))
@@ -149,9 +166,15 @@ def chunks(rows: Sequence[int], mesh: jax.sharding.Mesh) -> list[Sequence[int]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def load_example(base: Base, source: Sequence[dict], modalities: Sequence[Modality], index: int) -> dict:
-    """One example: ``image`` and ``present`` as they are, conditions on the latent's grid, perhaps ``caption``."""
-    height, width, _ = base.latent_shape
+def load_example(
+    base: Base,
+    source: Sequence[dict],
+    modalities: Sequence[Modality],
+    index: int,
+    grid: tuple[int, int] | None = None,
+) -> dict:
+    """One example: ``image`` and ``present`` as they are, conditions on their grid, perhaps ``caption``."""
+    height, width = grid or base.latent_shape[:2]
     example = source[index]
     found = {m.name: m.resize_all(example[m.name][None], height, width)[0] for m in modalities}
     found |= {name: example[name] for name in ("image", "present") if name in example}
@@ -166,6 +189,7 @@ def encode(
     modalities: Sequence[Modality],
     portions: Sequence[Sequence[int]],
     mesh: jax.sharding.Mesh,
+    grid: tuple[int, int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields each portion of rows, stacked: ``latent`` or ``image``, the modalities, ``present``, ``caption``.
 
@@ -175,7 +199,7 @@ def encode(
 
     net = _make_net(base, mesh) if base.is_latent else None
     own = sharding.local_rows(mesh, _BATCH * mesh.size)
-    batches = grain.MapDataset.source(portions).map(lambda rows: load(base, source, modalities, rows))
+    batches = grain.MapDataset.source(portions).map(lambda rows: load(base, source, modalities, rows, grid))
     for batch in batches.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)):
         if net:
             image = batch.pop("image")
@@ -184,10 +208,14 @@ def encode(
 
 
 def load(
-    base: Base, source: Sequence[dict], modalities: Sequence[Modality], rows: Sequence[int]
+    base: Base,
+    source: Sequence[dict],
+    modalities: Sequence[Modality],
+    rows: Sequence[int],
+    grid: tuple[int, int] | None,
 ) -> dict[str, np.ndarray]:
     """:func:`load_example` of some rows, stacked."""
-    examples = [load_example(base, source, modalities, int(row)) for row in rows]
+    examples = [load_example(base, source, modalities, int(row), grid) for row in rows]
     return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
 
 

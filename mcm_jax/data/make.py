@@ -9,6 +9,7 @@ interruption, and with pictures or extractors that were added.
 
 import argparse
 import concurrent.futures
+import errno
 import io
 import json
 import os
@@ -23,8 +24,8 @@ from tqdm import tqdm
 
 from mcm_jax.data import captions
 from mcm_jax.data.extract import EXTRACTORS, Extractor, open_extractors
-from mcm_jax.data.folder import read_image
 from mcm_jax.data.problems import few
+from mcm_jax.data.reading import read_image
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, lock, write_atomically
 from mcm_jax.modalities import PICTURES
@@ -55,7 +56,7 @@ def make(data: str | os.PathLike, extractors: Sequence[Extractor], workers: int 
     """
     data = pathlib.Path(data)
     expect(workers is None or workers >= 1, "--workers", "at least 1", workers)
-    if not data.is_dir():
+    if not os.path.isdir(data):
         raise UserError(f"{data}: no such folder; expected one of pictures ({', '.join(PICTURES)})")
     check_writable(data, "DATA")
     with lock(data, "extracting conditions there", "DATA"):
@@ -130,14 +131,18 @@ def _check_record(data: pathlib.Path, splits: Sequence[str], extractors: Sequenc
         record = json.loads(path.read_text()) if path.is_file() else {}
         if not isinstance(record, dict):
             raise ValueError("no JSON object")
-    except ValueError as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: damaged ({e}); remove it, and the folders of extracted conditions") from e
     for e in extractors:
         folders = [data / split / e.modality for split in splits]
         there = [f for f in folders if f.is_dir() and any(pictures_in(f))]
         if there and record.get(e.modality) != e.record:
             before = record.get(e.modality)
-            how = f"made by {_said(before)}, not by {_said(e.record)}" if before else "not made by this command"
+            how = (
+                f"made by {_said(before)}, not by {_said(e.record)}"
+                if isinstance(before, dict)
+                else "not made by this command"
+            )
             raise UserError(
                 f"{there[0]}: holds conditions that were {how}. Extract into another folder, "
                 f"--extract={e.modality}_2=..., or remove {' and '.join(map(str, there))}"
@@ -147,7 +152,7 @@ def _check_record(data: pathlib.Path, splits: Sequence[str], extractors: Sequenc
 
 
 def _said(record: Mapping[str, object]) -> str:
-    return f"{record['by']} ({', '.join(f'{k}={v}' for k, v in record.items() if k != 'by')})"
+    return f"{record.get('by')} ({', '.join(f'{k}={v}' for k, v in record.items() if k != 'by')})"
 
 
 def _missing(
@@ -174,7 +179,8 @@ def write_png(path: pathlib.Path, picture: Image.Image) -> None:
     try:
         write_atomically(path, data.getvalue())
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror or e}). Free space or permissions there") from e
+        fix = "Shorten its picture's name" if e.errno == errno.ENAMETOOLONG else "Free space or permissions there"
+        raise UserError(f"{path}: cannot be written ({e.strerror or e}). {fix}") from e
 
 
 def _extract(work: Sequence[tuple[pathlib.Path, dict[pathlib.Path, Extractor]]], workers: int) -> list[str]:

@@ -285,8 +285,7 @@ class ValidationPictures:
     def _sheet(self) -> np.ndarray:
         pipeline, examples = self._pipeline, self._examples
         modalities, count = pipeline.modulator.modalities, len(self._examples["image"])
-        height, width, _ = pipeline.base.latent_shape
-        conditions = {m.name: m.resize_all(examples[m.name], height, width) for m in modalities}
+        conditions = {m.name: m.resize_all(examples[m.name], *pipeline.grid) for m in modalities}
         prompts = list(map(str, examples["caption"])) if pipeline.base.is_text_conditional else None
         keys = sampling.sample_keys(0, count)
         there = examples.get("present", np.ones((count, len(modalities)))) > 0

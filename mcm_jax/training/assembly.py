@@ -253,8 +253,8 @@ def check_best(settings: RunSettings, parts: Parts) -> None:
 def make_begin(parts: Parts, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], states.TrainState]:
     """Returns jitted ``begin(key) -> state``, before the first step."""
     # One program: made by many small ones, the state takes seconds to begin with.
-    modulator, shape = parts.modulator, parts.card.latent_shape
-    return jax.jit(lambda key: states.init_state(modulator.init(key, shape), optimizer))
+    modulator, shape, grid = parts.modulator, parts.card.latent_shape, parts.modulator.grid(parts.card)
+    return jax.jit(lambda key: states.init_state(modulator.init(key, shape, grid), optimizer))
 
 
 def begin_or_restore(

@@ -126,6 +126,7 @@ def _build(
             dtype=settings.cache.dtype,
             batch_size=settings.cache.batch_size,
             mesh=sharding.local_mesh(settings.mesh),
+            grid=settings.mcm.modulator(settings.modalities.shown, base.schedule).grid(base),
         )
         try:
             built = build.build(folder, plan, recipe)
@@ -237,6 +238,7 @@ def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict
     density = [float(part) / sum(settings.draws.density) for part in settings.draws.density]
     text = {"prompt_drop_rate": f"{float(d.prompt_drop_rate)}"} if card.is_text_conditional else {}
     offset = {"draws.offset": f"{float(settings.draws.offset)}"} if settings.draws.offset else {}
+    full = {"conditions": "at the pictures' resolution"} if settings.mcm.conditions == "encoder" else {}
     return {
         "format": str(store.FORMAT),
         "preprocessing": str(PREPROCESSING),
@@ -248,6 +250,7 @@ def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict
         "views": views,
         **text,
         **{f"modalities.{m.name}": _facts(m) for m in settings.modalities.shown},
+        **full,
         "draws.count": str(settings.draws.count),
         "draws.seed": str(settings.draws.seed),
         "draws.density": str(density),
@@ -271,6 +274,7 @@ def shared_by(settings: RunSettings) -> str:
     parts = [s.base, s.data, s.draws, s.modalities.shown, s.cache.dtype]
     parts += [_facts(m) for m in s.modalities.shown if m.ignore != -1]
     parts += ["partial"] if s.data.partial else []
+    parts += ["full resolution"] if s.mcm.conditions == "encoder" else []
     parts += [f"jitter={float(s.data.jitter)}"] if s.data.jitter else []
     held_out = s.data.held_out_share if s.data.name == "folder" else 0
     parts += [f"held_out_share={float(held_out)}"] if held_out else []

@@ -134,15 +134,16 @@ def _inputs(
     data: DataSettings, base: Base, source: Sequence[dict], modulator: Modulator, mesh: jax.sharding.Mesh
 ) -> Inputs | Streamed:
     """The examples, prepared or streamed: all processes decide alike, by settings and sizes."""
+    grid = modulator.grid(base)
     if data.stream == "auto" and not isinstance(source, InMemory):
-        size = prepared_bytes(base, source, modulator.modalities)
+        size = prepared_bytes(base, source, modulator.modalities, grid)
         if size > _IN_MEMORY and not (base.is_text_conditional and jax.process_count() > 1):
             print(
                 f"{len(source):,} examples would take {size / 2**30:.1f} GiB of memory, so they are read for each "
                 f"batch (config.data.stream)" + "; a cache encodes them but once (config.cache.mode)" * base.is_latent
             )
-            return Streamed(base, source, modulator.modalities, mesh)
-    return (Streamed if data.stream == "on" else prepare)(base, source, modulator.modalities, mesh)
+            return Streamed(base, source, modulator.modalities, mesh, grid)
+    return (Streamed if data.stream == "on" else prepare)(base, source, modulator.modalities, mesh, grid)
 
 
 def _names(settings: RunSettings, card: BaseCard) -> Sequence[str]:
@@ -166,7 +167,8 @@ def fitting_modulator(settings: RunSettings, card: BaseCard) -> Modulator:
         )
     settings.sampling.check_for(card.schedule)
     modulator = settings.mcm.modulator(settings.modalities.shown, card.schedule)
-    jax.eval_shape(lambda: modulator.init(jax.random.key(0), card.latent_shape))  # refuses what does not fit the base
+    shape, grid = card.latent_shape, modulator.grid(card)
+    jax.eval_shape(lambda: modulator.init(jax.random.key(0), shape, grid))  # refuses what does not fit the base
     return modulator
 
 
