@@ -57,19 +57,6 @@ def main() -> None:
     def estimates(x, t, conditions):
         return [x0_of(eps, x, t) for eps in both(x, t, conditions)]
 
-    @jax.jit
-    def led(keys, conditions, first, last):
-        """Samples that the MCM leads while ``first <= step < last``."""
-        table = jnp.asarray(grid)
-
-        def denoise(x, t):
-            eps, changed = both(x, t, conditions)
-            at = jnp.searchsorted(-table, -t[0])
-            return jnp.where((first <= at) & (at < last), changed, eps)
-
-        x = sampling.initial_noise(keys, base.latent_shape)
-        return sampling.sample(denoise, x, keys, schedule, steps=args.steps)
-
     def miou(images):
         return round(float(judge(np.clip(np.concatenate(images), -1, 1), np.arange(count)).numbers["miou"]), 4)
 
@@ -88,9 +75,9 @@ def main() -> None:
     for name in ("only_before", "only_from"):
         result[name] = {}
         for tenth in range(11):
-            at = round(tenth * args.steps / 10)
-            first, last = (0, at) if name == "only_before" else (at, args.steps)
-            images = [led(keys[rows], c, first, last) for rows, c in zip(parts, given, strict=True)]
+            window = {"end" if name == "only_before" else "start": tenth / 10}
+            how = {"steps": args.steps, "guidance": args.guidance, "batch_size": BATCH, **window}
+            images = [pipeline(c, keys[rows], **how) for rows, c in zip(parts, given, strict=True)]
             result[name][f"{tenth / 10:.1f}"] = miou(images)
             print(name, tenth / 10, result[name][f"{tenth / 10:.1f}"], flush=True)
     common.write_report(args.out, __doc__, {"workdir": args.workdir, "maps": count, "guidance": args.guidance} | result)

@@ -28,5 +28,6 @@ def get_config():
     c.train.steps = 200_000
     c.train.checkpoint_every = 5_000
     c.train.validate_every = 5_000
+    c.sampling.sampler = ""  # the base's own
     c.sampling.steps = 50
     return c

@@ -16,5 +16,6 @@ def get_config():
     c.base.path = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     c.data.path = "data/mine"
     c.modalities.segmentation.channels = 150  # ADE20K's classes
+    c.sampling.sampler = ""  # the base's own
     c.sampling.steps = 30
     return c

@@ -47,6 +47,13 @@ def _parse(argv: Sequence[str]) -> list[str]:
         sys.exit(f"error: the config file cannot be read: {e}")
 
 
+class _Numbers(flags.ArgumentParser):
+    """Reads numbers with commas between them."""
+
+    def parse(self, argument: str) -> tuple[float, ...]:
+        return tuple(float(part) for part in argument.split(",") if part)
+
+
 def define_flags(cls: type, names: Sequence[str] = ()) -> Callable[[], dict[str, Any]]:
     """Defines a flag for each field of a dataclass of settings, explained by its docstring.
 
@@ -58,6 +65,7 @@ def define_flags(cls: type, names: Sequence[str] = ()) -> Callable[[], dict[str,
       A function that gives, by name, the values that were typed; None where nothing was.
     """
     define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+    define[tuple[float, ...]] = lambda *args: flags.DEFINE(_Numbers(), *args)
     meanings, types = config.describe(cls), typing.get_type_hints(cls)
     chosen = names or [f.name for f in dataclasses.fields(cls)]
     holders = {name: define[types[name]](name, None, f"{meanings[name]} Default: the config's") for name in chosen}

@@ -271,6 +271,7 @@ class Modulator:
         t: jax.Array,
         conditions: Mapping[str, jax.Array],
         present: jax.Array,
+        level: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns ``(eps', gamma, nu)``, each ``[B, H, W, C]``.
 
@@ -281,8 +282,9 @@ class Modulator:
           t: timesteps int32 ``[B]``.
           conditions: one batch a modality, on :meth:`grid`.
           present: bool ``[B, len(modalities)]``.
+          level: alpha and sigma of x_t, ``[B]``; None are the schedule's at t.
         """
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        alpha, sigma = level or (self.schedule.alpha(t), self.schedule.sigma(t))
         x0 = estimate_x0(x_t, eps, alpha, sigma, self.x0_clip) if "x0" in self.module.inputs else None
         channels = stack(self.modalities, conditions, present)
         gamma, nu = self.module.apply({"params": params}, x_t, eps, t, channels, x0)

@@ -205,33 +205,37 @@ class Pipeline:
         """Height and width of conditions: :meth:`mcm_jax.mcm.Modulator.grid`."""
         return self.modulator.grid(self.base)
 
-    def _program(self, settings: SamplingSettings) -> Any:
-        """The jitted sampler; what is an argument of it, or changes nothing here, needs no program of its own."""
-        guided = self.base.is_text_conditional and settings.text_guidance != 1
-        key = settings.sampler, settings.steps, float(settings.eta), settings.guidance == 0, guided, settings.modulate
-        return self._compiled(*key), guided
+    def _is_guided(self, settings: SamplingSettings) -> bool:
+        """Whether the base is asked about the negative prompt, too."""
+        return self.base.is_text_conditional and settings.text_guidance != 1
 
-    def _compile(self, sampler: str, steps: int, eta: float, alone: bool, guided: bool, where: str) -> Any:
+    def _compile(self, guided: bool, where: str) -> Any:
+        """The jitted sampler: what it does in each step is data, the table."""
         base, modulator, mesh = self.base, self.modulator, self.mesh
 
         @jax.jit
-        def run(base_params, params, conditions, present, keys, guidance, text_guidance, context, negative):
-            def denoise(x, t):
+        def run(base_params, params, conditions, present, keys, table, text_guidance, context, negative):
+            def denoise(x, at):
+                def control(eps):
+                    level = at.alpha, at.sigma
+                    changed = modulator(params, x, eps, at.t, conditions, present, level)[0]
+                    return sampling.guide(eps, changed, at.strength)
+
                 def modulate(eps):
-                    return eps if alone else modulator(params, x, eps, t, conditions, present)[0]
+                    return jax.lax.cond(at.strength != 0, control, lambda eps: eps, eps)
 
+                def predict(x, t, alpha, sigma, context):
+                    return base.predict(base_params, x, t, context, (alpha, sigma)).astype(jnp.float32)
+
+                seen = x, at.t, at.alpha, at.sigma
                 if not guided:
-                    eps = base.predict(base_params, x, t, context).astype(jnp.float32)
-                    return sampling.guide(eps, modulate(eps), guidance)
+                    return modulate(predict(*seen, context))
                 # One call of the base for both prompts.
-                twice = jax.tree.map(lambda *both: jnp.concatenate(both), (x, t, negative), (x, t, context))
-                eps = base.predict(base_params, *sharding.keep_split(twice, mesh)).astype(jnp.float32)
-                return sampling.modulate_guided(
-                    modulate, *jnp.split(eps, 2), guidance=guidance, text_guidance=text_guidance, where=where
-                )
+                twice = jax.tree.map(lambda *both: jnp.concatenate(both), (*seen, negative), (*seen, context))
+                eps = jnp.split(predict(*sharding.keep_split(twice, mesh)), 2)
+                return sampling.modulate_guided(modulate, *eps, text_guidance=text_guidance, where=where)
 
-            x = sampling.initial_noise(keys, base.latent_shape)
-            x = sampling.sample(denoise, x, keys, base.schedule, sampler=sampler, steps=steps, eta=eta)
+            x = sampling.sample(denoise, sampling.initial_noise(keys, base.latent_shape), keys, table)
             return sharding.keep_whole(base.decode(base_params, x), mesh)  # for each process to read
 
         return run
@@ -246,8 +250,8 @@ class Pipeline:
         """
         base, shape = self.base, jax.ShapeDtypeStruct
         batch_size = self._filled(batch_size)
-        run, guided = self._program(self.settings)
-        context = None
+        guided = self._is_guided(self.settings)
+        run, context = self._compiled(guided, self.settings.modulate), None
         if base.is_text_conditional:
             ids = shape((batch_size, base.tokenizer.length), jnp.int32)
             context = jax.eval_shape(base.encode_tokens, base.params, ids)
@@ -260,8 +264,8 @@ class Pipeline:
             lambda x: shape(x.shape, x.dtype, sharding=rows),
             ((conditions, present, keys), (context, context if guided else None)),
         )
-        scales = shape((), jnp.float32), shape((), jnp.float32)
-        arguments = base.params, sharding.replicate(params, self.mesh), *batch, *scales, *texts
+        how = self.settings.table(base.schedule), shape((), jnp.float32)
+        arguments = base.params, sharding.replicate(params, self.mesh), *batch, *how, *texts
         plan = run.lower(*arguments).compile().memory_analysis()
         return plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
 
@@ -315,7 +319,7 @@ class Pipeline:
           float32 ``[N, H, W, 3]`` in about [-1, 1].
         """
         settings = self.settings.but(**changes)
-        settings.check_for(self.base.schedule)
+        how = settings.table(self.base.schedule), np.float32(settings.text_guidance)
         if not len(keys):
             raise UserError("no keys given: at least one sample is drawn")
         count, (height, width) = len(keys), self.grid
@@ -332,9 +336,9 @@ class Pipeline:
                     raise UserError(f"{modality.name}: expected shape {list(wanted)}, got {list(given.shape)}")
                 shown[:, i] = (present or {}).get(modality.name, True)
             full[modality.name] = modality.null(count, height, width) if given is None else np.asarray(given)
-        run, guided = self._program(settings)
+        guided = self._is_guided(settings)
+        run = self._compiled(guided, settings.modulate)
         contexts, which, negative = self._contexts(prompts, settings.negative_prompt, count, guided)
-        scales = np.float32(settings.guidance), np.float32(settings.text_guidance)
         params = sharding.replicate(self.params, self.mesh)
         batch_size = self._filled(settings.batch_size)
         own = sharding.local_rows(self.mesh, batch_size)
@@ -345,6 +349,6 @@ class Pipeline:
             context = None if contexts is None else contexts[which[rows]]
             against = contexts[np.full(len(rows), negative)] if guided else None
             batch, texts = sharding.split_batch((batch, (context, against)), self.mesh)
-            out = run(self.base.params, params, *batch, *scales, *texts)
+            out = run(self.base.params, params, *batch, *how, *texts)
             images.append(np.asarray(out, np.float32))
         return np.concatenate(images)[:count]

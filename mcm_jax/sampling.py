@@ -1,31 +1,43 @@
-"""Samplers: one ``lax.scan`` each over ``denoise(x, t) -> eps``. They know no network.
+"""Sampling: how samples are drawn, and the one loop over ``denoise(x, at) -> eps`` that runs every sampler's table.
 
-With ``abar`` the schedule's cumulative product, ``x0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)`` and ``s`` the next
-timestep of the grid:
-
-* DDIM (Song et al. 2021, eq. 12): ``x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - std^2) eps + std z`` with
-  ``std = eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s)``.
-* ancestral DDPM (Ho et al. 2020, eq. 7): the posterior mean of ``x_s`` given ``x0`` and ``x_t``, plus its standard
-  deviation times z; over a coarser grid than the training's, alpha and beta are those between the two grid points.
+The samplers themselves are in :mod:`mcm_jax.samplers`. The loop knows no network and no solver: what it does in a step
+is in the table, which is an argument, so another solver, number of steps, spacing, window or strength compiles nothing.
 
 Noise is drawn for every sample from its own key, so a sample does not depend on which others are in its batch.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from mcm_jax import samplers
 from mcm_jax.errors import UserError, expect
+from mcm_jax.samplers import SAMPLERS, SPACINGS, Table
 from mcm_jax.schedules import Schedule
 
-SAMPLERS = ("ddim", "ddpm")
 MODULATE = ("after_cfg", "before_cfg")
 
-Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+
+class Point(NamedTuple):
+    """Where a call of the network stands: ``x = alpha x_0 + sigma eps``.
+
+    Attributes:
+      t: float32 ``[B]``, the timestep; whole numbers unless the grid has others.
+      alpha: float32 ``[B]``.
+      sigma: float32 ``[B]``.
+      strength: float32 scalar, modality guidance here; 0 is the base alone.
+    """
+
+    t: jax.Array
+    alpha: jax.Array
+    sigma: jax.Array
+    strength: jax.Array
+
+
+Denoise = Callable[[jax.Array, Point], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +45,15 @@ class SamplingSettings:
     """How samples are drawn. The config's section ``sampling``, the flags of sample.py.
 
     Attributes:
-      sampler: ``ddim``, or ``ddpm`` (ancestral).
+      sampler: ``ddim``, ``ddpm``, ``euler``, ``euler_ancestral``, ``heun`` (two calls of the network a step),
+        ``dpm++2m``, ``dpm++2m_sde``, ``plms`` or ``unipc``; '' is what the base's own scheduler file names.
       steps: sampling steps.
+      spacing: of the steps: ``leading``, ``trailing``, ``linspace``, ``karras`` or ``exponential``; '' is the base's.
+      timesteps: an own grid in place of steps and spacing, falling; empty for none.
       eta: DDIM's share of fresh noise.
       guidance: modality guidance scale: ``eps + guidance * (eps' - eps)``; 0 is the base alone (the MCM does not run).
+      start: share of the steps after which the MCM begins to act; before it the base is alone.
+      end: share of the steps after which it acts no more.
       text_guidance: classifier-free guidance scale of the prompt, for text-conditional bases, as the next two; 1 is
         none (then the base sees the prompt only).
       negative_prompt: what the prompt's guidance leads away from.
@@ -47,18 +64,35 @@ class SamplingSettings:
 
     sampler: str = "ddim"
     steps: int = 25
+    spacing: str = ""
+    timesteps: tuple[float, ...] = ()
     eta: float = 0.0
     guidance: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
     text_guidance: float = 7.5
     negative_prompt: str = ""
     modulate: str = "before_cfg"
     batch_size: int = 32
 
     def __post_init__(self):
-        expect(self.sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}", self.sampler)
+        expect(
+            self.sampler in ("", *SAMPLERS),
+            "sampler",
+            f"one of {', '.join(SAMPLERS)}, or '' (the base's)",
+            self.sampler,
+        )
+        expect(
+            self.spacing in ("", *SPACINGS),
+            "spacing",
+            f"one of {', '.join(SPACINGS)}, or '' (the base's)",
+            self.spacing,
+        )
         expect(self.steps >= 1, "steps", "at least 1", self.steps)
         expect(0 <= self.eta <= 1, "eta", "in [0, 1]", self.eta)
         expect(0 <= self.guidance < float("inf"), "guidance", "at least 0", self.guidance)  # nan is neither
+        expect(0 <= self.start <= 1, "start", "a share of the steps, in [0, 1]", self.start)
+        expect(self.start <= self.end <= 1, "end", f"a share of the steps, in [start={self.start:g}, 1]", self.end)
         expect(0 <= self.text_guidance < float("inf"), "text_guidance", "at least 0", self.text_guidance)
         expect(isinstance(self.negative_prompt, str), "negative_prompt", "a text, '' for none", self.negative_prompt)
         expect(self.modulate in MODULATE, "modulate", f"one of {', '.join(MODULATE)}", self.modulate)
@@ -71,14 +105,37 @@ class SamplingSettings:
             raise UserError(f"{', '.join(sorted(unknown))}: no setting of sampling; known are {known}")
         return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
 
-    def check_for(self, schedule: Schedule) -> None:
-        """Raises UserError where a base's schedule does not have so many steps."""
+    def table(self, schedule: Schedule) -> Table:
+        """The sampler's table for a base, filled up for the compiled loop.
+
+        Raises:
+          UserError: the schedule does not have such steps, or its own sampler is none that we have.
+        """
+        sampler, spacing = self.sampler or schedule.solver, self.spacing
+        if not self.sampler:
+            spacing = spacing or schedule.solver_spacing
+        known = f"one of {', '.join(SAMPLERS)}; the base's own scheduler is none of them"
+        expect(sampler in SAMPLERS, "sampler", known, sampler)
         total = schedule.num_train_timesteps
         expect(self.steps <= total, "steps", f"in 1..{total} (the base's timesteps)", self.steps)
         try:
-            schedule.timesteps(self.steps)
+            made = samplers.make_table(
+                schedule,
+                sampler,
+                self.steps,
+                spacing=spacing,
+                eta=self.eta,
+                timesteps=self.timesteps,
+                guidance=self.guidance,
+                window=(self.start, self.end),
+            )
         except ValueError as e:
-            raise UserError(f"steps={self.steps}: {e}") from e
+            raise UserError(f"sampler={sampler}, steps={self.steps}: {e}") from e
+        return samplers.padded(made)
+
+    def check_for(self, schedule: Schedule) -> None:
+        """Raises UserError where a base's schedule does not have such steps."""
+        self.table(schedule)
 
 
 def sample_keys(seed: int, count: int) -> jax.Array:
@@ -109,96 +166,51 @@ def modulate_guided(
     negative: jax.Array,
     positive: jax.Array,
     *,
-    guidance: jax.Array | float,
     text_guidance: jax.Array | float,
     where: str,
 ) -> jax.Array:
-    """Classifier-free guidance of the prompt and modality guidance of the MCM together.
+    """Classifier-free guidance of the prompt and the MCM together.
 
     Args:
-      modulate: the MCM, eps ``[B, H, W, C]`` to eps' at the current x_t and t.
+      modulate: the MCM at its strength, eps ``[B, H, W, C]`` to ``guide(eps, eps', guidance)``, for the x at hand.
       negative: eps for the negative prompt ``[B, H, W, C]``.
       positive: eps for the prompt, of the same shape.
-      guidance: modality guidance scale.
       text_guidance: classifier-free guidance scale.
       where: ``after_cfg``: the MCM sees and modulates the guided prediction; ``before_cfg``: each branch by itself.
     """
     if where == "after_cfg":
-        eps = guide(negative, positive, text_guidance)
-        return guide(eps, modulate(eps), guidance)
+        return modulate(guide(negative, positive, text_guidance))
     if where == "before_cfg":
-        negative = guide(negative, modulate(negative), guidance)
-        positive = guide(positive, modulate(positive), guidance)
-        return guide(negative, positive, text_guidance)
+        return guide(modulate(negative), modulate(positive), text_guidance)
     raise ValueError(f"modulate must be one of {MODULATE}, got {where!r}")
 
 
-def sample(
-    denoise: Denoise,
-    x: jax.Array,
-    keys: jax.Array,
-    schedule: Schedule,
-    *,
-    sampler: str = "ddim",
-    steps: int = 25,
-    eta: float = 0.0,
-    timesteps: np.ndarray | None = None,
-) -> jax.Array:
+def sample(denoise: Denoise, x: jax.Array, keys: jax.Array, table: Table) -> jax.Array:
     """Runs a sampler from ``x_T`` to ``x_0``.
 
     Args:
-      denoise: predicts eps, ``[B, H, W, C]``, from x_t and int32 t ``[B]``.
+      denoise: predicts eps, ``[B, H, W, C]``, from x and the :class:`Point` that it is at.
       x: starting noise ``[B, H, W, C]``, see :func:`initial_noise`.
-      keys: one key a sample ``[B]``, see :func:`sample_keys`.
-      schedule: the base's.
-      sampler: ``ddim`` or ``ddpm``.
-      steps: steps on the schedule's own spacing.
-      eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
-      timesteps: an own grid, descending, in place of ``steps``.
+      keys: one key a sample ``[B]``, see :func:`sample_keys`. Where the sampler adds noise after the network's call n,
+        from 1, it is that of ``fold_in(key, n)``.
+      table: see :func:`mcm_jax.samplers.make_table`; may be traced.
 
     Returns:
-      x_0, float32 ``[B, H, W, C]``; clipped where the schedule says so (``clip_sample``).
+      x_0, float32 ``[B, H, W, C]``; as far as clipped as the table says.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}")
-    grid = np.asarray(schedule.timesteps(steps) if timesteps is None else timesteps, np.int32)
-    abar = schedule.abar.astype(np.float64)
-    here = abar[grid]
-    final = schedule.final_alpha_cumprod if sampler == "ddim" else 1.0
-    there = np.append(abar[grid[1:]], final)
-    table = {
-        "t": grid,
-        "number": np.arange(1, len(grid) + 1, dtype=np.int32),
-        "abar_t": here.astype(np.float32),
-        "abar_s": there.astype(np.float32),
-        "last": np.arange(len(grid)) == len(grid) - 1,
-    }
+    shape, table = x.shape, Table(*(jnp.asarray(part) for part in table))
+    table = jax.tree.map(lambda part: part.astype(jnp.float32) if part.dtype.kind == "f" else part, table)
 
-    def ddim(x, x0, eps, row, z):
-        abar_t, abar_s = row["abar_t"], row["abar_s"]
-        variance = (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
-        std = eta * jnp.sqrt(jnp.maximum(variance, 0))
-        return jnp.sqrt(abar_s) * x0 + jnp.sqrt(jnp.maximum(1 - abar_s - std**2, 0)) * eps + std * z
+    def step(i, state):
+        x = state[0]
+        at = Point(*(jnp.full(shape[0], part[i]) for part in (table.t, table.alpha, table.sigma)), table.strength[i])
+        eps = denoise(x, at).astype(jnp.float32)
+        x0 = jnp.clip((x - table.sigma[i] * eps) / table.alpha[i], -table.clip[i], table.clip[i])
+        update = table.update[i]
+        draw = lambda: _noise(keys, i + 1, shape[1:])  # noqa: E731
+        noise = jax.lax.cond(jnp.any(update[:, -1] != 0), draw, lambda: jnp.zeros(shape))
+        parts = (*state, x0, eps, noise)
+        return tuple(sum(c * part for c, part in zip(row, parts, strict=True)) for row in update)
 
-    def ddpm(x, x0, eps, row, z):
-        abar_t, abar_s = row["abar_t"], row["abar_s"]
-        alpha = abar_t / abar_s
-        beta = 1 - alpha
-        mean = (jnp.sqrt(abar_s) * beta * x0 + jnp.sqrt(alpha) * (1 - abar_s) * x) / (1 - abar_t)
-        share = 1.0 if schedule.variance_type.startswith("fixed_large") else (1 - abar_s) / (1 - abar_t)
-        variance = jnp.maximum(share * beta, 1e-20)
-        return jnp.where(row["last"], mean, mean + jnp.sqrt(variance) * z)
-
-    noisy = sampler == "ddpm" or eta > 0
-    update = ddim if sampler == "ddim" else ddpm
-
-    def step(x, row):
-        eps = denoise(x, jnp.full(x.shape[0], row["t"], jnp.int32)).astype(jnp.float32)
-        x0 = (x - jnp.sqrt(1 - row["abar_t"]) * eps) / jnp.sqrt(row["abar_t"])
-        if schedule.clip_sample:
-            x0 = jnp.clip(x0, -schedule.clip_sample_range, schedule.clip_sample_range)
-        z = _noise(keys, row["number"], x.shape[1:]) if noisy else 0.0
-        return update(x, x0, eps, row, z), None
-
-    x, _ = jax.lax.scan(step, x.astype(jnp.float32), jax.tree.map(jnp.asarray, table))
-    return x
+    state = (table.start * x.astype(jnp.float32), *(jnp.zeros(shape) for _ in range(3)))
+    return jax.lax.fori_loop(0, table.count, step, state)[0]

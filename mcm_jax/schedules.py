@@ -88,6 +88,42 @@ _IGNORED = {
     "HeunDiscreteScheduler": _SAMPLING | {"rescale_betas_zero_snr"},
 }
 
+_SOLVERS = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "plms",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+    "UniPCMultistepScheduler": "unipc",
+    "HeunDiscreteScheduler": "heun",
+}
+# Options that change how a class samples, with the one value that our sampler of its name has (and diffusers' default).
+_AS_OURS = {
+    "PNDMScheduler": {"skip_prk_steps": True},
+    "DPMSolverMultistepScheduler": {"solver_order": 2, "solver_type": "midpoint", "use_lu_lambdas": False},
+    "UniPCMultistepScheduler": {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "disable_corrector": []},
+}
+_LEVELS_AS_OURS = {
+    **{"use_beta_sigmas": False, "use_flow_sigmas": False, "final_sigmas_type": "zero", "interpolation_type": "linear"},
+    **{"timestep_type": "discrete", "sigma_min": None, "sigma_max": None},
+}
+
+
+def _own_sampler(config: Mapping[str, Any]) -> tuple[str, str]:
+    """What a file's class and options are called here, and its spacing of sigmas; of others, what the file says."""
+    name = config["_class_name"]
+    solver = _SOLVERS.get(name, name)
+    ours = _AS_OURS.get(name, {}) | (_LEVELS_AS_OURS if name.startswith(("Euler", "DPM", "UniPC", "Heun")) else {})
+    # A file that says nothing of this one has the other value.
+    given = {"skip_prk_steps": False} | dict(config) if name == "PNDMScheduler" else config
+    if odd := [key for key, value in ours.items() if given.get(key, value) != value]:
+        solver = f"{name} with {odd[0]}={given[odd[0]]}"
+    if name == "DPMSolverMultistepScheduler" and (kind := config.get("algorithm_type", "dpmsolver++")) != "dpmsolver++":
+        solver = "dpm++2m_sde" if kind == "sde-dpmsolver++" else f"{name} with algorithm_type={kind}"
+    spacings = [spacing for spacing in ("karras", "exponential") if config.get(f"use_{spacing}_sigmas")]
+    return solver, (spacings[0] if spacings else "")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
@@ -102,6 +138,8 @@ class Schedule:
         clip_sample: whether the base's scheduler clips its estimate of x_0.
         clip_sample_range: the bound of that clipping.
         variance_type: the noise that the base's own ancestral sampler adds.
+        solver: which of :data:`mcm_jax.samplers.SAMPLERS` the base's file names; of others, what the file says.
+        solver_spacing: ``karras`` or ``exponential`` where that sampler's steps are so spaced, else empty.
     """
 
     alphas_cumprod: np.ndarray
@@ -112,6 +150,8 @@ class Schedule:
     clip_sample: bool = True
     clip_sample_range: float = 1.0
     variance_type: str = "fixed_small"
+    solver: str = "ddim"
+    solver_spacing: str = ""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
@@ -133,8 +173,9 @@ class Schedule:
         _expect_in(c, "timestep_spacing", SPACINGS)
         _expect_in(c, "variance_type", _VARIANCE_TYPES)
         _expect_in(c, "thresholding", (False,))
-        kept = [field.name for field in dataclasses.fields(cls) if field.name != "alphas_cumprod"]
-        return cls(_alphas_cumprod(c), **{key: c[key] for key in kept})
+        solver = dict(zip(("solver", "solver_spacing"), _own_sampler(config), strict=True))
+        kept = [field.name for field in dataclasses.fields(cls) if field.name in c]
+        return cls(_alphas_cumprod(c), **{key: c[key] for key in kept}, **solver)
 
     @property
     def num_train_timesteps(self) -> int:

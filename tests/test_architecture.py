@@ -27,6 +27,7 @@ LAYERS = (
     "mcm",
     "losses",
     "draws",
+    "samplers",
     "sampling",
     "data",
     "cache",

@@ -1,12 +1,11 @@
-"""Every fault that is planted in a folder is named by ``check``; training refuses what it calls fatal, and only that."""
+"""Every fault that is planted is named by ``check``; training refuses what it calls fatal, and only that."""
 
 import csv
+import html
 import json
 import pathlib
-import re
 import shutil
 import struct
-import tracemalloc
 import zlib
 
 import numpy as np
@@ -17,7 +16,7 @@ from mcm_jax.base import BaseSettings
 from mcm_jax.data.__main__ import main
 from mcm_jax.data.check import check
 from mcm_jax.data.folder import Folder
-from mcm_jax.data.problems import Problem, refuse, table
+from mcm_jax.data.problems import Problem, printable, refuse, table
 from mcm_jax.data.render import CLASSES, PALETTE, render
 from mcm_jax.data.scene import draw_scene
 from mcm_jax.errors import UserError
@@ -168,6 +167,7 @@ def plant_doubtful(root):
     Image.fromarray(lines, "LA").save(sketch / "35.png")  # black lines on nothing
     _rename(train, "36", "caf\u00e9")
     _rename(train, "37", "x" * 230)
+    _rename(train, "38", "<b>\x1b[2J")
     return {
         "train/image/21.png": "the same picture as train/image/20.png",
         "test/image/03.png": "a leak: the training picture train/image/22.png",
@@ -186,6 +186,7 @@ def plant_doubtful(root):
         "train/sketch/35.png": "transparent",
         "train/image/caf\u00e9.png": "not ASCII",
         f"train/image/{'x' * 230}.png": "its name has 234 bytes",
+        "train/image/<b>\x1b[2J.png": "its name has control characters",
     }
 
 
@@ -262,3 +263,56 @@ def test_every_doubtful_fault_is_named_and_taken_by_training(scenes, base):
     for split in ("train", "test"):
         source = _open(scenes, report, base, split)
         assert all(source[i]["image"].shape == (SIZE, SIZE, 3) for i in range(len(source)))
+
+
+@pytest.mark.parametrize("plant", [plant_fatal, plant_doubtful])
+def test_the_command_shows_all_and_writes_what_it_is_told_to_alone(plant, scenes, tmp_path, capsys):
+    planted = plant(scenes)
+    before = {path: path.lstat().st_mtime_ns for path in scenes.rglob("*")}
+    with pytest.raises(SystemExit) as caught:
+        main(["check", str(scenes), "--base=scenes-sd", f"--out={tmp_path / 'out'}", "--examples=2"])
+    assert caught.value.code == (1 if plant is plant_fatal else 0)
+    assert {path: path.lstat().st_mtime_ns for path in scenes.rglob("*")} == before
+    out = capsys.readouterr().out
+    command = f"python train.py --config=configs/folder.py --workdir=runs/scenes --config.data.path={scenes}"
+    assert (f"{command} --config.base.path=scenes-sd" in out) == (plant is plant_doubtful)
+    page = (tmp_path / "out" / "check.html").read_text()
+    with (tmp_path / "out" / "problems.csv").open(newline="") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    for path in planted:
+        assert printable(path) in rows and html.escape(printable(path)) in page
+        assert len(path) > 100 or printable(path) in out
+    assert "\x1b" not in out + page and "<b>" not in page and "http" not in page
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert np.asarray(sheet).std() > 20
+
+
+def test_gaps_and_prompts_in_lines(scenes, base):
+    shutil.rmtree(scenes / "train" / "caption")
+    shutil.rmtree(scenes / "test")
+    (scenes / "train" / "sketch" / "05.png").unlink()
+    entries = [{"file": f"{i:02}.png", "caption": LONG if i == 7 else "a lake"} for i in range(COUNT - 1)]
+    lines = [*map(json.dumps, entries), '{"file": "../../../etc/passwd", "caption": "a secret"}']
+    (scenes / "train" / "captions.jsonl").write_text("\n".join(lines))
+    report = check(scenes, base)
+    rows = _rows(report)
+    assert [found for fatal, found in rows["train/sketch/05.png"] if fatal]
+    said = " ".join(found for _, found in rows["train/captions.jsonl"])
+    assert "line 40: '../../../etc/passwd' is no name of a picture" in said and "no line for 1 of 40" in said
+    assert rows["train/image/07.png"] == [(False, rows["train/image/07.png"][0][1])]
+    assert report.is_borrowed and sum(split.count for split in report.splits.values()) == COUNT
+
+    lines[-1] = json.dumps({"file": f"{COUNT - 1}.png", "caption": "a lake"})
+    (scenes / "train" / "captions.jsonl").write_text("\n".join(lines))
+    assert check(scenes, base).is_refused and not check(scenes, base, partial=True).is_refused
+    unprompted = check(scenes, BaseSettings("scenes-ddpm").outline(), partial=True)
+    assert [p.path for p in unprompted.problems] == [str(scenes / "train" / "segmentation")]  # it sees no prompts
+
+
+def test_mistakes_that_are_alike_are_one_row_and_none_is_hidden_by_many():
+    many = [Problem(f"D/image/{i}.png", f"{i}x{i} pixels, too small", "Enlarge it", False) for i in range(500)]
+    shown = table([*many, Problem("D/image/7.png", "damaged", "Replace it")], "D", width=100)
+    assert len(shown.splitlines()) < 20 and "... 492 more" in shown
+    assert shown.splitlines()[2].split()[:3] == ["FATAL", "image/7.png", "damaged"]
+    with pytest.raises(UserError, match=r"^D/image/7.png: damaged. Replace it$"):
+        refuse([*many, Problem("D/image/7.png", "damaged", "Replace it")])

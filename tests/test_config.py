@@ -172,6 +172,7 @@ def test_a_config_of_an_old_version_means_what_it_meant():
             "data.unreadable": "fail",
             "data.stream": "auto",
         },
+        **{"sampling.spacing": "", "sampling.timesteps": [], "sampling.start": 0.0, "sampling.end": 1.0},
         **{"train.wandb": "", "evaluation.seeds": 1, "evaluation.references": 0, "evaluation.strengths": []},
     }
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -177,7 +178,8 @@ def test_the_base_makes_its_own_pairs(prompts, small_path, sd_path, tmp_path, ca
     assert len(whole) == 5 * (3 if prompts else 2) + 2
 
     base = load_base(path)
-    alone = Pipeline(base, tiny.modulator_of(tiny.make_config(path, tiny.SMALL), base), {})
+    modulator = tiny.modulator_of(tiny.make_config(path, tiny.SMALL), base)
+    alone = Pipeline(base, modulator, modulator.init(jax.random.key(0), base.latent_shape))
     texts = [prompts[i % 3] for i in range(5)] if prompts else None
     found = alone({}, sampling.sample_keys(0, 5), prompts=texts, guidance=0, steps=2, batch_size=4)
     for path, image in zip(images, to_uint8(found), strict=True):

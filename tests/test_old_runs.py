@@ -1,4 +1,4 @@
-"""What landed versions wrote goes on as it did with them; on the kind of machine that wrote it, bit for bit."""
+"""What landed versions wrote goes on as with them; on the kind of machine that wrote it, training bit for bit."""
 
 import json
 import pathlib
@@ -21,20 +21,22 @@ def _is_the_same_machine():
     return {"jax": jax.__version__, "cpu": names[0] if names else ""} == EXPECTED["made_on"]
 
 
-def assert_as_before(found, expected, name=""):
-    """Numbers of any structure, equal to the bit where the machine is the one that wrote them."""
+def assert_as_before(found, expected, name="", rounding=0.0):
+    """Numbers of any structure, equal up to rounding where the machine is the one that wrote them."""
     if isinstance(expected, dict):
         # An evaluation had an empty table of what nothing measured.
         expected = {key: value for key, value in expected.items() if not (isinstance(value, dict) and not value)}
         assert set(expected) <= set(found), set(expected) - set(found)
         for key, value in expected.items():
-            assert_as_before(found[key], value, f"{name}/{key}")
+            assert_as_before(found[key], value, f"{name}/{key}", rounding)
     elif isinstance(expected, list):
         assert len(found) == len(expected), name
         for i, value in enumerate(expected):
-            assert_as_before(found[i], value, f"{name}/{i}")
-    elif isinstance(expected, str | None) or _is_the_same_machine():
-        np.testing.assert_array_equal(found, expected, err_msg=name)
+            assert_as_before(found[i], value, f"{name}/{i}", rounding)
+    elif isinstance(expected, str | None):
+        assert found == expected, name
+    elif _is_the_same_machine():
+        np.testing.assert_allclose(found, expected, rtol=0, atol=rounding, err_msg=name)
     else:
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4, err_msg=name)
 
@@ -58,11 +60,15 @@ def test_a_run_goes_on(found):
     assert_as_before(tiny.metrics_of(found / "run"), EXPECTED["metrics.jsonl"])
 
 
+# Samplers are tables in float64 now, summed in another order: 2e-6 was seen in pictures of [-1, 1].
+ROUNDING = 1e-5
+
+
 def test_an_mcm_samples(found):
     with np.load(found / "found.npz") as ours, np.load(OLD / "expected.npz") as theirs:
-        assert_as_before(ours["samples"], theirs["samples"])
+        assert_as_before(ours["samples"], theirs["samples"], rounding=ROUNDING)
 
 
 def test_an_mcm_is_evaluated(found):
     expected = {k: v for k, v in EXPECTED["evaluation"].items() if k not in ("versions", "device")}
-    assert_as_before(json.loads((found / "metrics.json").read_text()), expected)
+    assert_as_before(json.loads((found / "metrics.json").read_text()), expected, rounding=ROUNDING)

@@ -96,11 +96,10 @@ def test_guidance_zero_is_the_base_alone(strong, conditions, keys, samples):
     base = strong.base
     alone = strong(conditions, keys, guidance=0.0, batch_size=N)
     x = sampling.sample(
-        lambda x, t: base.predict(base.params, x, t),
+        lambda x, at: base.predict(base.params, x, at.t, level=(at.alpha, at.sigma)),
         sampling.initial_noise(keys, base.latent_shape),
         keys,
-        base.schedule,
-        steps=strong.settings.steps,
+        strong.settings.table(base.schedule),
     )
     np.testing.assert_allclose(alone, x, atol=1e-4)
     np.testing.assert_array_equal(strong({}, keys, guidance=0.0, batch_size=N), alone)
@@ -108,6 +107,42 @@ def test_guidance_zero_is_the_base_alone(strong, conditions, keys, samples):
     # The scale acts continuously from there.
     near = strong(conditions, keys, guidance=1e-4, batch_size=N)
     assert np.abs(near - alone).max() < 1e-2
+
+
+class _Counted:
+    """An MCM that counts how often it runs."""
+
+    def __init__(self, modulator, calls):
+        self.modulator, self.modalities, self.calls = modulator, modulator.modalities, calls
+
+    def __call__(self, *arguments):
+        jax.debug.callback(lambda: self.calls.append(1))
+        return self.modulator(*arguments)
+
+
+def test_one_program_serves_every_way_to_sample(strong, conditions, keys, samples):
+    """Solver, steps, spacing, noise, strength, window compile nothing, and outside its window the MCM does not run."""
+    calls = []
+    counted = Pipeline(strong.base, _Counted(strong.modulator, calls), strong.params, strong.settings)
+
+    def run(expected, **how):
+        calls.clear()
+        images = counted(conditions, keys, batch_size=N, **how)
+        jax.effects_barrier()
+        assert len(calls) == expected, how
+        assert np.isfinite(images).all()
+        return images
+
+    np.testing.assert_allclose(run(3), samples["segmentation", "sketch"], atol=1e-4)
+    alone = run(0, guidance=0.0)
+    np.testing.assert_array_equal(run(0, start=1.0), alone)
+    halves = run(2, steps=4, end=0.5), run(2, steps=4, start=0.5)
+    assert np.abs(halves[0] - halves[1]).max() > 1e-2
+    run(10, sampler="ddpm", steps=10)
+    run(7, sampler="heun", steps=4, spacing="karras", guidance=2.0)
+    run(4, sampler="heun", steps=4, spacing="karras", end=0.5)
+    run(5, sampler="", eta=1.0, timesteps=(900.0, 500.5, 300.0, 200.0, 100.0))
+    assert counted._compiled.cache_info().currsize == 1 == counted._compiled(False, "before_cfg")._cache_size()
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids=lambda s: "+".join(s) or "none")

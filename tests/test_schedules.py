@@ -14,7 +14,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from mcm_jax.losses import WEIGHTINGS, weight
 from mcm_jax.mcm import estimate_x0
 from mcm_jax.predictions import eps_to_v, eps_to_x0, v_to_eps
-from mcm_jax.sampling import SAMPLERS, sample
+from mcm_jax.samplers import SAMPLERS, make_table, padded
+from mcm_jax.sampling import sample
 from mcm_jax.schedules import BETA_SCHEDULES, Schedule
 
 CLASSES = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler, "PNDMScheduler": PNDMScheduler}
@@ -134,8 +135,9 @@ def test_whatever_divides_by_the_signal_is_finite(options):
     alpha, sigma = ours.alpha(t), ours.sigma(t)
     results = [convert(eps, x, alpha, sigma) for convert in (eps_to_x0, eps_to_v)]
     results += [estimate_x0(x, eps, alpha, sigma, 1.0), *(weight(name, alpha, sigma) for name in WEIGHTINGS)]
-    keys = jax.random.split(jax.random.key(0), total)
-    results += [sample(lambda x, t: x, x, keys, ours, sampler=s, steps=total, eta=e) for s in SAMPLERS for e in (0, 1)]
+    x, keys = x[:2], jax.random.split(jax.random.key(0), 2)
+    run = jax.jit(lambda table: sample(lambda x, at: x, x, keys, table))
+    results += [run(padded(make_table(ours, s, timesteps=t[::-1], eta=e))) for s in SAMPLERS for e in (0, 1)]
     assert all(np.isfinite(result).all() for result in results)
 
 
@@ -223,3 +225,31 @@ def test_number_of_steps_out_of_range(steps):
 def test_unknown_spacing():
     with pytest.raises(ValueError, match="spacing: found 'log'"):
         Schedule.from_config({"_class_name": "DDIMScheduler"}).timesteps(5, "log")
+
+
+@pytest.mark.parametrize(
+    "config, solver, spacing",
+    [
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "plms", ""),
+        ({"_class_name": "PNDMScheduler"}, "PNDMScheduler with skip_prk_steps=False", ""),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "dpm++2m", "karras"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "dpm++2m_sde", ""),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3},
+            "DPMSolverMultistepScheduler with solver_order=3",
+            "",
+        ),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "final_sigmas_type": "sigma_min"},
+            "UniPCMultistepScheduler with final_sigmas_type=sigma_min",
+            "",
+        ),
+        ({"_class_name": "EulerDiscreteScheduler", "use_exponential_sigmas": True}, "euler", "exponential"),
+        ({"_class_name": "LMSDiscreteScheduler"}, "LMSDiscreteScheduler", ""),
+    ],
+    ids=str,
+)
+def test_a_file_names_the_bases_own_sampler(config, solver, spacing):
+    """Whatever would sample otherwise than ours does not go under our name."""
+    schedule = Schedule.from_config(config)
+    assert (schedule.solver, schedule.solver_spacing) == (solver, spacing)

@@ -144,7 +144,7 @@ def test_guidance_of_the_prompt_goes_through_base_and_mcm(where, workdir, source
     else:
         n, p = n + 1.5 * (mcm(n) - n), p + 1.5 * (mcm(p) - p)
         eps = n + 4.0 * (p - n)
-    expected = sampling.sample(lambda *_: eps, x, keys, base.schedule, steps=1)
+    expected = sampling.sample(lambda *_: eps, x, keys, pipeline.settings.but(steps=1).table(base.schedule))
     np.testing.assert_allclose(found, expected, atol=2e-4 * float(np.abs(expected).max()))
 
 

@@ -121,14 +121,23 @@ class Base:
         """Whether :meth:`predict` needs a context."""
         return self.text_encoder is not None
 
-    def predict(self, params: Any, x_t: jax.Array, t: jax.Array, context: jax.Array | None = None) -> jax.Array:
+    def predict(
+        self,
+        params: Any,
+        x_t: jax.Array,
+        t: jax.Array,
+        context: jax.Array | None = None,
+        level: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
         """Predicts the noise in x_t, whatever the network's own parameterisation.
 
         Args:
             params: :attr:`params`, or a pytree like it.
             x_t: float32 ``[B, H, W, C]``, noisy latents; H and W need not be those of :attr:`latent_shape`.
-            t: int32 ``[B]``, timesteps in 0..T-1.
+            t: int32 ``[B]``, timesteps in 0..T-1; with a level float32, too.
             context: ``[B, L, D]``, from :meth:`embed_text`; None for an unconditional base.
+            level: alpha and sigma of x_t, float32 ``[B]``, where a sampler knows them better than t does, as between
+                two timesteps; None are the schedule's at t.
 
         Returns:
             float32 ``[B, H, W, C]``, eps.
@@ -142,7 +151,8 @@ class Base:
             raise ValueError(f"context: base {self.name!r} is unconditional and takes none")
         contexts = () if context is None else (context,)
         prediction = self._apply(self.unet, params["unet"], x_t, t, *contexts).astype(jnp.float32)
-        return to_eps(prediction, x_t, self.schedule.alpha(t), self.schedule.sigma(t), self.schedule.prediction_type)
+        alpha, sigma = level or (self.schedule.alpha(t), self.schedule.sigma(t))
+        return to_eps(prediction, x_t, alpha, sigma, self.schedule.prediction_type)
 
     def encode(self, params: Any, image: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """Image to what is diffused.

@@ -19,7 +19,7 @@ import shlex
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from mcm_jax.base import Base, BaseSettings
 from mcm_jax.data import DataSettings, sheet
 from mcm_jax.data.captions import find_captions
-from mcm_jax.data.classes import classes_path, read_classes
+from mcm_jax.data.discover import survey
 from mcm_jax.data.folder import (
     Tree,
     check_shape,
@@ -124,7 +124,8 @@ def check(
     path = pathlib.Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; expected one with pictures in {path / 'train' / 'image'}")
-    modalities, problems = _modalities(path)
+    modalities, told = _survey(path, held_out_share)
+    problems: list[Problem] = []
     names = ["train"] + ["test"] * has_split(path, "test", held_out_share)
     prompted = base.is_text_conditional if base else any(find_captions(path / split) for split in names)
     trees = {s: read_tree(path, s, modalities, prompted, partial, held_out_share) for s in names}
@@ -135,62 +136,44 @@ def check(
     with warnings.catch_warnings(), tqdm(total=sum(len(t.names) for t in trees.values()), unit="picture") as bar:
         warnings.simplefilter("ignore")  # of Pillow, about EXIF data and large pictures: here they are rows
         for split, tree in trees.items():
-            problems += tree.problems
-            report.splits[split] = found = Split(len(tree.names), {})
             bar.set_description(f"checking {split}")
-            found.files = {f: sum(n in files for n in tree.names) for f, files in tree.files.items()}
-            if prompted and tree.prompts:
-                found.files["caption"] = sum(n in tree.prompts for n in tree.names)
-            problems += itertools.chain.from_iterable(
-                _odd_names(tree.root / "image" / tree.files["image"][n]) for n in tree.names
-            )
-            prompts: list[tuple[str, str, str]] = []
-            for name, example in _in_order(lambda n, t=tree: _examine(t, n, modalities, base), tree.names, workers):
-                problems += example.problems
-                _count(found, example)
-                if example.digest:
-                    problems += _duplicate(seen, example, split, str(tree.root / "image" / tree.files["image"][name]))
-                if example.prompt is not None:
-                    prompts.append((*example.prompt, name))
-                if len(prompts) >= 512:
-                    problems += _too_long(base, prompts)
-                    prompts = []
-                bar.update()
-            problems += _too_long(base, prompts)
+            problems += tree.problems
+            for name in tree.names:
+                problems += _odd_name(tree.root / "image" / tree.files["image"][name])
+            report.splits[split] = found = Split(len(tree.names), _counts(tree))
+            examples = _in_order(lambda name, tree=tree: _examine(tree, name, modalities, base), tree.names, workers)
+            while some := list(itertools.islice(examples, 64)):
+                problems += _too_long(base, [e.prompt for e in some if e.prompt])
+                for example in some:
+                    problems += [*example.problems, *_duplicate(seen, example, split)]
+                    _count(found, example)
+                bar.update(len(some))
     problems += _lacking_classes(report)
-    report.problems = list(dict.fromkeys(problems))
+    refused = {p.path for p in problems if p.fatal}  # what is said of these is said in training's words
+    report.problems = list(dict.fromkeys([*(p for p in told if p.path not in refused), *problems]))
     return report
 
 
-def _modalities(path: pathlib.Path) -> tuple[tuple[Modality, ...], list[Problem]]:
-    """What the folder holds. Stands in for configs/folder.py's own search until that is merged."""
-    found, problems = [], []
-    usual = {"segmentation": "labels", "sketch": "lines", "canny": "lines", "lineart": "lines"}
+def _survey(path: pathlib.Path, held_out_share: float) -> tuple[tuple[Modality, ...], list[Problem]]:
+    """What the folder holds, as configs/folder.py finds it, and what cannot be told or is doubtful."""
+    try:
+        found, errors = survey(path, held_out_share=held_out_share)
+    except UserError as e:
+        return (), [_row(e)]
     root = path / "train"
-    folders = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    for name in (f for f in folders if f not in ("image", "caption") and not f.startswith(".")):
-        kind, channels, ignore = usual.get(name, "map"), 1, -1
-        try:
-            if kind == "labels" and (file := classes_path(path, name)):
-                known = read_classes(file)
-                channels, ignore = len(known.names), known.ignore
-            elif kind == "labels":
-                channels, ignore = _count_classes(root / name)
-            found.append(Modality(name, kind, channels, ignore))
-        except UserError as e:
-            problems.append(Problem.of(e, path))
-    return tuple(found), problems
+    doubts = [Problem(str(root / f.modality.name), f.doubt, _SAY, False) for f in found.findings if f.doubt]
+    for text in found.left_out:
+        name, _, why = text.removesuffix(")").partition(" (")
+        doubts.append(Problem(str(root / name), f"left out: {why}", "Nothing, if it is no modality", False))
+    return tuple(f.modality for f in found.findings), [*map(_row, errors), *doubts]
 
 
-def _count_classes(folder: pathlib.Path) -> tuple[int, int]:
-    values: set[int] = set()
-    for file in sorted(folder.glob("*.png")):
-        try:
-            values |= set(np.unique(read_condition(file, Modality(folder.name, "labels", 2**16))).tolist())
-        except UserError:
-            continue
-    ignore = 255 if 255 in values and max(values - {255}, default=0) < 254 else -1
-    return max(values - {ignore}, default=0) + 1, ignore
+_SAY = "If that is wrong, say what it is: --config.modalities.NAME.kind=..., .channels=, .ignore="
+
+
+def _row(error: UserError) -> Problem:
+    """An error whose text begins with the file or folder that it is about."""
+    return Problem.of(error, str(error).partition(": ")[0])
 
 
 # One example
@@ -200,6 +183,7 @@ def _count_classes(folder: pathlib.Path) -> tuple[int, int]:
 class _Example:
     """What one example adds."""
 
+    image: str
     problems: list[Problem] = dataclasses.field(default_factory=list)
     size: tuple[int, int] | None = None
     digest: bytes = b""
@@ -209,7 +193,8 @@ class _Example:
 
 def _examine(tree: Tree, name: str, modalities: Sequence[Modality], base: Base | None) -> _Example:
     """Reads an example as training does, but goes on after what training would stop at."""
-    out = _Example()
+    image = tree.root / "image" / tree.files["image"][name]
+    out = _Example(str(image))
 
     def read(path: pathlib.Path, function: Callable, *args: object) -> object:
         try:
@@ -218,7 +203,6 @@ def _examine(tree: Tree, name: str, modalities: Sequence[Modality], base: Base |
             out.problems.append(Problem.of(e, path))
             return None
 
-    image = tree.root / "image" / tree.files["image"][name]
     picture = read(image, read_image)
     if picture is not None:
         pixels = np.asarray(picture)
@@ -326,7 +310,7 @@ def _shares(labels: np.ndarray, modality: Modality) -> np.ndarray:
     return np.bincount(known, minlength=modality.channels + 1) / labels.size
 
 
-def _odd_names(path: pathlib.Path) -> Iterator[Problem]:
+def _odd_name(path: pathlib.Path) -> Iterator[Problem]:
     name = path.name
     if len(os.fsencode(name)) > _LONG:
         found = f"its name has {len(os.fsencode(name))} bytes"
@@ -341,23 +325,26 @@ def _odd_names(path: pathlib.Path) -> Iterator[Problem]:
 # All examples
 
 
-def _in_order(
-    function: Callable[[str], _Example], names: Sequence[str], workers: int | None
-) -> Iterator[tuple[str, _Example]]:
-    """Names and examples; threads are some ahead of the caller, not more, so that memory stays flat."""
+def _in_order(function: Callable[[str], _Example], names: Sequence[str], workers: int | None) -> Iterator[_Example]:
+    """Examples by their names; threads are some ahead of the caller, not more, so that memory stays flat."""
     workers = workers or min(8, os.cpu_count() or 1)
     ahead: collections.deque = collections.deque()
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:
         for name in names:
-            ahead.append((name, pool.submit(function, name)))
+            ahead.append(pool.submit(function, name))
             if len(ahead) > 2 * workers:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        for name, future in ahead:
-            yield name, future.result()
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _counts(tree: Tree) -> dict[str, int]:
+    """How many examples have a file in each folder, or a prompt."""
+    folders = tree.files | ({"caption": tree.prompts} if tree.prompts else {})
+    return {folder: sum(name in files for name in tree.names) for folder, files in folders.items()}
 
 
 def _count(split: Split, example: _Example) -> None:
@@ -369,26 +356,25 @@ def _count(split: Split, example: _Example) -> None:
         split.read[name] += 1
 
 
-def _duplicate(seen: dict[bytes, tuple[str, str]], example: _Example, split: str, path: str) -> Iterator[Problem]:
-    first_split, first = seen.setdefault(example.digest, (split, path))
-    if first == path:
+def _duplicate(seen: dict[bytes, tuple[str, str]], example: _Example, split: str) -> Iterator[Problem]:
+    path = example.image
+    if not example.digest or (first := seen.setdefault(example.digest, (split, path)))[1] == path:
         return
-    if first_split == split:
-        yield Problem(path, f"the same picture as {first}", "Keep one, unless it is to count twice", False)
+    if first[0] == split:
+        yield Problem(path, f"the same picture as {first[1]}", "Keep one, unless it is to count twice", False)
     else:
-        fix = "Remove it from one of the splits, or the test measures memory"
-        yield Problem(path, f"a leak: the training picture {first} again, in the test split", fix, False)
+        fix = "Remove one of the two, or the test measures memory"
+        yield Problem(path, f"a leak: the training picture {first[1]} again, in the test split", fix, False)
 
 
-def _too_long(base: Base | None, prompts: Iterable[tuple[str, str, str]]) -> list[Problem]:
-    """Rows of the prompts, with their file and example, of which the base sees the beginning only."""
-    prompts = list(prompts)
+def _too_long(base: Base | None, prompts: Sequence[tuple[str, str]]) -> list[Problem]:
+    """Rows of the prompts, each with its file, of which the base sees the beginning only."""
     if base is None or base.tokenizer is None or not prompts:
         return []
     cut: dict[str, str] = {}
-    base.tokenize([prompt for _, prompt, _ in prompts], cut)
+    base.tokenize([prompt for _, prompt in prompts], cut)
     fix = "Shorten it: the rest is not seen"
-    rows = ((path, cut[p].removeprefix(f"{p!r} ")) for path, p, _ in prompts if p in cut)
+    rows = ((path, cut[p].removeprefix(f"{p!r} ")) for path, p in prompts if p in cut)
     return [Problem(path, f"its prompt {textwrap.shorten(said, 120)}", fix, False) for path, said in rows]
 
 
@@ -427,10 +413,10 @@ def summary(report: Report) -> list[sheet.Table]:
     tables = [sheet.Table("Files", ("folder", "kind", *splits), counts)]
 
     sizes = sum((s.sizes for s in splits.values()), collections.Counter())
-    if len(sizes) <= 8:
+    if 0 < len(sizes) <= 8:
         rows = [(f"{w}x{h}", f"{n:,}", _percent(n / sizes.total())) for (w, h), n in sizes.most_common()]
         tables.append(sheet.Table("Sizes of the pictures", ("size", "pictures", ""), rows))
-    else:
+    elif sizes:
         bins = collections.Counter()
         for (width, height), count in sizes.items():
             bins[min(width, height).bit_length() - 1] += count

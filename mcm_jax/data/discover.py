@@ -91,7 +91,22 @@ class Found:
 def discover(
     path: str | os.PathLike, said: Mapping[str, Mapping[str, Any]] | None = None, held_out_share: float = 0.0
 ) -> Found:
-    """Finds out what the training split of a folder of pairs holds.
+    """:func:`survey`, by the same arguments, of a folder that nothing is wrong with.
+
+    Raises:
+      UserError: there are no pictures, no conditions, or something that cannot be told; names the folder or the file
+        and the key that says it.
+    """
+    found, errors = survey(path, said, held_out_share)
+    if errors:
+        raise UserError("\n".join(map(str, errors)))
+    return found
+
+
+def survey(
+    path: str | os.PathLike, said: Mapping[str, Mapping[str, Any]] | None = None, held_out_share: float = 0.0
+) -> tuple[Found, list[UserError]]:
+    """Finds out what the training split of a folder of pairs holds, and what cannot be told.
 
     Label maps without a ``classes.json`` are all read, to count their classes; of other folders some files are.
 
@@ -101,8 +116,7 @@ def discover(
       held_out_share: as in :class:`mcm_jax.data.folder.Folder`.
 
     Raises:
-      UserError: there are no pictures, no conditions, or something that cannot be told; names the folder or the file
-        and the key that says it.
+      UserError: there are no pictures or no conditions.
     """
     path, said = pathlib.Path(path), said or {}
     root = path / "train"
@@ -112,9 +126,10 @@ def discover(
             f"--extract=sketch,canny"
         )
     files, problems = scan(root, {})
-    refuse(problems)
     images = files["image"]
-    left_out, findings = [], []
+    if not images:
+        refuse(problems)
+    left_out, findings, errors = [], [], []
     names = sorted(e.name for e in os.scandir(root) if e.name not in ("image", "caption") and _is_folder(e))
     if strangers := sorted(set(said) - set(names)):
         there = few(names) if names else "none"
@@ -128,8 +143,11 @@ def discover(
         elif not (found := _pictures(root / name, images)):
             left_out.append(f"{name} (holds no picture by the name of one in image/)")
         else:
-            findings.append(_find(path, name, found, given, len(found) / len(images)))
-    if not findings:
+            try:
+                findings.append(_find(path, name, found, given, len(found) / len(images), errors))
+            except UserError as e:
+                errors.append(e)
+    if not findings and not errors:
         why = f" ({'; '.join(left_out)})" if left_out else ""
         raise UserError(
             f"{root}: there are pictures, but no conditions{why}. Add a folder for each, {root / 'sketch'}, or let "
@@ -137,7 +155,7 @@ def discover(
         )
     held_out = -1 if (path / "test").is_dir() else len(held_out_names(images, held_out_share))
     prompts = " and ".join(str(p) for p in find_captions(root))
-    return Found(str(path), len(images), held_out, tuple(findings), tuple(left_out), prompts)
+    return Found(str(path), len(images), held_out, tuple(findings), tuple(left_out), prompts), errors
 
 
 def _bare(path: pathlib.Path) -> pathlib.Path | None:
@@ -162,8 +180,14 @@ def _pictures(folder: pathlib.Path, images: Mapping[str, str]) -> list[pathlib.P
 
 
 def _find(
-    path: pathlib.Path, name: str, files: Sequence[pathlib.Path], given: Mapping[str, Any], share: float
+    path: pathlib.Path,
+    name: str,
+    files: Sequence[pathlib.Path],
+    given: Mapping[str, Any],
+    share: float,
+    errors: list[UserError],
 ) -> Finding:
+    """A modality; files that cannot be read are left out, and named in `errors`."""
     usual, file = known(name), classes_path(path, name)
     kind, channels, doubt = given.get("kind"), given.get("channels"), ""
     if kind is not None:
@@ -173,7 +197,7 @@ def _find(
     elif usual:
         kind, why = usual.kind, "a usual name"
     else:
-        kind, why, doubt = _look(files, read_classes(file) if file else None)
+        kind, why, doubt = _look(_pictures_of(_some(files), errors), read_classes(file) if file else None)
     ignore = given.get("ignore")
     if kind == "labels":
         classes = read_classes(file) if file else None
@@ -182,11 +206,11 @@ def _find(
             channels = len(classes.names) if channels is None else channels
             ignore = classes.ignore if ignore is None else ignore
             if classes.colors is None:
-                _refuse_colors(name, files, path)
+                _refuse_colors(name, _some(files), path)
         else:
-            _refuse_colors(name, files, path)
+            _refuse_colors(name, _some(files), path)
             if channels is None or ignore is None:
-                values = _values(files)
+                values = _values(files, errors)
                 counted, void, more, remark = _count(name, values, files[0].parent, channels, ignore)
                 channels, ignore = counted, void
                 why, doubt = f"{why}, {more}", doubt or remark
@@ -194,7 +218,7 @@ def _find(
         if usual and usual.kind == kind and usual.channels is not None:
             channels = usual.channels
         elif kind == "map":
-            channels = 1 if all(_is_grey(_open(f)) for f in _some(files)) else 3
+            channels = 1 if all(map(_is_grey, _pictures_of(_some(files), errors))) else 3
         else:
             channels = 1 if kind == "lines" else 3
     modality = Modality(name, kind, int(channels), -1 if ignore is None else int(ignore))
@@ -218,6 +242,17 @@ def _open(path: pathlib.Path) -> Image.Image:
         raise UserError(f"{path}: not a picture that can be read ({e}). Replace it, or remove it") from e
 
 
+def _pictures_of(files: Sequence[pathlib.Path], errors: list[UserError]) -> list[Image.Image]:
+    """Those that can be read; the others are named in `errors`."""
+    found = []
+    for file in files:
+        try:
+            found.append(_open(file))
+        except UserError as e:
+            errors.append(e)
+    return found
+
+
 def _is_grey(picture: Image.Image) -> bool:
     if picture.mode in ("1", "L", "LA", "I", "F") or picture.mode.startswith("I;16"):
         return True
@@ -230,9 +265,10 @@ def _codes(picture: Image.Image) -> np.ndarray:
     return np.unique(pixels @ np.array([1 << 16, 1 << 8, 1]))
 
 
-def _look(files: Sequence[pathlib.Path], classes: Classes | None) -> tuple[str, str, str]:
+def _look(pictures: Sequence[Image.Image], classes: Classes | None) -> tuple[str, str, str]:
     """Kind, why, and what is doubtful, of files whose folder has a name of the user's own."""
-    pictures = [_open(file) for file in _some(files)]
+    if not pictures:
+        return "map", "none of its files can be read", ""
     png = all(p.format == "PNG" for p in pictures)
     if png and all(p.mode == "P" and not p.has_transparency_data for p in pictures):
         return "labels", "palette PNGs", ""
@@ -266,8 +302,10 @@ def _look(files: Sequence[pathlib.Path], classes: Classes | None) -> tuple[str, 
 
 
 def _refuse_colors(name: str, files: Sequence[pathlib.Path], path: pathlib.Path) -> None:
-    for file in _some(files):
-        picture = _open(file)
+    for file in files:
+        if not (found := _pictures_of([file], [])):
+            continue  # said elsewhere
+        picture = found[0]
         if picture.mode not in ("L", "P", "1", "I") and not picture.mode.startswith("I;16"):
             colors = [[int(c >> 16), int(c >> 8 & 255), int(c & 255)] for c in _codes(picture)]
             raise UserError(
@@ -278,14 +316,20 @@ def _refuse_colors(name: str, files: Sequence[pathlib.Path], path: pathlib.Path)
             )
 
 
-def _values(files: Sequence[pathlib.Path]) -> np.ndarray:
+def _values(files: Sequence[pathlib.Path], errors: list[UserError]) -> np.ndarray:
     """All pixel values of label maps, ascending."""
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        parts = pool.map(lambda file: np.unique(np.asarray(_open(file))), files)
+
+    def values(file: pathlib.Path) -> set[int]:
         found: set[int] = set()
-        for part in parts:
-            found.update(part.tolist())
-    return np.array(sorted(map(int, found)))
+        for picture in _pictures_of([file], errors):
+            if picture.mode in ("L", "P"):  # many times faster than sorting
+                found.update(value for value, count in enumerate(picture.histogram()) if count)
+            else:
+                found.update(np.unique(np.asarray(picture)).astype(int).tolist())
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return np.array(sorted(set().union(*pool.map(values, files))), int)
 
 
 def _count(

@@ -2,8 +2,8 @@
 
 Prepared examples (:class:`Inputs`) are made once, before training, and kept in memory. Streamed ones
 (:class:`Streamed`) are made anew for each batch, in memory that does not grow with the data set: the same values, but
-for the rounding of the nets, which on CPUs depends on an example's place among those that they see at a time. A latent is
-the mean of the autoencoder's posterior, rounded to float16, wherever it is kept.
+for the rounding of the nets, which on CPUs depends on an example's place among those that they see at a time. A latent
+is the mean of the autoencoder's posterior, rounded to float16, wherever it is kept.
 """
 
 import dataclasses

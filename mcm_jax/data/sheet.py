@@ -6,13 +6,14 @@ import dataclasses
 import html
 import io
 import pathlib
+import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mcm_jax.data.folder import Tree, read_condition, read_image
+from mcm_jax.data.folder import Tree, read_caption, read_condition, read_image
 from mcm_jax.data.problems import Kind, Problem, alike, below, printable
 from mcm_jax.errors import UserError
 from mcm_jax.files import write_atomically
@@ -26,6 +27,7 @@ _GREY, _INK, _RED = (244, 244, 244), (40, 40, 40), (190, 30, 30)
 _DRAWN, _WORST = 60, 32  # examples of problems on the page, on the sheet
 _OF_A_KIND = 2
 _LISTED, _UNFOLDED = 6, 500  # files of one kind, before and behind a fold
+_PROMPT = 160  # characters of one
 _KINDS = 20  # of those that are alike
 _ROWS = 24  # of a table as text
 
@@ -186,7 +188,7 @@ def write(
         own = pathlib.Path(path).parent.name
         i = 1 + (names.index(own) if own in names else 0)
         drawn[path] = found, [pictures[0], *pictures[i : i + 1]]
-    page = _page(title, verdict, groups, drawn, tables, examples, root)
+    page = _page(title, verdict, groups, drawn, tables, examples, root, trees)
     write_atomically(out / "check.html", page.encode())
     lines = io.StringIO()
     writer = csv.writer(lines)
@@ -207,8 +209,10 @@ th{font-weight:600;background:#f6f6f6}.numbers td:not(:first-child),.numbers th:
 .refused{border-color:#c33;background:#fdf3f3}code,.file{font:13px ui-monospace,monospace;overflow-wrap:anywhere}
 .badge{font-size:12px;padding:.1em .6em;border-radius:1em;color:#fff;background:#a70}.FATAL{background:#c33}
 img{max-width:96px;max-height:96px;margin:2px;border:1px solid #ccc;vertical-align:top}
-.examples{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0}figcaption{font-size:13px;overflow-wrap:anywhere}
-.bar{display:inline-block;height:.7em;background:#69c;margin-left:.5em}
+.examples{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0}figure div{white-space:nowrap}
+figcaption{font-size:13px;overflow-wrap:anywhere;width:0;min-width:100%}
+.track{display:inline-block;width:7em;margin-left:.6em;text-align:left}
+.bar{display:inline-block;height:.7em;background:#69c}
 .swatch{display:inline-block;width:.9em;height:.9em;border:1px solid #999;margin-right:.5em;vertical-align:-.1em}
 .problems img{max-width:72px;max-height:72px}.problems td:nth-child(5){white-space:nowrap}
 .problems td:nth-child(2){width:24%}.problems td:nth-child(3),.problems td:nth-child(4){width:25%}
@@ -223,6 +227,7 @@ def _page(
     tables: Sequence[Table],
     examples: Sequence[tuple[str, Sequence[Image.Image]]],
     root: pathlib.Path,
+    trees: Mapping[str, Tree],
 ) -> str:
     refused = any(kind.fatal for group in groups for kind in group)
     parts = [
@@ -240,10 +245,22 @@ def _page(
     parts.append("<h2>Examples</h2><p>The picture, its conditions, and the first of them over the picture: they must")
     parts.append('show the same thing, the same way round.</p><div class="examples">')
     for name, pictures in examples:
-        parts.append(f"<figure>{''.join(map(_img, pictures))}<figcaption>{_safe(name)}</figcaption></figure>")
+        caption = _safe(name) + _prompt(trees, name)
+        parts.append(f"<figure><div>{''.join(map(_img, pictures))}</div><figcaption>{caption}</figcaption></figure>")
     parts.append("</div>")
     parts += [_html_table(t) for t in tables]
     return "\n".join([*parts, "</html>\n"])
+
+
+def _prompt(trees: Mapping[str, Tree], name: str) -> str:
+    tree = trees["train"]
+    text = tree.prompts.get(name, "")
+    if file := tree.files.get("caption", {}).get(name):
+        try:
+            text = read_caption(tree.root / "caption" / file)
+        except UserError:
+            return ""
+    return f"<br><i>{_safe(textwrap.shorten(text, _PROMPT))}</i>" if text else ""
 
 
 def _row(kind: Kind, drawn: Mapping[str, tuple[str, Sequence[Image.Image]]], root: pathlib.Path) -> str:
@@ -275,7 +292,7 @@ def _bar(text: str) -> str:
     share = text.removesuffix("%")
     if share == text:
         return ""
-    return f'<span class="bar" style="width:{float(share) * 1.2:.0f}px"></span>'
+    return f'<span class="track"><span class="bar" style="width:{float(share):.0f}%"></span></span>'
 
 
 def _img(picture: Image.Image) -> str:

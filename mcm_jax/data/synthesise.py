@@ -36,7 +36,7 @@ from mcm_jax.version import __version__
 RECORD = "synthesised.json"
 """In DATA: the base, the seed and the settings that its pictures were sampled with."""
 
-_OF_AN_MCM = ("guidance", "modulate")  # settings of sampling that mean nothing without one
+_OF_AN_MCM = ("guidance", "modulate", "start", "end")  # settings of sampling that mean nothing without one
 
 
 def synthesise(
@@ -95,20 +95,23 @@ def sampler_of(base: Base, settings: SamplingSettings, mesh: jax.sharding.Mesh) 
       prompts and of the negative prompt (None for others), to images, float32 ``[B, H, W, 3]`` in about [-1, 1].
     """
     guided = base.is_text_conditional and settings.text_guidance != 1
+    table = settings.table(base.schedule)
 
     @jax.jit
     def run(params: Any, keys: jax.Array, context: jax.Array | None, negative: jax.Array | None) -> jax.Array:
-        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+        def predict(x: jax.Array, t: jax.Array, alpha: jax.Array, sigma: jax.Array, context: Any) -> jax.Array:
+            return base.predict(params, x, t, context, (alpha, sigma))
+
+        def denoise(x: jax.Array, at: sampling.Point) -> jax.Array:
+            seen = x, at.t, at.alpha, at.sigma
             if not guided:
-                return base.predict(params, x, t, context)
+                return predict(*seen, context)
             # One call of the base for both prompts.
-            twice = jax.tree.map(lambda *both: jnp.concatenate(both), (x, t, negative), (x, t, context))
-            eps = base.predict(params, *sharding.keep_split(twice, mesh))
+            twice = jax.tree.map(lambda *both: jnp.concatenate(both), (*seen, negative), (*seen, context))
+            eps = predict(*sharding.keep_split(twice, mesh))
             return sampling.guide(*jnp.split(eps, 2), settings.text_guidance)
 
-        x = sampling.initial_noise(keys, base.latent_shape)
-        how = {"sampler": settings.sampler, "steps": settings.steps, "eta": settings.eta}
-        x = sampling.sample(denoise, x, keys, base.schedule, **how)
+        x = sampling.sample(denoise, sampling.initial_noise(keys, base.latent_shape), keys, table)
         return sharding.keep_whole(base.decode(params, x).astype(jnp.float32), mesh)
 
     return run
@@ -157,6 +160,7 @@ def _check_record(
     if not base.is_text_conditional:
         how = {k: v for k, v in how.items() if k not in ("text_guidance", "negative_prompt")}
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest() if prompts else None
+    how["timesteps"] = list(settings.timesteps)  # as JSON has them
     now = {"base": base.name, "fingerprint": base.fingerprint, "seed": seed, "prompts_sha256": digest, **how}
     path = out / RECORD
     if not path.is_file():
@@ -202,7 +206,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(SamplingSettings):
         if field.name not in _OF_AN_MCM:
             said = f"{meanings[field.name]} (default: {field.default!r})".replace("%", "%%")
-            add(f"--{field.name}", type=types[field.name], default=field.default, help=said)
+            several = types[field.name] == tuple[float, ...]
+            how = {"type": float, "nargs": "*"} if several else {"type": types[field.name]}
+            add(f"--{field.name}", default=field.default, help=said, **how)
     add_extract_argument(parser)
 
 
@@ -210,7 +216,8 @@ def main(args: argparse.Namespace) -> None:
     """Runs the command. Raises UserError where something is wrong."""
     extractors = open_extractors(args.extract)
     names = [f.name for f in dataclasses.fields(SamplingSettings) if f.name not in _OF_AN_MCM]
-    settings = SamplingSettings(**{name: getattr(args, name) for name in names})
+    given = {name: getattr(args, name) for name in names}
+    settings = SamplingSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     prompts = None if args.prompts is None else read_prompts(args.prompts)
     base = BaseSettings(args.base, args.dtype).load(sharding.local_mesh())
     sampled = synthesise(base, args.out, args.count, seed=args.seed, prompts=prompts, settings=settings)
