@@ -1,27 +1,18 @@
 """Condition files in, samples out: what sample.py does."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-from mcm_jax import assets, config, pictures, sampling
+from mcm_jax import assets, config, pictures
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, write_atomically
-from mcm_jax.modalities import read_png
-from mcm_jax.pipeline import WEIGHTS, Pipeline
-from mcm_jax.version import __version__
-
-
-def _sha256(path: str | os.PathLike) -> str:
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+from mcm_jax.jobs import TEXT, Drawer, Job
 
 
 def generate(
@@ -38,7 +29,8 @@ def generate(
 
     Args:
       workdir: of a training run, or the name of a shipped MCM.
-      conditions: picture file of each modality that is given, at least one.
+      conditions: picture file of each modality that is given, at least one. Labels may be in the colours of the data
+        set's classes, where it is at hand.
       out: folder; gets ``sample_000.png`` ..., ``grid.png`` (the conditions, then the samples) and
         ``samples.json``, which holds every argument.
       num_samples: how many, at least 1.
@@ -57,62 +49,43 @@ def generate(
         raise UserError(
             "no condition given; pass --segmentation=PNG, --sketch=PNG, --condition=NAME=PICTURE, or several"
         )
-    pipeline = Pipeline.from_folder(workdir)
-    settings = pipeline.settings.but(**changes)
-    if changes.get("batch_size") is None and num_samples > 0:
-        settings = settings.but(batch_size=min(num_samples, settings.batch_size))
-    texts = {"prompt": prompt} | {k: changes.get(k) for k in ("negative_prompt", "text_guidance")}
-    if (given := [f"--{k}" for k, v in texts.items() if v is not None]) and not pipeline.base.is_text_conditional:
-        raise UserError(
-            f"{', '.join(given)}: the base {pipeline.base.name!r} is unconditional, it has no text encoder; "
-            f"take an MCM of a text-conditional one, e.g. --workdir=scenes-sd-mcm"
-        )
+    drawer = Drawer(workdir, **changes)
+    if prompt is not None:
+        drawer.check_text(["prompt"], "--")
     expect(num_samples >= 1, "num_samples", "at least 1", num_samples)
     expect(0 <= seed < 2**32, "seed", "in 0..4294967295", seed)
-    settings.check_for(pipeline.base.schedule)
-    known = {m.name: m for m in pipeline.modulator.modalities}
-    if unknown := sorted(conditions.keys() - known.keys()):
-        raise UserError(f"the MCM {workdir!r} knows {', '.join(known)}, not {', '.join(unknown)}")
-    maps, shown = {}, []
+    if unknown := sorted(conditions.keys() - drawer.known.keys()):
+        raise UserError(f"the MCM {workdir!r} knows {', '.join(drawer.known)}, not {', '.join(unknown)}")
+    size = drawer.pipeline.base.image_shape[:2]
+    shown = []
     for name, path in sorted(conditions.items()):
-        condition = read_png(path, known[name])
-        if doubt := known[name].doubt(condition):
-            warnings.warn(f"{path}: {doubt}", stacklevel=2)
-        maps[name] = np.repeat(known[name].fit(condition, *pipeline.grid)[None], num_samples, axis=0)
-        shown.append(pictures.show(known[name], known[name].fit(condition, *pipeline.base.image_shape[:2])[None]))
+        large = drawer.known[name].fit(drawer.read(path, name), *size)[None]
+        shown.append(pictures.show(drawer.known[name], large, drawer.data.palette(name)))
+    settings = drawer.settings
+    if changes.get("batch_size") is None:
+        settings = settings.but(batch_size=min(num_samples, settings.batch_size))
+    jobs = [Job(f"sample_{i:03d}", conditions, settings, seed, i, prompt) for i in range(num_samples)]
 
     out = pathlib.Path(out)
     check_writable(out, "--out")
-    prompts = None if prompt is None else [prompt] * num_samples
-    how = dataclasses.asdict(settings)
-    images = pipeline(maps, sampling.sample_keys(seed, num_samples), prompts=prompts, **how)
+    records = [drawer.record(job) for job in jobs]
+    images = drawer.sample(jobs)
 
     values = pictures.to_uint8(images)
     strip = np.concatenate([*shown, values])
     columns = min(len(strip), 9)
     strip = np.concatenate([strip, np.full((-len(strip) % columns, *strip.shape[1:]), 255, np.uint8)])
-    record = {
-        "workdir": workdir,
-        "conditions": {
-            name: {"file": os.path.abspath(path), "sha256": _sha256(path)} for name, path in conditions.items()
-        },
+    record = records[0] | {
         "num_samples": num_samples,
-        "seed": seed,
         "prompt": prompt,
-        **how,
-        "base": pipeline.base.name,
-        "fingerprint": pipeline.base.fingerprint,
-        "mcm_step": pipeline.step,
-        "mcm_sha256": _sha256(assets.resolve(workdir) / WEIGHTS),
+        **dataclasses.asdict(settings),
         "config": json.loads((assets.resolve(workdir) / config.FILE).read_text()),
-        "versions": {"mcm_jax": __version__, "jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
     }
     try:
         for earlier in out.glob("sample_*.png"):  # of another run into this folder
             earlier.unlink()
-        for i, image in enumerate(values):
-            pictures.save_png(out / f"sample_{i:03d}.png", image)
+        for job, image, said in zip(jobs, values, records, strict=True):
+            pictures.save_png(out / f"{job.name}.png", image, {TEXT: json.dumps(said)})
         rows = [strip[i : i + columns] for i in range(0, len(strip), columns)]
         pictures.save_png(out / "grid.png", pictures.grid(rows))
         write_atomically(out / "samples.json", (json.dumps(record, indent=2) + "\n").encode())

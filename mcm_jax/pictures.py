@@ -3,10 +3,10 @@
 import io
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from mcm_jax.data.scenes import PALETTE
 from mcm_jax.files import write_atomically
@@ -53,10 +53,12 @@ def grid(rows: Sequence[np.ndarray], *, gap: int = 1, least_size: int = 96) -> n
     return sheet.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def save_png(path: str | os.PathLike, picture: np.ndarray) -> None:
-    """Writes uint8 ``[H, W]`` or ``[H, W, 3]``; the file appears when it is complete."""
+def save_png(path: str | os.PathLike, picture: np.ndarray, texts: Mapping[str, str] | None = None) -> None:
+    """Writes uint8 ``[H, W]`` or ``[H, W, 3]``, with texts by name; the file appears when it is complete."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = io.BytesIO()
-    Image.fromarray(picture).save(data, format="PNG")
+    data, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    for name, text in (texts or {}).items():
+        info.add_text(name, text)
+    Image.fromarray(picture).save(data, format="PNG", pnginfo=info)
     write_atomically(path, data.getvalue())

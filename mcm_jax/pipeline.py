@@ -9,7 +9,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from mcm_jax import assets, sampling, sharding
 from mcm_jax import config as config_lib
 from mcm_jax.base import Base, BaseCard, BaseSettings
 from mcm_jax.base.tokenizer import Cuts
-from mcm_jax.errors import UserError
+from mcm_jax.errors import UserError, expect
 from mcm_jax.files import write_atomically
 from mcm_jax.mcm import MCMSettings, Modulator
 from mcm_jax.modalities import ModalitiesSettings
@@ -156,6 +156,53 @@ def _channels(modulator: Modulator, depth: int) -> dict[str, slice]:
     return found
 
 
+PER_SAMPLE = ("guidance", "start", "end", "text_guidance", "negative_prompt")
+"""Fields of :class:`mcm_jax.sampling.SamplingSettings` that each sample of a batch may have its own of."""
+
+
+class Control(NamedTuple):
+    """What the samples of a batch are steered by, all of it data to one compiled program.
+
+    Attributes:
+      conditions: of each modality, ``[B, H, W]`` or ``[B, H, W, planes]``.
+      subsets: bool ``[B, K, M]``, see :func:`subsets_of`.
+      weights: float32 ``[B, K]``.
+      scale: float32 ``[B, h, w]``, modality guidance at each place.
+      window: float32 ``[B, 2]``, the shares of the steps between which the MCM acts.
+      text_guidance: float32 ``[B]``.
+    """
+
+    conditions: dict[str, Any]
+    subsets: Any
+    weights: Any
+    scale: Any
+    window: Any
+    text_guidance: Any
+
+
+def subsets_of(strengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Strengths of modalities as a weighted sum of predictions, each under a subset of them that is fully shown.
+
+    With the modalities from the strongest on, ``eps'(s) = (1 - s_1) eps'({}) + (s_1 - s_2) eps'({1}) + ... +
+    s_M eps'({1..M})``: linear between strengths 0 and 1, where it is the MCM's own prediction for a subset (the Lovász
+    extension of these), and going on beyond. An MCM has seen nothing between shown and absent, so it is not asked.
+
+    Args:
+      strengths: ``[N, M]``, at least 0; 0 is absent.
+
+    Returns:
+      ``(subsets, weights)``, bool ``[N, M + 1, M]`` and float32 ``[N, M + 1]``; weights sum to 1, the subsets whose
+      weight is 0 come last. Where all strengths are 0 or 1 that is all but the first.
+    """
+    order = np.argsort(-strengths, axis=1, kind="stable")
+    falling = np.take_along_axis(np.asarray(strengths, np.float64), order, axis=1)
+    weights = -np.diff(np.pad(np.pad(falling, ((0, 0), (1, 0)), constant_values=1), ((0, 0), (0, 1))), axis=1)
+    count = np.arange(strengths.shape[1] + 1)
+    subsets = np.argsort(order, axis=1)[:, None] < count[:, None]  # the count strongest
+    first = np.argsort(weights == 0, axis=1, kind="stable")
+    return np.take_along_axis(subsets, first[..., None], 1), np.take_along_axis(weights, first, 1).astype(np.float32)
+
+
 class Pipeline:
     """Samples from a base under an MCM's control.
 
@@ -214,15 +261,23 @@ class Pipeline:
         base, modulator, mesh = self.base, self.modulator, self.mesh
 
         @jax.jit
-        def run(base_params, params, conditions, present, keys, table, text_guidance, context, negative):
+        def run(base_params, params, control, keys, table, calls, context, negative):
+            text_guidance = control.text_guidance[:, None, None, None]
+
             def denoise(x, at):
-                def control(eps):
-                    level = at.alpha, at.sigma
-                    changed = modulator(params, x, eps, at.t, conditions, present, level)[0]
-                    return sampling.guide(eps, changed, at.strength)
+                acts = (control.window[:, 0] <= at.share) & (at.share < control.window[:, 1])
+                strength = jnp.where(acts[:, None, None], control.scale, 0.0)[..., None]
+
+                def change(eps):
+                    def add(k, total):
+                        shown, weight = control.subsets[:, k], control.weights[:, k, None, None, None]
+                        changed = modulator(params, x, eps, at.t, control.conditions, shown, (at.alpha, at.sigma))[0]
+                        return total + weight * changed
+
+                    return sampling.guide(eps, jax.lax.fori_loop(0, calls, add, jnp.zeros_like(eps)), strength)
 
                 def modulate(eps):
-                    return jax.lax.cond(at.strength != 0, control, lambda eps: eps, eps)
+                    return jax.lax.cond(jnp.any(strength != 0), change, lambda eps: eps, eps)
 
                 def predict(x, t, alpha, sigma, context):
                     return base.predict(base_params, x, t, context, (alpha, sigma)).astype(jnp.float32)
@@ -258,13 +313,13 @@ class Pipeline:
         params = jax.eval_shape(lambda: self.modulator.init(jax.random.key(0), base.latent_shape, self.grid))
         names = self.modulator.modalities
         conditions = {m.name: m.null(batch_size, *self.grid) for m in names}
-        present, keys = shape((batch_size, len(names)), bool), sampling.sample_keys(0, batch_size)
+        control = self._control(conditions, np.ones((batch_size, len(names))), [self.settings] * batch_size, None)
         rows = sharding.batch_sharding(self.mesh)
         batch, texts = jax.tree.map(
             lambda x: shape(x.shape, x.dtype, sharding=rows),
-            ((conditions, present, keys), (context, context if guided else None)),
+            ((control, sampling.sample_keys(0, batch_size)), (context, context if guided else None)),
         )
-        how = self.settings.table(base.schedule), shape((), jnp.float32)
+        how = self.settings.table(base.schedule), np.int32(1)
         arguments = base.params, sharding.replicate(params, self.mesh), *batch, *how, *texts
         plan = run.lower(*arguments).compile().memory_analysis()
         return plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
@@ -273,8 +328,8 @@ class Pipeline:
         """The next batch size that the devices divide."""
         return -(-batch_size // self.mesh.size) * self.mesh.size
 
-    def _contexts(self, prompts: Sequence[str] | None, negative: str, count: int, guided: bool) -> tuple[Any, Any, Any]:
-        """Contexts ``[P, L, D]`` of the distinct prompts, which of them each sample has, and the negative prompt's."""
+    def _contexts(self, prompts: Sequence[str] | None, negatives: Sequence[str], count: int) -> tuple[Any, Any, Any]:
+        """Contexts ``[P, L, D]`` of the distinct prompts, and which of them are each sample's and its negative one."""
         if not self.base.is_text_conditional:
             if prompts is not None:
                 raise UserError(f"prompts: the base {self.base.name!r} is unconditional, it has no text encoder")
@@ -282,16 +337,47 @@ class Pipeline:
         prompts = [""] * count if prompts is None else list(prompts)
         if len(prompts) != count:
             raise UserError(f"prompts: expected {count}, one a sample, got {len(prompts)}")
-        if odd := [p for p in [*prompts, negative] if not isinstance(p, str)]:
+        if odd := [p for p in prompts if not isinstance(p, str)]:
             raise UserError(f"prompts: expected texts, got {odd[0]!r} ({type(odd[0]).__name__})")
-        distinct = list(dict.fromkeys([*prompts, negative] if guided else prompts))
+        distinct = list(dict.fromkeys([*prompts, *negatives]))
         cut: dict[str, str] = {}
         parts = [np.asarray(self.base.embed_text(self.base.params, [prompt], cut)) for prompt in distinct]
         cuts = Cuts()
         cuts.add(filter(None, distinct), cut)  # nobody wrote the empty prompt
         cuts.warn(stacklevel=3)
-        which = np.array([distinct.index(p) for p in prompts])
-        return np.concatenate(parts), which, distinct.index(negative) if guided else None
+        place = {prompt: i for i, prompt in enumerate(distinct)}
+        return np.concatenate(parts), *(np.array([place[p] for p in texts]) for texts in (prompts, negatives))
+
+    def _each(self, count: int, changes: Mapping[str, Any]) -> list[SamplingSettings]:
+        """The settings of each sample; those of :data:`PER_SAMPLE` may come as ``count`` values."""
+        own = {k: list(v) for k, v in changes.items() if k in PER_SAMPLE and not isinstance(v, str) and np.ndim(v)}
+        if odd := [k for k, v in own.items() if len(v) != count]:
+            raise UserError(f"{odd[0]}: expected {count} values, one a sample, or one for all, got {len(own[odd[0]])}")
+        settings = self.settings.but(**{k: v for k, v in changes.items() if k not in own})
+        if not own:
+            return [settings] * count
+        return [settings.but(**dict(zip(own, row, strict=True))) for row in zip(*own.values(), strict=True)]
+
+    def _control(
+        self,
+        conditions: dict[str, np.ndarray],
+        strengths: np.ndarray,
+        each: Sequence[SamplingSettings],
+        mask: np.ndarray | None,
+    ) -> Control:
+        scale = np.array([s.guidance for s in each], np.float32)[:, None, None]
+        wanted = (len(each), *self.base.latent_shape[:2])
+        if mask is not None:
+            expect(np.shape(mask) == wanted, "mask", f"of shape {list(wanted)}", list(np.shape(mask)))
+            mask = np.asarray(mask, np.float32)
+            expect(np.all((mask >= 0) & (mask <= 1)), "mask", "in [0, 1]", f"{mask.min():g}..{mask.max():g}")
+        return Control(
+            conditions,
+            *subsets_of(strengths),
+            np.broadcast_to(scale, wanted) if mask is None else scale * mask,
+            np.array([(s.start, s.end) for s in each], np.float32),
+            np.array([s.text_guidance for s in each], np.float32),
+        )
 
     def __call__(
         self,
@@ -300,6 +386,8 @@ class Pipeline:
         *,
         prompts: Sequence[str] | None = None,
         present: Mapping[str, np.ndarray] | None = None,
+        strength: Mapping[str, np.ndarray | float] | None = None,
+        mask: np.ndarray | None = None,
         **changes: Any,
     ) -> np.ndarray:
         """Samples one image a key.
@@ -311,44 +399,59 @@ class Pipeline:
           keys: ``[N]``, see :func:`mcm_jax.sampling.sample_keys`.
           prompts: N texts, for a text-conditional base; None is the empty prompt for each.
           present: of modalities that are given, bool ``[N]``: which samples are shown them; all where left out.
+          strength: of modalities, ``[N]`` or one for all, at least 0: how much each counts, see :func:`subsets_of`; 0
+            is absent, 1 (where left out) shown. Each that is neither costs a further call of the MCM in its batch's
+            steps.
+          mask: ``[N, h, w]`` in [0, 1] on the latents' grid: where the conditions hold; elsewhere the base is alone.
           changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that differ from :attr:`settings`, e.g.
-            ``guidance=2.0``. Batches are filled up to what the devices divide, the last one too: one compiled function
-            serves any N.
+            ``guidance=2.0``; those in :data:`PER_SAMPLE` one for all or N. Batches are filled up to what the devices
+            divide, the last one too: one compiled function serves any N. Where any sample has text guidance, all are
+            drawn by the program that has it, which calls the base for both prompts.
 
         Returns:
           float32 ``[N, H, W, 3]`` in about [-1, 1].
         """
-        settings = self.settings.but(**changes)
-        how = settings.table(self.base.schedule), np.float32(settings.text_guidance)
         if not len(keys):
             raise UserError("no keys given: at least one sample is drawn")
         count, (height, width) = len(keys), self.grid
-        unknown = set(conditions) - {m.name for m in self.modulator.modalities}
+        each, strength = self._each(count, changes), strength or {}
+        settings = each[0]
+        table = settings.table(self.base.schedule)
+        unknown = {*conditions, *strength} - {m.name for m in self.modulator.modalities}
         if unknown:
             names = ", ".join(m.name for m in self.modulator.modalities)
             raise UserError(f"this MCM knows the modalities {names}, got {', '.join(sorted(unknown))}")
-        full, shown = {}, np.zeros((count, len(self.modulator.modalities)), bool)
+        full, strengths = {}, np.zeros((count, len(self.modulator.modalities)))
         for i, modality in enumerate(self.modulator.modalities):
             given = conditions.get(modality.name)
             if given is not None:
                 wanted = modality.null(count, height, width).shape
                 if given.shape not in (wanted, (*wanted, 1)):
                     raise UserError(f"{modality.name}: expected shape {list(wanted)}, got {list(given.shape)}")
-                shown[:, i] = (present or {}).get(modality.name, True)
-            full[modality.name] = modality.null(count, height, width) if given is None else np.asarray(given)
-        guided = self._is_guided(settings)
+                strengths[:, i] = strength.get(modality.name, 1.0)
+                positive = np.all((strengths[:, i] >= 0) & np.isfinite(strengths[:, i]))
+                expect(positive, f"strength of {modality.name}", "at least 0", strength.get(modality.name))
+                strengths[:, i] *= (present or {}).get(modality.name, True)
+            values = modality.null(count, height, width) if given is None else np.asarray(given)
+            # Classes come in several dtypes, each of which would compile anew.
+            full[modality.name] = values if modality.continuous else values.astype(np.int32)
+        guided = any(self._is_guided(s) for s in each)
         run = self._compiled(guided, settings.modulate)
-        contexts, which, negative = self._contexts(prompts, settings.negative_prompt, count, guided)
+        negatives = [s.negative_prompt for s in each] if guided else []
+        contexts, which, negative = self._contexts(prompts, negatives, count)
+        control = self._control(full, strengths, each, mask)
+        needed = np.count_nonzero(control.weights, axis=1)
         params = sharding.replicate(self.params, self.mesh)
         batch_size = self._filled(settings.batch_size)
         own = sharding.local_rows(self.mesh, batch_size)
         images = []
         for start in range(0, count, batch_size):
             rows = (start + own) % count  # the last batch starts over to fill up
-            batch = {name: value[rows] for name, value in full.items()}, shown[rows], keys[rows]
+            calls = needed[np.arange(start, start + batch_size) % count].max()  # of all processes' rows
+            batch = jax.tree.map(lambda value, rows=rows: value[rows], (control, keys))
             context = None if contexts is None else contexts[which[rows]]
-            against = contexts[np.full(len(rows), negative)] if guided else None
+            against = contexts[negative[rows]] if guided else None
             batch, texts = sharding.split_batch((batch, (context, against)), self.mesh)
-            out = run(self.base.params, params, *batch, *how, *texts)
+            out = run(self.base.params, params, *batch, table, np.int32(calls), *texts)
             images.append(np.asarray(out, np.float32))
         return np.concatenate(images)[:count]

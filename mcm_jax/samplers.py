@@ -46,7 +46,7 @@ class Table(NamedTuple):
       clip: ``[R]``, bound of the estimate of x0; inf for none.
       update: ``[R, 4, 7]``, the coefficients of x, three memories, x0, eps and noise in the new x and memories.
       step: int ``[R]``, which of the sampler's steps the call belongs to, from 0.
-      strength: ``[R]``, modality guidance at each call; 0 is the base alone.
+      share: ``[R]``, that over the number of steps: how much is behind it, in [0, 1).
       count: R, how many rows there are when more were filled in (:func:`padded`).
     """
 
@@ -57,7 +57,7 @@ class Table(NamedTuple):
     clip: np.ndarray
     update: np.ndarray
     step: np.ndarray
-    strength: np.ndarray
+    share: np.ndarray
     count: np.ndarray
 
 
@@ -290,8 +290,6 @@ def make_table(
     spacing: str = "",
     eta: float = 0.0,
     timesteps: Sequence[float] = (),
-    guidance: float = 1.0,
-    window: tuple[float, float] = (0.0, 1.0),
 ) -> Table:
     """A sampler's table, numbers in float64.
 
@@ -302,8 +300,6 @@ def make_table(
       spacing: one of :data:`SPACINGS`; empty is the schedule's own.
       eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
       timesteps: an own grid, falling, in 0..T-1, in place of steps and spacing.
-      guidance: modality guidance where the MCM acts.
-      window: first and last share of the steps in which it acts: step i of N where ``first <= i / N < last``.
 
     Raises:
       ValueError: an unknown name, or a grid that the schedule does not have.
@@ -321,7 +317,6 @@ def make_table(
         for target, parts in sums.items():
             for source, value in parts.items():
                 row[target, source] = value
-    first, end = (math.ceil(share * len(t) - 1e-9) for share in window)
     # In k-diffusion's scale noise of deviation s is started from where the grid begins at the schedule's end.
     begins_at_end = solver.grid == "euler" and schedule.timestep_spacing in ("linspace", "trailing")
     if solver.grid == "euler" and spacing in GRIDS:
@@ -334,7 +329,7 @@ def make_table(
         clip=np.full(len(rows), schedule.clip_sample_range if solver.clips and schedule.clip_sample else np.inf),
         update=update,
         step=step,
-        strength=np.where((step >= first) & (step < end), guidance, 0.0),
+        share=step / len(t),
         count=np.int32(len(rows)),
     )
 

@@ -1,7 +1,7 @@
 """Sampling: how samples are drawn, and the one loop over ``denoise(x, at) -> eps`` that runs every sampler's table.
 
 The samplers themselves are in :mod:`mcm_jax.samplers`. The loop knows no network and no solver: what it does in a step
-is in the table, which is an argument, so another solver, number of steps, spacing, window or strength compiles nothing.
+is in the table, which is an argument, so another solver, number of steps or spacing compiles nothing.
 
 Noise is drawn for every sample from its own key, so a sample does not depend on which others are in its batch.
 """
@@ -28,13 +28,13 @@ class Point(NamedTuple):
       t: float32 ``[B]``, the timestep; whole numbers unless the grid has others.
       alpha: float32 ``[B]``.
       sigma: float32 ``[B]``.
-      strength: float32 scalar, modality guidance here; 0 is the base alone.
+      share: float32 scalar, of the sampler's steps, how much is behind; in [0, 1).
     """
 
     t: jax.Array
     alpha: jax.Array
     sigma: jax.Array
-    strength: jax.Array
+    share: jax.Array
 
 
 Denoise = Callable[[jax.Array, Point], jax.Array]
@@ -126,8 +126,6 @@ class SamplingSettings:
                 spacing=spacing,
                 eta=self.eta,
                 timesteps=self.timesteps,
-                guidance=self.guidance,
-                window=(self.start, self.end),
             )
         except ValueError as e:
             raise UserError(f"sampler={sampler}, steps={self.steps}: {e}") from e
@@ -203,7 +201,7 @@ def sample(denoise: Denoise, x: jax.Array, keys: jax.Array, table: Table) -> jax
 
     def step(i, state):
         x = state[0]
-        at = Point(*(jnp.full(shape[0], part[i]) for part in (table.t, table.alpha, table.sigma)), table.strength[i])
+        at = Point(*(jnp.full(shape[0], part[i]) for part in (table.t, table.alpha, table.sigma)), table.share[i])
         eps = denoise(x, at).astype(jnp.float32)
         x0 = jnp.clip((x - table.sigma[i] * eps) / table.alpha[i], -table.clip[i], table.clip[i])
         update = table.update[i]

@@ -36,6 +36,7 @@ LAYERS = (
     "evaluation",
     "training",
     "sweep",
+    "jobs",
     "generate",
     "cli",
 )

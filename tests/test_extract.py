@@ -109,12 +109,13 @@ def test_what_is_done_is_kept_and_the_rest_done(made, tmp_path, capsys):
     folder = shutil.copytree(made, tmp_path / "data")
     canny = folder / "train" / "canny"
     (canny / "b.png").unlink()
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "b.png")  # another picture than that of train
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
     (folder / "train" / "image" / "broken.jpg").write_bytes(b"no picture")
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "late.png")
     status = _run("make", folder, "--extract=canny,wide=canny:sigma=2", "--workers=2")
     assert "1 picture(s) have no conditions" in status and "broken.jpg: not a picture that can be read" in status
-    assert "left out 1 picture(s)" in capsys.readouterr().out
+    assert "left out 2 new or changed picture(s)" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert (canny / "b.png").read_bytes() == (made / "train/canny/b.png").read_bytes()
     assert sorted(p.stem for p in (folder / "train" / "wide").iterdir()) == sorted(NAMES)

@@ -1,6 +1,7 @@
 """Training on a folder of the user's own pairs, and what is said, and left behind, when something is wrong with it."""
 
 import json
+import shlex
 import threading
 import time
 
@@ -12,9 +13,12 @@ from PIL import Image
 from mcm_jax.base import load_base
 from mcm_jax.cache import Cache
 from mcm_jax.data import inputs
+from mcm_jax.data.__main__ import main as commands
 from mcm_jax.data.folder import Folder
+from mcm_jax.data.scenes import PALETTE
 from mcm_jax.errors import UserError
 from mcm_jax.generate import generate
+from mcm_jax.pipeline import Pipeline
 from mcm_jax.sharding import make_mesh, replicate
 from mcm_jax.training import train_and_evaluate
 
@@ -69,6 +73,34 @@ def test_the_command_trains_on_a_folder_and_samples(script, config, base_path, d
     assert set(json.loads((tmp_path / "metrics.json").read_text())["edge_f1"]) >= {"real", "base", "sketch"}
 
 
+def test_bare_pictures_become_an_mcm_by_three_commands(script, small_path, tmp_path, capfd):
+    """docs/data.md's tutorial, shortened: what `check` prints trains as it stands, nothing else is configured."""
+    rng, pictures = np.random.default_rng(0), tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(12):
+        square = np.zeros((20, 20, 3), np.uint8)
+        square[rng.integers(8) :, rng.integers(8) :] = rng.integers(100, 256, 3)
+        Image.fromarray(square).save(pictures / f"{i}.png")
+    for command in (["make", str(pictures), "--extract=sketch,strokes"], ["check", str(pictures)]):
+        with pytest.raises(SystemExit) as ended:
+            commands(command)
+        assert not ended.value.code
+    words = shlex.split(capfd.readouterr().out.strip().splitlines()[-1])
+    assert words[:3] == ["python", "train.py", "--config=configs/folder.py"]
+    small = tiny.config_flags(small_path, tiny.SMALL | {"train.steps": 2, "train.validate_every": 0, "mcm.head_dim": 0})
+    small = [flag for flag in small if not flag.startswith(("--config=", "--config.data.", "--config.modalities."))]
+    workdir = tmp_path / "run"
+    outcome = script(*words[1:3], f"--config.data.path={pictures}", *small, f"--workdir={workdir}")
+    assert outcome.status == 0, outcome.err
+    found = json.loads((workdir / "config.json").read_text())["modalities"]
+    assert {k: v["kind"] for k, v in found.items() if k != "drop_rate"} == {"sketch": "lines", "strokes": "sparse"}
+    command = ["evaluate.py", f"--workdir={workdir}", f"--out={tmp_path / 'metrics.json'}", "--steps=2", "--maps=1"]
+    outcome = script(*command)
+    assert outcome.status == 0, outcome.err
+    numbers = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(numbers["edge_f1"]) == {"real", "base", "both", "sketch", "strokes"}
+
+
 def test_a_folder_with_unknown_pixels_of_other_kinds_trains_and_samples(config, data, tmp_path):
     """Unlabelled pixels, and modalities that a config alone adds."""
     rng = np.random.default_rng(1)
@@ -103,7 +135,7 @@ def test_a_folder_with_unknown_pixels_of_other_kinds_trains_and_samples(config, 
 
 
 def test_conditions_are_cut_in_sampling_as_in_training(config, data, base, tmp_path, monkeypatch):
-    """A wide sketch on a square base: the centre, not all of it squeezed."""
+    """A wide sketch on a square base: the centre, not all of it squeezed; a map in the data's colours: its classes."""
     modalities = tiny.settings_of(config).modalities.shown
     source = Folder(data, "train", modalities, *base.image_shape[:2])
     seen = {}
@@ -111,20 +143,18 @@ def test_conditions_are_cut_in_sampling_as_in_training(config, data, base, tmp_p
     class Stop(Exception):
         pass
 
-    class Fake:
-        def __init__(self, real):
-            self.__dict__.update(real.__dict__)
-
-        def __call__(self, maps, *args, **kwargs):
-            seen.update(maps)
-            raise Stop
+    def call(pipeline, maps, *args, **kwargs):
+        seen.update(maps)
+        raise Stop
 
     train_and_evaluate(config, tmp_path / "run")
-    from mcm_jax import generate as module
-
-    real = module.Pipeline.from_folder(tmp_path / "run")
-    monkeypatch.setattr(module.Pipeline, "from_folder", lambda workdir: Fake(real))
+    monkeypatch.setattr(Pipeline, "__call__", call)
     files = {name: str(data / "train" / name / "3.png") for name in ("segmentation", "sketch")}
+    classes = [{"name": f"{i}", "color": PALETTE[i].tolist()} for i in range(6)]
+    (data / "classes.json").write_text(json.dumps({"classes": classes}))
+    files["segmentation"] = str(tmp_path / "colours.png")
+    labels = np.array(Image.open(data / "train" / "segmentation" / "3.png"))
+    Image.fromarray(PALETTE[labels]).save(files["segmentation"])
     with pytest.raises(Stop):
         generate(str(tmp_path / "run"), files, tmp_path / "out", num_samples=1)
     np.testing.assert_array_equal(seen["segmentation"][0], source[3]["segmentation"])

@@ -113,7 +113,7 @@ class _Counted:
     """An MCM that counts how often it runs."""
 
     def __init__(self, modulator, calls):
-        self.modulator, self.modalities, self.calls = modulator, modulator.modalities, calls
+        self.modulator, self.modalities, self.grid, self.calls = modulator, modulator.modalities, modulator.grid, calls
 
     def __call__(self, *arguments):
         jax.debug.callback(lambda: self.calls.append(1))
@@ -143,6 +143,54 @@ def test_one_program_serves_every_way_to_sample(strong, conditions, keys, sample
     run(4, sampler="heun", steps=4, spacing="karras", end=0.5)
     run(5, sampler="", eta=1.0, timesteps=(900.0, 500.5, 300.0, 200.0, 100.0))
     assert counted._compiled.cache_info().currsize == 1 == counted._compiled(False, "before_cfg")._cache_size()
+
+
+def test_strengths_are_a_sum_over_subsets():
+    """Weights sum to 1, and those of the subsets that show a modality to its strength; what is whole needs one."""
+    rng = np.random.default_rng(0)
+    strengths = np.concatenate([rng.choice([0, 0.5, 1, 1.5, 2.5], (50, 3)), list(np.ndindex(2, 2, 2))])
+    subsets, weights = pipeline_lib.subsets_of(strengths)
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
+    np.testing.assert_allclose((weights[..., None] * subsets).sum(1), strengths, atol=1e-6)
+    np.testing.assert_array_equal(subsets[-8:, 0], strengths[-8:])
+    assert (weights[-8:] == [1, 0, 0, 0]).all()
+
+
+def test_each_sample_has_its_own_control(strong, conditions, keys, samples):
+    """In one batch of one program; strength 0 is absent and a mask of 0 the base alone, bit for bit."""
+    calls, alone = [], strong(conditions, keys, guidance=0.0, batch_size=N)
+    counted = Pipeline(strong.base, _Counted(strong.modulator, calls), strong.params, strong.settings)
+
+    def run(expected, **how):
+        calls.clear()
+        images = counted(conditions, keys, batch_size=N, **how)
+        jax.effects_barrier()
+        assert len(calls) == expected, how
+        return images
+
+    both, one = samples["segmentation", "sketch"], samples[("segmentation",)]
+    strength = {"sketch": np.array([0, 1, 0.5])}
+    found = run(6, strength=strength)  # the third asks twice a step
+    whole = run(3, strength={"sketch": np.array([0, 1, 1])})
+    np.testing.assert_array_equal(found[:2], whole[:2])
+    np.testing.assert_allclose(whole, np.stack([one[0], both[1], both[2]]), atol=1e-4)
+    np.testing.assert_array_equal(run(3, strength={"sketch": 0.0}), run(3, present={"sketch": np.zeros(N, bool)}))
+    assert min(np.abs(found[2] - other[2]).max() for other in (one, both)) > 1e-2
+
+    mixed = run(2, guidance=[0.0, 1.0, 2.0], start=[0, 0, 0.6], end=[1.0, 0.3, 1.0])
+    np.testing.assert_allclose(mixed[0], alone[0], atol=1e-4)
+    np.testing.assert_allclose(mixed[1], run(1, end=0.3)[1], atol=1e-4)
+    np.testing.assert_allclose(mixed[2], run(1, guidance=2.0, start=0.6)[2], atol=1e-4)
+
+    mask = np.zeros((N, tiny.SIZE, tiny.SIZE))
+    np.testing.assert_array_equal(run(0, mask=mask), run(0, guidance=0.0))
+    mask[0], mask[1, :8] = 1, 1
+    step = {"steps": 1, "timesteps": (500.0,)}
+    here, base, free = run(1, mask=mask, **step), run(0, guidance=0.0, **step), run(1, **step)
+    expected = np.where(mask[..., None] > 0, free, base)
+    np.testing.assert_allclose(here, expected, atol=1e-4)
+    assert np.abs(free - base)[1:].max() > 1e-2
+    assert counted._compiled(False, "before_cfg")._cache_size() == 1
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids=lambda s: "+".join(s) or "none")
@@ -197,13 +245,22 @@ def test_wrong_conditions_are_named(pipeline, conditions, keys, change, words):
 
 @pytest.mark.parametrize(
     "setting, words",
-    [({"steps": 0}, ["at least 1", "0"]), ({"steps": 1001}, ["1..1000", "1001"]), ({"batch_size": -1}, [])],
+    [
+        ({"guidance": [1.0, 2.0]}, ["3 values", "got 2"]),
+        ({"end": [1.0, 0.5, -1.0]}, ["got -1.0"]),
+        ({"strength": {"sketch": -1.0}}, ["strength of sketch", "at least 0"]),
+        ({"mask": np.ones((3, 8, 8))}, ["[3, 16, 16]", "[3, 8, 8]"]),
+        ({"mask": np.full((3, 16, 16), 2)}, ["in [0, 1]", "2..2"]),
+        ({"steps": 0}, ["at least 1", "0"]),
+        ({"steps": 1001}, ["1..1000", "1001"]),
+        ({"batch_size": -1}, []),
+    ],
 )
-def test_wrong_settings_are_named(pipeline, keys, setting, words):
+def test_wrong_settings_are_named(pipeline, conditions, keys, setting, words):
     with pytest.raises(UserError, match="at least one"):
         pipeline({}, keys[:0])
     with pytest.raises(UserError) as error:
-        pipeline({}, keys, **setting)
+        pipeline({"sketch": conditions["sketch"]}, keys, **setting)
     assert all(word in str(error.value) for word in [*setting, *words]), error.value
 
 

@@ -21,6 +21,8 @@ from mcm_jax.data.scenes import Scenes
 from mcm_jax.draws import Draws
 from mcm_jax.errors import UserError
 from mcm_jax.generate import generate
+from mcm_jax.jobs import Drawer, read_jobs
+from mcm_jax.pictures import to_uint8
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.sharding import make_mesh, replicate
 from mcm_jax.training import feed, precompute, step, train_and_evaluate
@@ -169,6 +171,24 @@ def test_sample_script_with_a_prompt(script, workdir, tmp_path):
     )
     assert (tmp_path / "same/sample_001.png").read_bytes() == (tmp_path / "out/sample_001.png").read_bytes()
     assert np.abs(same - other).max() > 1e-3
+
+
+def test_jobs_have_their_own_prompts_and_two_programs(workdir, tmp_path):
+    """One with text guidance, whatever its scale and negative prompt, and one without."""
+    drawer = Drawer(str(workdir), steps=2, batch_size=2)
+    how = ({"text_guidance": 3}, {"negative_prompt": "night"}, {"text_guidance": 1}, {"prompt": "a meadow by day"})
+    lines = [{"name": str(i), "seed": 1, "prompt": PROMPT, **more} for i, more in enumerate(how)]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    jobs, problems = read_jobs(tmp_path / "jobs.jsonl", drawer)
+    assert not problems and drawer.draw(jobs, tmp_path) == 4
+    programs = [drawer.pipeline._compiled(guided, "before_cfg")._cache_size() for guided in (False, True)]
+    assert programs == [1, 1] and drawer.pipeline._compiled.cache_info().currsize == 2
+    found = [np.asarray(Image.open(tmp_path / f"{job.name}.png")).astype(int) for job in jobs]
+    for job, line, picture in zip(jobs, lines, found, strict=True):
+        own = {k: line[k] for k in ("text_guidance", "negative_prompt") if k in line}
+        alone = drawer.pipeline({}, sampling.sample_keys(1, 1), prompts=[job.prompt], steps=2, batch_size=2, **own)
+        assert np.abs(to_uint8(alone[0]).astype(int) - picture).max() <= 1
+    assert all((a != b).any() for i, a in enumerate(found) for b in found[:i])
 
 
 def test_a_prompt_that_is_too_long_says_what_is_cut(workdir, tmp_path):

@@ -95,7 +95,6 @@ class DataSettings:
     partial: bool = dataclasses.field(default=False, repr=False)
     held_out_share: float = setting(0.1, before=0.0, repr=False)
     discover: bool = dataclasses.field(default=False, repr=False)
-    jitter: float = dataclasses.field(default=0.0, repr=False)
 
     def __post_init__(self):
         expect(self.name in _SOURCES, "name", f"one of {', '.join(_SOURCES)}", self.name)
@@ -109,8 +108,10 @@ class DataSettings:
         expect(self.seed >= 0, "seed", "at least 0", self.seed)
         expect(0 <= self.prompt_drop_rate <= 1, "prompt_drop_rate", "in [0, 1]", self.prompt_drop_rate)
         expect(0 <= self.held_out_share < 1, "held_out_share", "at least 0 and below 1", self.held_out_share)
-        for key in ("partial", "discover"):
-            expect(not getattr(self, key) or self.name == "folder", key, "False: it is for data.name='folder'", True)
+        only = "False: it is for data.name='folder'"
+        expect(not self.partial or self.name == "folder", "partial", only, True)
+        only += "; of other data say each modality, --config.modalities.NAME.kind=..., .channels=..."
+        expect(not self.discover or self.name == "folder", "discover", only, True)
         expect(self.unreadable in UNREADABLE, "unreadable", f"one of {', '.join(UNREADABLE)}", self.unreadable)
         expect(self.stream in _STREAM, "stream", f"one of {', '.join(_STREAM)}", self.stream)
         check_views(self.views, self.flip, self.crop, self.jitter)
@@ -227,8 +228,8 @@ class DataSettings:
         if self.views > 1:
             how = dict(views=self.views, flip=self.flip, crop=self.crop, jitter=self.jitter, seed=self.seed)
             source = Views(source, modalities, swaps=self._swaps(found), **how)
-        if self.unreadable == "skip" and isinstance(found, Folder):
-            source = Skipping(source, self.views, found.names)
+        if self.unreadable == "skip" and isinstance(found, Folder | Records):
+            source = Skipping(source, self.views, getattr(found, "names", ()))
         return source
 
     def without_views(self) -> "DataSettings":

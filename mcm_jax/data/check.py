@@ -29,77 +29,17 @@ from mcm_jax.base import Base, BaseSettings
 from mcm_jax.data import DataSettings, sheet
 from mcm_jax.data.captions import find_captions
 from mcm_jax.data.discover import survey
-from mcm_jax.data.folder import (
-    Tree,
-    check_shape,
-    has_split,
-    read_caption,
-    read_condition,
-    read_image,
-    read_tree,
-    turn_of,
-)
+from mcm_jax.data.folder import Tree, has_split, read_tree
 from mcm_jax.data.problems import Problem, few, table
+from mcm_jax.data.reading import SIDEWAYS, check_shape, read_caption, read_condition, read_image, turn_of
+from mcm_jax.data.report import Report, Split, summary, verdict
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable
-from mcm_jax.modalities import Modality, cover
+from mcm_jax.modalities import Modality, cover, open_picture
 
 _LONG = 200  # bytes of a name: with an ending, what every file system and archive takes
 _FAINT = 0.1  # of the range of 16 bits
 _LEAST_SHOWN = 0.5  # of a picture
-_SIDEWAYS = (5, 6, 7, 8)
-
-
-# What is found
-
-
-@dataclasses.dataclass
-class Split:
-    """What a split holds, summed up over its examples.
-
-    Attributes:
-      count: of the pictures.
-      files: how many there are of each folder's.
-      sizes: how many pictures have each width and height.
-      read: how many maps of each modality of labels could be read.
-      maps: of these, in how many each class is; index ``channels`` is unknown.
-      sums: of these, the sum over maps of each class's share of the pixels, likewise.
-    """
-
-    count: int
-    files: dict[str, int]
-    sizes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    read: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    maps: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    sums: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass
-class Report:
-    """All about a folder.
-
-    Attributes:
-      path: of the folder.
-      modalities: found in it.
-      names: of the classes, by modality.
-      splits: ``train`` and, if there is one, ``test``.
-      trees: the files of each.
-      problems: fatal ones and warnings.
-      is_borrowed: whether the test split is a part of the folder that trains otherwise.
-    """
-
-    path: pathlib.Path
-    modalities: tuple[Modality, ...]
-    names: dict[str, tuple[str, ...]]
-    splits: dict[str, Split]
-    trees: dict[str, Tree]
-    problems: list[Problem]
-    is_borrowed: bool
-
-    @property
-    def is_refused(self) -> bool:
-        """Whether training refuses the folder."""
-        return any(p.fatal for p in self.problems)
 
 
 def check(
@@ -122,7 +62,7 @@ def check(
       UserError: there is no such folder.
     """
     path = pathlib.Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False of a path that is too long, too
         raise UserError(f"{path}: no such folder; expected one with pictures in {path / 'train' / 'image'}")
     modalities, told = _survey(path, held_out_share)
     problems: list[Problem] = []
@@ -236,13 +176,13 @@ def _doubts_of_picture(
     def doubt(found: str, fix: str) -> Problem:
         return Problem(str(path), found, fix, fatal=False)
 
-    with Image.open(path) as file:
+    with open_picture(path) as file:
         mode, turn, is_deep = file.mode, turn_of(file), _is_deep(path, file)
     if mode == "CMYK":
         yield doubt("CMYK, converted to RGB without a colour profile", "Save it as RGB if its colours come out wrong")
     if is_deep:
         yield doubt("16 bits a channel, of which 8 are kept", "Nothing, if its range is right; else save 8 bits")
-    if turn is not None and not _turns_sideways(path):
+    if turn is not None and turn not in SIDEWAYS:
         yield doubt("turned by its EXIF data", _UPRIGHT)
     elif turn is not None and abs(picture.width - picture.height) <= 1:
         yield doubt("turned by its EXIF data, which the size of a square does not show", _UPRIGHT)
@@ -265,11 +205,6 @@ def _doubts_of_picture(
 _UPRIGHT = "See that its conditions show the upright picture, or save it upright without EXIF data"
 
 
-def _turns_sideways(path: pathlib.Path) -> bool:
-    with Image.open(path) as file:
-        return file.getexif().get(0x0112) in _SIDEWAYS
-
-
 def _is_deep(path: pathlib.Path, file: Image.Image) -> bool:
     """Whether a picture has 16 bits a channel; of colour PNGs Pillow does not say so, but their header does."""
     if file.format != "PNG":
@@ -282,7 +217,7 @@ def _doubts_of_condition(path: pathlib.Path, modality: Modality, condition: np.n
     def doubt(found: str, fix: str) -> Problem:
         return Problem(str(path), found, fix, fatal=False)
 
-    with Image.open(path) as file:
+    with open_picture(path) as file:
         turn, is_deep = turn_of(file), _is_deep(path, file)
         is_seen_through = file.has_transparency_data and modality.kind not in ("labels", "sparse")
     if turn is not None:
@@ -399,68 +334,6 @@ def _lacking_classes(report: Report) -> Iterator[Problem]:
 def _named(report: Report, modality: Modality, classes: Sequence[int]) -> str:
     names = report.names.get(modality.name)
     return few([names[c] if names else str(c) for c in classes])
-
-
-# The summary
-
-
-def summary(report: Report) -> list[sheet.Table]:
-    """What the folder holds: counts, sizes, and the frequencies of classes."""
-    splits = report.splits
-    kinds = {m.name: f"{m.kind}, {m.channels} classes" if m.kind == "labels" else m.kind for m in report.modalities}
-    folders = dict.fromkeys(itertools.chain.from_iterable(s.files for s in splits.values()))
-    counts = [(f, kinds.get(f, ""), *(f"{s.files.get(f, 0):,}" for s in splits.values())) for f in folders]
-    tables = [sheet.Table("Files", ("folder", "kind", *splits), counts)]
-
-    sizes = sum((s.sizes for s in splits.values()), collections.Counter())
-    if 0 < len(sizes) <= 8:
-        rows = [(f"{w}x{h}", f"{n:,}", _percent(n / sizes.total())) for (w, h), n in sizes.most_common()]
-        tables.append(sheet.Table("Sizes of the pictures", ("size", "pictures", ""), rows))
-    elif sizes:
-        bins = collections.Counter()
-        for (width, height), count in sizes.items():
-            bins[min(width, height).bit_length() - 1] += count
-        rows = [
-            (f"{2**k} to {2 ** (k + 1) - 1}", f"{n:,}", _percent(n / bins.total())) for k, n in sorted(bins.items())
-        ]
-        tables.append(sheet.Table("Sizes of the pictures", ("shorter side", "pictures", ""), rows))
-
-    for m in report.modalities:
-        if m.kind != "labels" or not any(m.name in s.maps for s in splits.values()):
-            continue
-        names = report.names.get(m.name) or tuple(map(str, range(m.channels)))
-        columns = [c for s in splits for c in (f"{s}: share", "maps")]
-        rows = []
-        for i, name in enumerate((*names, "unknown")):
-            cells = []
-            for s in splits.values():
-                has = m.name in s.maps
-                cells += [_percent(s.sums[m.name][i] / s.read[m.name]), f"{s.maps[m.name][i]:,}"] if has else ["", "0"]
-            if i < m.channels or m.ignore != -1:
-                rows.append((name, *cells))
-        known = next(t.classes.get(m.name) for t in report.trees.values())
-        colors = known.colors if known else None
-        title = f"Classes of {m.name}: mean share of a map's pixels, and in how many maps"
-        tables.append(sheet.Table(title, ("class", *columns), rows, colors))
-    return tables
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}" if share == 0 or share >= 0.001 else "0.1%" if share > 0.0005 else "0.0%"
-
-
-def verdict(report: Report, command: str) -> str:
-    """The last word: whether training refuses the folder, and if not, the command that trains."""
-    fatal = {p.path for p in report.problems if p.fatal}
-    doubts = {p.path for p in report.problems if not p.fatal}
-    noted = f"{len(doubts):,} file(s) with warnings" if doubts else "no warnings"
-    if fatal:
-        return f"Training would refuse this folder: {len(fatal):,} file(s) with fatal problems, {noted}."
-    counts = " and ".join(
-        f"{s.count:,} to {'train' if split == 'train' else 'test'}" for split, s in report.splits.items()
-    )
-    held_out = " (held out by a hash of the names)" * report.is_borrowed
-    return f"Training takes this folder: {counts}{held_out}, {noted}. It begins with\n\n{command}"
 
 
 # The command

@@ -54,7 +54,7 @@ class Classes:
 def classes_path(root: str | os.PathLike, modality: str) -> pathlib.Path | None:
     """Where the classes of a modality are described: ``MODALITY.classes.json``, else ``classes.json``, else None."""
     found = (pathlib.Path(root) / f"{modality}.{FILE}", pathlib.Path(root) / FILE)
-    return next((path for path in found if path.is_file()), None)
+    return next((path for path in found if os.path.isfile(path)), None)
 
 
 def read_classes(path: str | os.PathLike) -> Classes:

@@ -16,10 +16,10 @@ from PIL import Image
 
 from mcm_jax.data.captions import find_captions
 from mcm_jax.data.classes import FILE, Classes, classes_path, read_classes
-from mcm_jax.data.folder import PICTURES, held_out_names, scan
+from mcm_jax.data.folder import held_out_names, scan
 from mcm_jax.data.problems import few, printable, refuse
 from mcm_jax.errors import UserError
-from mcm_jax.modalities import KINDS, Modality, known
+from mcm_jax.modalities import KINDS, PICTURES, Modality, known, open_picture
 
 NONE = "none"
 """The kind that a config gives a modality that shall be left out."""
@@ -120,9 +120,9 @@ def survey(
     """
     path, said = pathlib.Path(path), said or {}
     root = path / "train"
-    if not root.is_dir() and (bare := _bare(path)):
+    if not os.path.isdir(root) and (bare := _bare(path)):
         raise UserError(
-            f"{path}: holds pictures in {bare}, but no pairs in {root}. Make them: python -m mcm_jax.data make {path} "
+            f"{path}: holds pictures in {bare}, but no pairs in {root}. Make them: python -m mcm_jax.data make {bare} "
             f"--extract=sketch,canny"
         )
     files, problems = scan(root, {})
@@ -161,7 +161,7 @@ def survey(
 def _bare(path: pathlib.Path) -> pathlib.Path | None:
     """Where a folder has pictures without a split."""
     for folder in (path, path / "image"):
-        if folder.is_dir() and any(file.lower().endswith(PICTURES) for file in os.listdir(folder)):
+        if os.path.isdir(folder) and any(file.lower().endswith(PICTURES) for file in os.listdir(folder)):
             return folder
     return None
 
@@ -234,12 +234,9 @@ def _some(files: Sequence[pathlib.Path]) -> list[pathlib.Path]:
 
 
 def _open(path: pathlib.Path) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-        return picture
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UserError(f"{path}: not a picture that can be read ({e}). Replace it, or remove it") from e
+    with open_picture(path, "Replace it, or remove it") as picture:
+        picture.load()
+    return picture
 
 
 def _pictures_of(files: Sequence[pathlib.Path], errors: list[UserError]) -> list[Image.Image]:

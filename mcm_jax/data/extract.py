@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import math
 import pathlib
 import threading
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ SIZE = 512
 """The shorter side, in pixels, at which pictures are looked at unless the text says otherwise; 0 is as they are."""
 
 _LEAST = 128  # the shorter side at which lines are looked for: in fewer pixels they run together
+_LONGEST = 16  # times as long as it is wide; a thread of pixels, enlarged, would fill the memory
 _LINES = ("canny", "soft_edges", "sketch")
 _PROBE = 64  # height and width of the picture that tries what takes any size
 
@@ -325,7 +327,9 @@ def _settings(texts: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
         key, _, value = text.partition("=")
         try:
             values[key] = type(defaults[key])(value)
-        except (KeyError, ValueError) as e:
+            if not math.isfinite(values[key]):
+                raise ValueError
+        except (KeyError, ValueError, OverflowError) as e:
             known = ", ".join(f"{k}={v} ({type(v).__name__})" for k, v in defaults.items())
             raise UserError(f"found the setting {text!r}; expected of {known}") from e
     expect(values["size"] >= 0, "size", "at least 0", values["size"])
@@ -341,7 +345,8 @@ def _of_ours(modality: str, what: str, texts: Sequence[str]) -> Extractor:
     chosen = {k: v for k, v in settings.items() if k in parameters}
 
     def find(picture: np.ndarray, name: str) -> np.ndarray:
-        if what in _LINES and min(picture.shape[:2]) < _LEAST:
+        shorter, longer = sorted(picture.shape[:2])
+        if what in _LINES and shorter < _LEAST and longer <= _LONGEST * shorter:
             picture = np.asarray(_scaled(Image.fromarray(picture), _LEAST))
         if "rng" not in parameters:
             return function(picture, **chosen)

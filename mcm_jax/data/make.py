@@ -9,10 +9,12 @@ interruption, and with pictures or extractors that were added.
 
 import argparse
 import concurrent.futures
+import errno
 import io
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +24,8 @@ from tqdm import tqdm
 
 from mcm_jax.data import captions
 from mcm_jax.data.extract import EXTRACTORS, Extractor, open_extractors
-from mcm_jax.data.folder import read_image
 from mcm_jax.data.problems import few
+from mcm_jax.data.reading import read_image
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, lock, write_atomically
 from mcm_jax.modalities import PICTURES
@@ -54,7 +56,7 @@ def make(data: str | os.PathLike, extractors: Sequence[Extractor], workers: int 
     """
     data = pathlib.Path(data)
     expect(workers is None or workers >= 1, "--workers", "at least 1", workers)
-    if not data.is_dir():
+    if not os.path.isdir(data):
         raise UserError(f"{data}: no such folder; expected one of pictures ({', '.join(PICTURES)})")
     check_writable(data, "DATA")
     with lock(data, "extracting conditions there", "DATA"):
@@ -102,12 +104,17 @@ def _lay_out(data: pathlib.Path) -> list[str]:
     splits = [split for split in SPLITS if (data / split / "image").is_dir()]
     if not splits:
         raise UserError(f"{data}: has no {pathlib.Path('train', 'image')}; expected the pictures there")
-    if late := flat.keys() - {name for split in splits for name in pictures_in(data / split / "image")}:
+    there = {name: path for split in splits for name, path in pictures_in(data / split / "image").items()}
+    if late := [name for name, path in flat.items() if name not in there or _is_older(there[name], path)]:
         print(
-            f"note: left out {len(late)} picture(s) of {data} itself ({few(sorted(late))}), since there is "
+            f"note: left out {len(late)} new or changed picture(s) of {data} itself ({few(late)}), since there is "
             f"{data / splits[0] / 'image'} already: move them there"
         )
     return splits
+
+
+def _is_older(path: pathlib.Path, than: pathlib.Path) -> bool:
+    return path.stat().st_mtime_ns < than.stat().st_mtime_ns
 
 
 def _link(path: pathlib.Path, to: pathlib.Path) -> None:
@@ -124,14 +131,18 @@ def _check_record(data: pathlib.Path, splits: Sequence[str], extractors: Sequenc
         record = json.loads(path.read_text()) if path.is_file() else {}
         if not isinstance(record, dict):
             raise ValueError("no JSON object")
-    except ValueError as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: damaged ({e}); remove it, and the folders of extracted conditions") from e
     for e in extractors:
         folders = [data / split / e.modality for split in splits]
         there = [f for f in folders if f.is_dir() and any(pictures_in(f))]
         if there and record.get(e.modality) != e.record:
             before = record.get(e.modality)
-            how = f"made by {_said(before)}, not by {_said(e.record)}" if before else "not made by this command"
+            how = (
+                f"made by {_said(before)}, not by {_said(e.record)}"
+                if isinstance(before, dict)
+                else "not made by this command"
+            )
             raise UserError(
                 f"{there[0]}: holds conditions that were {how}. Extract into another folder, "
                 f"--extract={e.modality}_2=..., or remove {' and '.join(map(str, there))}"
@@ -141,7 +152,7 @@ def _check_record(data: pathlib.Path, splits: Sequence[str], extractors: Sequenc
 
 
 def _said(record: Mapping[str, object]) -> str:
-    return f"{record['by']} ({', '.join(f'{k}={v}' for k, v in record.items() if k != 'by')})"
+    return f"{record.get('by')} ({', '.join(f'{k}={v}' for k, v in record.items() if k != 'by')})"
 
 
 def _missing(
@@ -168,7 +179,8 @@ def write_png(path: pathlib.Path, picture: Image.Image) -> None:
     try:
         write_atomically(path, data.getvalue())
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror or e}). Free space or permissions there") from e
+        fix = "Shorten its picture's name" if e.errno == errno.ENAMETOOLONG else "Free space or permissions there"
+        raise UserError(f"{path}: cannot be written ({e.strerror or e}). {fix}") from e
 
 
 def _extract(work: Sequence[tuple[pathlib.Path, dict[pathlib.Path, Extractor]]], workers: int) -> list[str]:
@@ -225,4 +237,4 @@ def extract(data: pathlib.Path, extractors: Sequence[Extractor], workers: int | 
     if wrong:
         listed = "\n".join(wrong)
         raise UserError(f"{len(wrong)} picture(s) have no conditions, all others do:\n{listed}")
-    print(f"\nNext: python -m mcm_jax.data check {data}")
+    print(f"\nNext: python -m mcm_jax.data check {shlex.quote(str(data))}")

@@ -6,6 +6,7 @@ import dataclasses
 import html
 import io
 import pathlib
+import re
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mcm_jax.data.folder import Tree, read_caption, read_condition, read_image
+from mcm_jax.data.folder import Tree
 from mcm_jax.data.problems import Kind, Problem, alike, below, printable
+from mcm_jax.data.reading import read_caption, read_condition, read_image
 from mcm_jax.errors import UserError
 from mcm_jax.files import write_atomically
 from mcm_jax.modalities import Modality
@@ -30,6 +32,7 @@ _LISTED, _UNFOLDED = 6, 500  # files of one kind, before and behind a fold
 _PROMPT = 160  # characters of one
 _KINDS = 20  # of those that are alike
 _ROWS = 24  # of a table as text
+_SHARE = re.compile(r"([\d.]+)%")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,16 +286,14 @@ def _html_table(t: Table) -> str:
         if t.colors is not None and i < len(t.colors):
             color = "#" + bytes(t.colors[i].tolist()).hex()
             cells[0] = f'<span class="swatch" style="background:{color}"></span>{cells[0]}'
-        cells = [c + _bar(text) for c, text in zip(cells, row, strict=True)]
+        cells[1:] = [c + _bar(text) for c, text in zip(cells[1:], row[1:], strict=True)]
         rows.append("<tr><td>" + "<td>".join(cells))
     return f'<h2>{_safe(t.title)}</h2><table class="numbers"><tr>{head}{"".join(rows)}</table>'
 
 
 def _bar(text: str) -> str:
-    share = text.removesuffix("%")
-    if share == text:
-        return ""
-    return f'<span class="track"><span class="bar" style="width:{float(share):.0f}%"></span></span>'
+    share = _SHARE.fullmatch(text)
+    return f'<span class="track"><span class="bar" style="width:{float(share[1]):.0f}%"></span></span>' if share else ""
 
 
 def _img(picture: Image.Image) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from mcm_jax.data.folder import to_grid
+from mcm_jax.data.reading import to_grid
 from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality
 

@@ -11,7 +11,8 @@ Each kind of condition is a class in one place (:mod:`.labels`, :mod:`.maps`, :m
 """
 
 from mcm_jax.modalities.channels import drop, stack, total_channels
-from mcm_jax.modalities.kind import PICTURES, Kind
+from mcm_jax.modalities.files import PICTURES, PictureBytes, open_picture
+from mcm_jax.modalities.kind import Kind
 from mcm_jax.modalities.known import Known, known
 from mcm_jax.modalities.modality import KINDS, Modality, cover, read_png
 from mcm_jax.modalities.settings import ModalitiesSettings
@@ -23,9 +24,11 @@ __all__ = [
     "Known",
     "ModalitiesSettings",
     "Modality",
+    "PictureBytes",
     "cover",
     "drop",
     "known",
+    "open_picture",
     "read_png",
     "stack",
     "total_channels",

@@ -9,9 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mcm_jax.errors import UserError, expect
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-"""Endings of the files that are pictures, in any case."""
+from mcm_jax.modalities.files import PICTURES
 
 
 @dataclasses.dataclass(frozen=True)

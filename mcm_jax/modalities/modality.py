@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import io
 import pathlib
 
 import jax
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from mcm_jax.errors import UserError
+from mcm_jax.modalities.files import PictureBytes, open_picture
 from mcm_jax.modalities.kind import Kind
 from mcm_jax.modalities.known import known
 from mcm_jax.modalities.labels import Labels
@@ -152,8 +151,8 @@ def cover(height: int, width: int, grid_height: int, grid_width: int) -> tuple[f
     return top, left, top + rows, left + columns
 
 
-def read_png(path: str | pathlib.Path | io.BytesIO, modality: Modality) -> np.ndarray:
-    """Reads a condition from a picture file, or from what is in one; then its ``str()`` says where that is.
+def read_png(path: str | pathlib.Path | PictureBytes, modality: Modality) -> np.ndarray:
+    """Reads a condition from a picture file, or from what is in one.
 
     Labels come from a PNG whose pixel values are the classes (greyscale or palette indices); a colour picture or a
     lossy one (JPEG, WebP) is refused, since its values are no classes. Maps come from any picture, grey for one channel
@@ -165,13 +164,10 @@ def read_png(path: str | pathlib.Path | io.BytesIO, modality: Modality) -> np.nd
     Raises:
       UserError: the file is missing, no picture, lossy, in colour, or holds an unknown class.
     """
-    if not isinstance(path, io.BytesIO) and not pathlib.Path(path).is_file():
+    if not isinstance(path, PictureBytes) and not pathlib.Path(path).is_file():
         raise UserError(f"{path}: no such file (wanted: the {modality.name}'s PNG)")
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UserError(f"{path}: not a picture that can be read ({e}). A {modality.name} is a PNG file") from e
+    with open_picture(path, f"A {modality.name} is a PNG file") as picture:
+        picture.load()
     array = modality.definition.decode(picture, path)
     modality.check(array, str(path))
     return array

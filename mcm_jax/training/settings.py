@@ -143,7 +143,7 @@ def read_run(config: Any, workdir: str | os.PathLike | None = None) -> RunSettin
     given = config_lib.given(config)
     data, said = given.get("data"), given.get("modalities")
     if not (isinstance(data, dict) and isinstance(said, dict) and data.get("discover") is True):
-        return config_lib.read(RunSettings, config)
+        return config_lib.read(RunSettings, given)
     source = config_lib.read(DataSettings, data, where="config.data")
     own = {name: section for name, section in said.items() if isinstance(section, dict)}
     if workdir is not None and (pathlib.Path(workdir) / config_lib.FILE).is_file():

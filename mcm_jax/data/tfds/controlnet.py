@@ -7,18 +7,17 @@ diffusers' ``examples/controlnet/train_controlnet.py``. Read from local files by
 
 import dataclasses
 import functools
-import io
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from mcm_jax.data.tfds.layout import Holds, Layout, Record, Shard, checked, plain_name, png, read_json
 from mcm_jax.errors import UserError, expect
-from mcm_jax.modalities import Modality
+from mcm_jax.modalities import Modality, PictureBytes, open_picture
 
 _COLUMNS = ("image", "conditioning_image", "text")
 _SPLITS = {"train": "train", "test": "test", "validation": "test"}
@@ -87,14 +86,11 @@ class ControlNet(Layout):
 
     def _condition(self, value: Any, source: str) -> bytes:
         data = checked(_bytes(value, source), source)
-        try:
-            with Image.open(io.BytesIO(data)) as opened:
-                mode = "L" if self.channels == 1 else "RGB"
-                if opened.format == "PNG" and opened.mode == mode and not self.invert:
-                    return data
-                converted = opened.convert(mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            raise UserError(f"{source}: not a picture that can be read ({e})") from e
+        with open_picture(PictureBytes(data, source)) as opened:
+            mode = "L" if self.channels == 1 else "RGB"
+            if opened.format == "PNG" and opened.mode == mode and not self.invert:
+                return data
+            converted = opened.convert(mode)
         return png(np.asarray(ImageOps.invert(converted) if self.invert else converted))
 
 

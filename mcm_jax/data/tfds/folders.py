@@ -3,15 +3,14 @@
 import dataclasses
 import pathlib
 
-from PIL import Image
-
 from mcm_jax.data.captions import find_captions
 from mcm_jax.data.classes import FILE, classes_path, read_classes
-from mcm_jax.data.folder import PICTURES, held_out_names, read_caption, read_tree
+from mcm_jax.data.folder import held_out_names, read_tree
 from mcm_jax.data.problems import few, refuse
+from mcm_jax.data.reading import read_caption
 from mcm_jax.data.tfds.layout import Holds, Layout, Record, Shard, picture, shards
 from mcm_jax.errors import UserError, expect
-from mcm_jax.modalities import Modality, known
+from mcm_jax.modalities import PICTURES, Modality, known, open_picture
 
 _SPLITS = ("train", "test")
 
@@ -128,9 +127,6 @@ def _channels(folder: pathlib.Path) -> int:
     """As many as the first picture of a folder has; a palette's are one, labels."""
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in PICTURES and not path.name.startswith("."):
-            try:
-                with Image.open(path) as opened:
-                    return len(opened.getbands())
-            except (OSError, SyntaxError, ValueError) as e:
-                raise UserError(f"{path}: not a picture that can be read ({e})") from e
+            with open_picture(path) as opened:
+                return len(opened.getbands())
     raise UserError(f"{folder}: holds no pictures. Fill it, or remove it")

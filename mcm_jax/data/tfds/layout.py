@@ -7,7 +7,6 @@ import functools
 import io
 import json
 import pathlib
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from PIL import Image
 from mcm_jax.data.classes import Classes
 from mcm_jax.data.problems import few
 from mcm_jax.errors import UserError
-from mcm_jax.modalities import Modality
+from mcm_jax.modalities import Modality, PictureBytes, open_picture
 
 Record = dict[str, bytes | str]
 """An example as it is written: ``image`` and each modality as the bytes of a picture file, ``caption`` as a text."""
@@ -27,6 +26,7 @@ Shard = Callable[[], Iterator[tuple[str, Record]]]
 
 _SHARD_BYTES = 128 * 2**20  # while one is written, its records are in memory
 _SHARD_RECORDS = 4096
+_AGAIN = "Download it again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +113,9 @@ def picture(path: pathlib.Path) -> bytes:
 
 def checked(data: bytes, source: str) -> bytes:
     """`data`, or UserError naming `source` where they are no PNG, JPEG or WebP."""
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            kind = opened.format
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as e:
-        raise UserError(f"{source}: not a picture that can be read ({e}). Download it again") from e
-    if kind not in ("PNG", "JPEG", "WEBP"):
+    with open_picture(PictureBytes(data, source), _AGAIN) as opened:
+        kind = opened.format
+    if kind not in ("PNG", "JPEG", "MPO", "WEBP"):  # MPO: a JPEG with more behind it, of phones
         raise UserError(f"{source}: found a {kind} file, expected PNG, JPEG or WebP")
     return data
 
@@ -129,11 +126,8 @@ def pixels(path: pathlib.Path) -> np.ndarray:
     Raises:
       UserError: it cannot be read.
     """
-    try:
-        with Image.open(path) as opened:
-            return np.asarray(opened if opened.mode in ("L", "P", "1", "I;16") else opened.convert("L"))
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as e:
-        raise UserError(f"{path}: not a picture that can be read ({e}). Download it again") from e
+    with open_picture(path, _AGAIN) as opened:
+        return np.asarray(opened if opened.mode in ("L", "P", "1", "I;16") else opened.convert("L"))
 
 
 def png(array: np.ndarray) -> bytes:

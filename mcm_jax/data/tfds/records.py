@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -15,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from mcm_jax.data.classes import Classes
-from mcm_jax.data.folder import read_example
 from mcm_jax.data.problems import few
+from mcm_jax.data.reading import read_example
 from mcm_jax.data.tfds import LAYOUTS
 from mcm_jax.errors import UserError
-from mcm_jax.modalities import Modality
+from mcm_jax.modalities import Modality, PictureBytes
 
 _INFO = "dataset_info.json"
 _CHUNK = 64  # records a step of a fingerprint
@@ -40,17 +39,6 @@ def library() -> ModuleType:
             f"TensorFlow)"
         ) from e
     return tensorflow_datasets
-
-
-class _Part(io.BytesIO):
-    """A picture of a record; as a text it says where it is."""
-
-    def __init__(self, data: bytes, where: str):
-        super().__init__(data)
-        self._where = where
-
-    def __str__(self) -> str:
-        return self._where
 
 
 class Records:
@@ -98,6 +86,7 @@ class Records:
         if split not in found.splits:
             raise UserError(f"{self._root}: there is no split {split!r}; found {', '.join(found.splits) or 'none'}")
         tfds = library()
+        _check_features(self._root)
         builder = tfds.builder_from_directory(self._root)
         wanted = ["image", *(m.name for m in self.modalities), *(["caption"] if captions else [])]
         features = builder.info.features
@@ -123,8 +112,8 @@ class Records:
         record = self._read(index)
         where = f"{self._root}: {self._split}[{index}]" + (f" ({record['name'].decode()})" if "name" in record else "")
 
-        def source_of(name: str) -> _Part:
-            return _Part(record[name], f"{where} {name}")
+        def source_of(name: str) -> PictureBytes:
+            return PictureBytes(record[name], f"{where} {name}")
 
         example = read_example(source_of, self.modalities, self.classes, self.height, self.width)
         if self.captions:
@@ -170,6 +159,24 @@ class Records:
             raise UserError(f"{self._root}: {self._split}[{index}] cannot be read ({e}). Build it anew") from e
 
 
+def _check_features(root: pathlib.Path) -> None:
+    """Raises UserError where the features are not TFDS' own: it imports whatever module their classes name."""
+
+    def check(found: dict[str, Any]) -> None:
+        for key in ("pythonClassName", "python_class_name", "type"):
+            name = found.get(key, "")
+            if isinstance(name, str) and name and not name.startswith("tensorflow_datasets.core.features."):
+                raise UserError(f"{path}: found a feature of the class {name}, expected tensorflow_datasets' own")
+
+    path = root / "features.json"
+    try:
+        json.loads(path.read_text(encoding="utf-8"), object_hook=check)
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: cannot be read ({e}). Build the data set anew") from e
+
+
 @dataclasses.dataclass(frozen=True)
 class Description:
     """What a prepared data set says of itself.
@@ -203,7 +210,7 @@ def describe(root: pathlib.Path) -> Description:
         classes = {name: _classes(c) for name, c in known.get("classes", {}).items()}
         splits = tuple(split["name"] for split in info.get("splits", ()))
         return Description(splits, info.get("fileFormat", "tfrecord"), modalities, classes)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f"{root}: not a data set as TFDS writes it ({type(e).__name__}: {e}). Build it anew") from e
 
 
@@ -229,14 +236,14 @@ def find(path: str | os.PathLike) -> pathlib.Path:
       UserError: there is none, or there are several: lists those that there are.
     """
     folder = pathlib.Path(path).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False of a path that is too long, too
         return _newest(folder, str(path))
     home = pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     name, _, version = str(path).partition(":")
     plain = re.fullmatch(r"\w+(/\w[\w.-]*)?", name) and re.fullmatch(r"[\w.]*", version)
-    if plain and (home / name / version).is_dir():
+    if plain and os.path.isdir(home / name / version):
         return _newest(home / name / version, str(path))
-    if plain and version and (home / name).is_dir():
+    if plain and version and os.path.isdir(home / name):
         raise UserError(f"{path}: {home / name} has no version {version}; found {few(sorted(os.listdir(home / name)))}")
     if name.split("/")[0] in LAYOUTS:
         layout = LAYOUTS[name.split("/")[0]]
@@ -244,7 +251,7 @@ def find(path: str | os.PathLike) -> pathlib.Path:
             f"{path}: not built in {home}. Build it by python -m mcm_jax.data.tfds build {layout.name} "
             f"--manual_dir=DOWNLOADS (from {layout.page}), or name the folder that it was built into"
         )
-    there = sorted({p.relative_to(home).parts[0] for p in prepared(home)}) if home.is_dir() else []
+    there = sorted({p.relative_to(home).parts[0] for p in prepared(home)}) if os.path.isdir(home) else []
     raise UserError(
         f"{path}: no folder, and no data set of TFDS that is known. In {home} there are: {', '.join(there) or 'none'}; "
         f"python -m mcm_jax.data.tfds can build: {', '.join(LAYOUTS)}"
