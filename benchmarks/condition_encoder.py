@@ -78,7 +78,7 @@ def main() -> None:
                 t.optimizer, schedule_of(settings[name]), weight_decay=t.weight_decay, clip_norm=t.clip_norm
             )
             init = jax.jit(lambda key, m=modulator: m.init(key, base.latent_shape, m.grid(base)))
-            params = replicate(init(jax.random.key(seed)), mesh)
+            params = replicate(init(jax.random.key(seed, impl="rbg")), mesh)  # compiles in a third of the time
             sizes[name] = parameter_count(params)
             how = dict(weighting=one.loss.weighting, l1=one.loss.l1, ema_decay=t.ema_decay)
             runs[name] = [state.init_state(params, optimizer), step.make_train_step(modulator, optimizer, **how)]
