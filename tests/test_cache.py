@@ -404,7 +404,7 @@ def test_other_pictures_are_refused(base_path, tmp_path):
         (tmp_path / "data/train" / name).mkdir(parents=True)
     for i in range(4):
         _write(tmp_path / "data/train", f"{i}", rng)
-    mine = {"data.name": "folder", "data.path": str(tmp_path / "data")}
+    mine = {"data.name": "folder", "data.path": str(tmp_path / "data"), "data.held_out_share": 0.0}
     config = tiny.make_config(base_path, SMALL | mine)
     precompute(config, tmp_path)
     os.utime(tmp_path / "data/train/sketch/0.png")
@@ -674,7 +674,7 @@ def test_other_random_numbers_are_refused(config, workdir):
 
 
 def test_views_that_change_nothing_are_refused_with_a_cache_too(config, workdir):
-    with pytest.raises(UserError, match="config.data.views=1 .*data.flip and data.crop change nothing"):
+    with pytest.raises(UserError, match="config.data.views=1 .*data.flip, data.crop and data.jitter change nothing"):
         precompute(changed(config, data__flip=True), workdir)
 
 

@@ -17,7 +17,7 @@ from mcm_jax.evaluation import evaluate as module
 from mcm_jax.evaluation import metrics
 from mcm_jax.evaluation.evaluate import evaluate, interval
 from mcm_jax.evaluation.held_out import HeldOut
-from mcm_jax.evaluation.judges import Judge, Judgement, flatten, judges_of
+from mcm_jax.evaluation.judges import Judge, Judgement, edges, flatten, judges_of
 from mcm_jax.evaluation.judges.readers import open_reader, resize_images
 from mcm_jax.evaluation.parts import Parts
 from mcm_jax.evaluation.rows import rows_of, subsets
@@ -285,16 +285,17 @@ def test_what_cannot_be_judged_is_refused(workdir, tmp_path, judges, message):
 
 def test_edges_of_no_lines_are_refused():
     card = BaseCard("", "", None, (32, 32, 3), (32, 32, 3), False, 1, 1)
-    held_out = HeldOut(DataSettings(), card, (Modality("tint", "map", 3),), 2)
+    held_out = HeldOut(DataSettings(), card, (), 2)
     for of, spec, message in (
         ("segmentation", "edges", "judge 'edges': there is no such judge of labels"),
         ("sketch", "edges:tolerance=-1", "tolerance=-1: expected size"),
         ("sketch", "edges:size=-8", "size=-8: expected size"),
         ("sketch", "edges:threshold=nan", "threshold=nan: expected size"),
-        ("tint", "edges", "lines have one channel, tint 3"),
     ):
         with pytest.raises(UserError, match=message):
-            judges_of(held_out, dict.fromkeys(("segmentation", "sketch", "tint"), "none") | {of: spec})
+            judges_of(held_out, dict.fromkeys(("segmentation", "sketch"), "none") | {of: spec})
+    with pytest.raises(UserError, match="lines have one channel, tint 3"):
+        edges(Modality("tint", "map", 3), "edges", held_out)
 
 
 def test_parts_are_kept_of_the_same_evaluation_alone(tmp_path, capsys):
