@@ -588,3 +588,10 @@ def test_a_map_of_two_channels_has_no_picture(tmp_path):
     path = _save(tmp_path, Image.fromarray(_GREY))
     with pytest.raises(UserError, match="a picture cannot hold the 2 channels of a flow"):
         read_png(path, Modality("flow", "map", 2))
+
+
+def test_rare_formats_are_not_tried_under_the_name_of_another(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path, "EPS")  # Pillow would run Ghostscript
+    with pytest.raises(UserError, match="cannot identify"):
+        read_png(path, Modality("sketch", "lines", 1))
