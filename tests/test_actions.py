@@ -134,7 +134,7 @@ def test_pictures_are_drawn_every_n_steps(pipeline, trained, tmp_path):
         "segmentation": np.zeros((2, tiny.SIZE, tiny.SIZE), np.uint8),
         "sketch": np.full((2, tiny.SIZE, tiny.SIZE), 255, np.uint8),
     }
-    action = ValidationPictures(tmp_path, every=2, pipeline=pipeline, examples=examples)
+    action = ValidationPictures(tmp_path, every=2, pipeline=pipeline, examples=examples, palettes={})
     for step in (1, 2, 3):
         action(moment(step, state=trained.state))
     assert [p.name for p in tmp_path.iterdir()] == ["step_0000002.png"]

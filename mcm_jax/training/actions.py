@@ -265,11 +265,20 @@ class ValidationPictures:
       every: steps.
       pipeline: base and MCM; takes the averaged params of the moment.
       examples: held-out ones, stacked, 8 bits a value.
+      palettes: colours of the classes, by modality, uint8 ``[C, 3]``; None where there are none.
     """
 
-    def __init__(self, folder: pathlib.Path, *, every: int, pipeline: Pipeline, examples: Mapping[str, np.ndarray]):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        every: int,
+        pipeline: Pipeline,
+        examples: Mapping[str, np.ndarray],
+        palettes: Mapping[str, np.ndarray | None],
+    ):
         maps = [m.name for m in pipeline.modulator.modalities if m.continuous]
-        self._folder, self._every, self._pipeline = folder, every, pipeline
+        self._folder, self._every, self._pipeline, self._palettes = folder, every, pipeline, palettes
         self._examples = to_float(dict(examples), maps)
 
     def __call__(self, now: Moment) -> None:
@@ -290,7 +299,9 @@ class ValidationPictures:
         keys = sampling.sample_keys(0, count)
         there = examples.get("present", np.ones((count, len(modalities)))) > 0
         present = {m.name: there[:, i] for i, m in enumerate(modalities)}
-        rows = [pictures.show(m, examples[m.name], present=present[m.name]) for m in modalities]
+        rows = [
+            pictures.show(m, examples[m.name], self._palettes.get(m.name), present=present[m.name]) for m in modalities
+        ]
         how = dict(prompts=prompts, present=present, batch_size=count)
         alone, controlled = pipeline(conditions, keys, guidance=0.0, **how), pipeline(conditions, keys, **how)
         return pictures.grid([*rows, pictures.to_uint8(alone), pictures.to_uint8(controlled)])

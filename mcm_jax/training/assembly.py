@@ -326,7 +326,13 @@ def actions_of(
     )
     if parts.pipeline and parts.examples:
         folder = workdir / "validation"
-        pictures = ValidationPictures(folder, every=t.validate_every, pipeline=parts.pipeline, examples=parts.examples)
+        pictures = ValidationPictures(
+            folder,
+            every=t.validate_every,
+            pipeline=parts.pipeline,
+            examples=parts.examples,
+            palettes={m.name: settings.data.palette(m.name) for m in parts.modulator.modalities},
+        )
         actions.append(pictures)
     return actions
 

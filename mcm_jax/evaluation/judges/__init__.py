@@ -82,9 +82,11 @@ def judges_of(held_out: HeldOut, specs: Mapping[str, str], references: int = 0) 
         if spec == "none":
             continue
         if not spec:
+            coloured = modality.kind == "labels" and held_out.data.palette(name) is not None
+            colours = f", e.g. --judge={name}=palette, by the colours that the data set knows" if coloured else ""
             raise UserError(
                 f"there is no judge of the {modality.kind} {name!r}. Give one, --judge={name}=HOW (while training, "
-                f"config.evaluation.judges.{name}): "
+                f"config.evaluation.judges.{name}){colours}: "
                 f"{_CAN_BE[modality.kind]}; or --judge={name}=none to leave it out"
             )
         if not held_out.present[name].any():
