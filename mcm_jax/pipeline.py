@@ -209,7 +209,7 @@ class Pipeline:
     Args:
       base: the frozen model.
       modulator: the MCM's network and settings.
-      params: of the MCM.
+      params: of the MCM; None where there is none, and the base samples alone.
       settings: how samples are drawn, unless :meth:`__call__` is told otherwise.
       step: how long the MCM was trained.
       mesh: the devices that share the work, which the base's params are put on unless they are there; those of this
@@ -220,7 +220,7 @@ class Pipeline:
         self,
         base: Base,
         modulator: Modulator,
-        params: Any,
+        params: Any | None,
         settings: SamplingSettings | None = None,
         step: int = 0,
         mesh: jax.sharding.Mesh | None = None,
@@ -277,7 +277,7 @@ class Pipeline:
                     return sampling.guide(eps, jax.lax.fori_loop(0, calls, add, jnp.zeros_like(eps)), strength)
 
                 def modulate(eps):
-                    return jax.lax.cond(jnp.any(strength != 0), change, lambda eps: eps, eps)
+                    return eps if params is None else jax.lax.cond(jnp.any(strength != 0), change, lambda eps: eps, eps)
 
                 def predict(x, t, alpha, sigma, context):
                     return base.predict(base_params, x, t, context, (alpha, sigma)).astype(jnp.float32)

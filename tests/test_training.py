@@ -531,7 +531,8 @@ def test_the_files_of_a_batch_are_known_with_a_cache_too(base_path, tmp_path):
         for name in names:
             Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / "train" / folder / f"{name}.png")
     changes = {"data.name": "folder", "data.path": str(tmp_path), "cache.mode": "build", "draws.count": 1}
-    settings = tiny.settings_of(tiny.make_config(base_path, changes | {"train.validate_every": 0}))
+    changes |= {"data.held_out_share": 0.0, "train.validate_every": 0}
+    settings = tiny.settings_of(tiny.make_config(base_path, changes))
     assembled = parts.assemble(settings, tmp_path / "run", sharding.make_mesh())
     assert assembled.feed.repeat == 1 and assembled.feed.names == names  # what diverged.json names examples by
     (tmp_path / "train").rename(tmp_path / "elsewhere")

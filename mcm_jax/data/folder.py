@@ -216,14 +216,16 @@ def held_out_names(names: Iterable[str], share: float) -> set[str]:
     """Those of a folder's names that its test split gets, where it has none of its own: about `share` of them.
 
     A name is held out where its SHA-256, as a number in [0, 1), is below `share`, whatever other names there are: new
-    pictures move no old one. Of two names or more at least one is held out and one is left.
+    pictures move no old one. Of two names or more at least one is held out, and at most half of a handful, whatever
+    their numbers are.
     """
     numbers = {name: _number(name) for name in names}
     if share <= 0 or len(numbers) < 2:
         return set()
     order = sorted(numbers, key=lambda name: (numbers[name], name))
     count = sum(number < share for number in numbers.values())
-    return set(order[: min(max(count, 1), len(order) - 1)])
+    most = max(len(order) // 2, int(share * len(order)))
+    return set(order[: min(max(count, 1), most)])
 
 
 def _number(name: str) -> float:
