@@ -328,7 +328,7 @@ def _unpaired(
     rule = gaps = "Files are paired by their names without ending: add or rename one, or remove the other"
     missing = sorted(missing)
     if ending != ".txt" and len(missing) < pictures:
-        gaps += "; config.data.partial=True trains with pictures that miss some of their conditions"
+        gaps += "; config.data.partial=True (of check: --partial) takes pictures that miss some of their conditions"
     image = folder.parent / "image"
     found = f"missing, but {image} has a picture of its name"
     return [
