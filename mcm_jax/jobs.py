@@ -128,14 +128,14 @@ class Drawer:
         self.settings = self.pipeline.settings.but(**changes)
         self.check_text({k: v for k, v in changes.items() if v is not None}, "--")
         self.settings.check_for(self.pipeline.base.schedule)
-        self.known = {m.name: m for m in self.pipeline.modulator.modalities}
+        self.known = {m.name: m for m in self.pipeline.modalities}
         self.data = config.load(_RunSettings, assets.resolve(workdir), others=True).data
         self._condition = functools.lru_cache(256)(self._fitted)
         self._sha256 = functools.lru_cache(4096)(sha256)
         self._facts = {
             "workdir": workdir,
             "mcm_sha256": sha256(assets.resolve(workdir) / WEIGHTS),
-            "mcm_step": self.pipeline.step,
+            "mcm_step": self.pipeline.mcms[0].step,
             "base": self.pipeline.base.name,
             "fingerprint": self.pipeline.base.fingerprint,
             "device": jax.devices()[0].device_kind,

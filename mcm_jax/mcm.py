@@ -256,6 +256,11 @@ class Modulator:
             )
         return picture
 
+    @property
+    def multiple(self) -> int:
+        """Height and width of latents are multiples of this."""
+        return 2 ** (len(self.module.size.multipliers) - 1)
+
     def init(self, key: jax.Array, shape: tuple[int, int, int], grid: tuple[int, int] | None = None) -> Any:
         """Initial params for a base of latent shape ``(H, W, C)``; `grid` by :meth:`grid`, H and W if left out."""
         height, width, channels = shape

@@ -6,7 +6,7 @@ fingerprint). A workdir is such a folder while it trains and after; the shipped 
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,22 @@ class ModelSettings:
     mcm: MCMSettings
     sampling: SamplingSettings
     mesh: MeshSettings = config_lib.setting(MeshSettings(), before=MeshSettings())
+
+
+class Trained(NamedTuple):
+    """An MCM for a base.
+
+    Attributes:
+      modulator: its network and settings.
+      params: of the network; None where there are none, and it does nothing.
+      step: how long it was trained.
+      name: what messages call it: the folder it is from.
+    """
+
+    modulator: Modulator
+    params: Any | None = None
+    step: int = 0
+    name: str = ""
 
 
 def save_mcm(folder: pathlib.Path, params: Any, *, base: Base | BaseCard, step: int) -> None:

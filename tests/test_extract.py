@@ -22,6 +22,7 @@ from mcm_jax.evaluation.judges.readers import of_net
 from mcm_jax.modalities import Modality, known
 from mcm_jax.pictures import to_uint8
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.trained import Trained
 
 H, W = 40, 56
 NAMES = ("a", "b", "turned", "é")
@@ -180,7 +181,7 @@ def test_the_base_makes_its_own_pairs(prompts, small_path, sd_path, tmp_path, ca
 
     base = load_base(path)
     modulator = tiny.modulator_of(tiny.make_config(path, tiny.SMALL), base)
-    alone = Pipeline(base, modulator, modulator.init(jax.random.key(0), base.latent_shape))
+    alone = Pipeline(base, Trained(modulator, modulator.init(jax.random.key(0), base.latent_shape)))
     texts = [prompts[i % 3] for i in range(5)] if prompts else None
     found = alone({}, sampling.sample_keys(0, 5), prompts=texts, guidance=0, steps=2, batch_size=4)
     for path, image in zip(images, to_uint8(found), strict=True):
