@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from mcm_jax import config as config_lib
@@ -563,6 +564,27 @@ def test_classes_are_described(tmp_path):
 
 
 _PLAIN = {"ignore_color": None, "swap": {}}
+
+
+def test_what_is_described_is_kept_and_counts_before_the_folder(tmp_path):
+    """Colours or none, unknown or not: a workdir says the same, whatever becomes of the folder."""
+    (workdir := tmp_path / "run").mkdir()
+    _describe(tmp_path)
+    _describe(tmp_path, "parts.classes.json", classes=[{"name": "é"}, {"name": "b"}], ignore=-1, **_PLAIN)
+    data, kept = DataSettings("folder", str(tmp_path)), (TWO, Modality("parts", "labels", 2))
+    said = {name: data.described(name, workdir) for name in ("segmentation", "parts")}  # a run that has kept none
+    data.keep_described(kept, workdir)
+    (tmp_path / "classes.json").unlink()
+    (tmp_path / "parts.classes.json").write_text("no JSON")
+    for name, classes in said.items():
+        found = data.described(name, workdir)
+        np.testing.assert_array_equal(data.palette(name, workdir), classes.colors)
+        assert dataclasses.replace(found, colors=None) == dataclasses.replace(classes, colors=None)
+    before = tiny.contents(workdir)
+    assert data.palette("segmentation") is None and before.keys() == {f"{n}.classes.json" for n in said}
+    with pytest.raises(UserError, match="parts.classes.json"):
+        data.keep_described(kept, workdir)
+    assert tiny.contents(workdir) == before
 
 
 @pytest.mark.parametrize(
