@@ -185,7 +185,13 @@ class DataSettings:
 
     def splits_itself(self) -> bool:
         """Whether the held-out examples are some of the folder that would train otherwise."""
-        return self.name == "folder" and not (pathlib.Path(self.path) / "test").is_dir() and self.has_test_split()
+        return self.name == "folder" and self.shares_out > 0 and self.has_test_split()
+
+    @property
+    def shares_out(self) -> float:
+        """:attr:`held_out_share` where it matters: 0 of other data, and of a folder that has its own test split."""
+        matters = self.name == "folder" and not (pathlib.Path(self.path) / "test").is_dir()
+        return self.held_out_share if matters else 0.0
 
     @property
     def _of_tfds(self) -> Description:

@@ -2,7 +2,7 @@
 
 ::
 
-    canny                          one of these by its own name, with the settings that its function in :mod:`.filters` has
+    canny                          one of :mod:`.filters` by its own name, with the settings that its function has
     canny:sigma=2:low=0.05         the same with other settings
     fine=canny:sigma=0.5           into a folder of another name
     depth=mymodule:depth           a function of yours
