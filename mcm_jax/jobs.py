@@ -28,8 +28,9 @@ from mcm_jax.data.reading import read_caption, read_condition
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable
 from mcm_jax.modalities import Modality, read_png
-from mcm_jax.pipeline import PER_SAMPLE, WEIGHTS, Pipeline
+from mcm_jax.pipeline import PER_SAMPLE, Pipeline
 from mcm_jax.sampling import SamplingSettings
+from mcm_jax.trained import WEIGHTS
 from mcm_jax.version import __version__
 
 TEXT = "mcm_jax"

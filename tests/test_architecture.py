@@ -31,6 +31,7 @@ LAYERS = (
     "sampling",
     "data",
     "cache",
+    "trained",
     "pipeline",
     "pictures",
     "evaluation",

@@ -13,8 +13,9 @@ from mcm_jax.errors import UserError
 from mcm_jax.generate import generate
 from mcm_jax.mcm import MCMSettings
 from mcm_jax.modalities import Modality
-from mcm_jax.pipeline import Pipeline, start_from
+from mcm_jax.pipeline import Pipeline
 from mcm_jax.schedules import Schedule
+from mcm_jax.trained import start_from
 from mcm_jax.training import caching, train_and_evaluate
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]

@@ -12,8 +12,9 @@ from mcm_jax import jobs as jobs_lib
 from mcm_jax import pictures
 from mcm_jax.errors import UserError
 from mcm_jax.jobs import Drawer
-from mcm_jax.pipeline import Pipeline, save_mcm
+from mcm_jax.pipeline import Pipeline
 from mcm_jax.sampling import sample_keys
+from mcm_jax.trained import save_mcm
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 

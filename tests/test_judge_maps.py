@@ -21,7 +21,7 @@ from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import flatten, judges_of
 from mcm_jax.modalities import Modality, known
 from mcm_jax.pictures import to_uint8
-from mcm_jax.pipeline import save_mcm
+from mcm_jax.trained import save_mcm
 
 COUNT = 5
 DEPTH, PALETTE = Modality("depth", "map", 1), Modality("palette", "map", 3)

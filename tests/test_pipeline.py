@@ -18,6 +18,7 @@ from mcm_jax.data.pipeline import InMemory, to_float
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.errors import UserError
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.trained import save_mcm
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
@@ -278,7 +279,7 @@ def test_folder_gives_back_the_averaged_params(trained, pipeline):
 def test_params_survive_the_file(trained, pipeline, strong, tmp_path, conditions, keys, samples):
     """Only config.json and mcm.safetensors are needed, and the params come back bit for bit, whatever their dtype."""
     shutil.copy(trained.workdir / "config.json", tmp_path)
-    pipeline_lib.save_mcm(tmp_path, strong.params, base=pipeline.base, step=7)
+    save_mcm(tmp_path, strong.params, base=pipeline.base, step=7)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "mcm.safetensors"}
     loaded = Pipeline.from_folder(str(tmp_path))
     assert loaded.step == 7
@@ -287,7 +288,7 @@ def test_params_survive_the_file(trained, pipeline, strong, tmp_path, conditions
     np.testing.assert_array_equal(found, samples["segmentation", "sketch"])
 
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), strong.params)
-    pipeline_lib.save_mcm(tmp_path, half, base=pipeline.base, step=8)
+    save_mcm(tmp_path, half, base=pipeline.base, step=8)
     loaded = Pipeline.from_folder(tmp_path)
     tiny.assert_same_bits(jax.device_get(loaded.params), jax.tree.map(np.float32, jax.device_get(half)))
 
@@ -300,7 +301,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(trained, pipeline, tmp
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # the weights are longer: the system stops them
     try:
         with pytest.raises(OSError, match="File too large"):
-            pipeline_lib.save_mcm(folder, pipeline.params, base=pipeline.base, step=9)
+            save_mcm(folder, pipeline.params, base=pipeline.base, step=9)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert tiny.contents(folder) == before

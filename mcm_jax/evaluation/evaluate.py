@@ -31,7 +31,8 @@ from mcm_jax.evaluation.parts import Parts
 from mcm_jax.evaluation.rows import Row, Sampler, rows_of, subsets
 from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.mcm import parameter_count
-from mcm_jax.pipeline import WEIGHTS, Pipeline
+from mcm_jax.pipeline import Pipeline
+from mcm_jax.trained import WEIGHTS
 from mcm_jax.version import __version__
 
 _SHOWN = 10  # pictures of a row in samples.png

@@ -20,7 +20,8 @@ from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import Judge
 from mcm_jax.evaluation.rows import Row, Sampler
 from mcm_jax.files import write_atomically
-from mcm_jax.pipeline import Pipeline, save_mcm
+from mcm_jax.pipeline import Pipeline
+from mcm_jax.trained import save_mcm
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Moment

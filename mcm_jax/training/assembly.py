@@ -17,7 +17,7 @@ from mcm_jax.data.unreadable import said
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import lock
 from mcm_jax.mcm import parameter_count
-from mcm_jax.pipeline import start_from
+from mcm_jax.trained import start_from
 from mcm_jax.training import state as states
 from mcm_jax.training import step as steps_lib
 from mcm_jax.training import workdir as workdirs

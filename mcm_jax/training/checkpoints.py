@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mcm_jax.errors import UserError
-from mcm_jax.pipeline import check_same_shapes
+from mcm_jax.trained import check_same_shapes
 from mcm_jax.training.state import TrainState
 from mcm_jax.version import __version__
 

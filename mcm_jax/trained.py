@@ -1,0 +1,152 @@
+"""The folder that holds a trained MCM: what is written, what is read, and what belongs together.
+
+It has ``config.json`` and ``mcm.safetensors`` (averaged params, float32; its header names the base and its
+fingerprint). A workdir is such a folder while it trains and after; the shipped MCMs are folders with nothing else.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from mcm_jax import assets
+from mcm_jax import config as config_lib
+from mcm_jax.base import Base, BaseCard, BaseSettings
+from mcm_jax.errors import UserError
+from mcm_jax.files import write_atomically
+from mcm_jax.mcm import MCMSettings, Modulator
+from mcm_jax.modalities import ModalitiesSettings
+from mcm_jax.sampling import SamplingSettings
+from mcm_jax.sharding import MeshSettings
+
+WEIGHTS = "mcm.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """What a folder's ``config.json`` says of its MCM; how it was trained does not matter to it."""
+
+    base: BaseSettings
+    modalities: ModalitiesSettings
+    mcm: MCMSettings
+    sampling: SamplingSettings
+    mesh: MeshSettings = config_lib.setting(MeshSettings(), before=MeshSettings())
+
+
+def save_mcm(folder: pathlib.Path, params: Any, *, base: Base | BaseCard, step: int) -> None:
+    """Writes ``mcm.safetensors`` into a folder; a file that was there is replaced when the new one is complete.
+
+    Args:
+      folder: where, beside ``config.json``.
+      params: of the MCM.
+      base: what it was trained for.
+      step: how long, for the record.
+    """
+    flat = {k: np.asarray(v, np.float32) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
+    metadata = {"base": base.name, "fingerprint": base.fingerprint, "step": str(step)}
+    write_atomically(folder / WEIGHTS, safetensors.numpy.save(flat, metadata))
+
+
+def check_same_shapes(found: dict[str, Any], expected: dict[str, Any], source: str) -> None:
+    """Raises UserError, listing both sides, unless two MCMs have the same params; the values are shapes."""
+    lines = [f"  missing there: {k} {tuple(v)}" for k, v in expected.items() if k not in found]
+    lines += [f"  only there: {k} {tuple(v)}" for k, v in found.items() if k not in expected]
+    lines += [
+        f"  {k}: there {tuple(found[k])}, expected {tuple(v)}"
+        for k, v in expected.items()
+        if k in found and tuple(found[k]) != tuple(v)
+    ]
+    if lines:
+        more = [f"  ... and {len(lines) - 12} more"] if len(lines) > 12 else []
+        differs = "\n".join(lines[:12] + more)
+        raise UserError(f"{source} holds another MCM than the config describes:\n{differs}")
+
+
+def read_mcm(path: pathlib.Path, like: Any, base: Base | BaseCard) -> tuple[Any, int]:
+    """Reads params of ``like``'s structure; raises UserError where the file is not of this MCM and this base."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; train.py writes it with its first checkpoint")
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            found = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (no mapping)
+    except (safetensors.SafetensorError, OSError) as e:
+        raise UserError(f"{path}: corrupt or cut short ({e}); export or train it again") from e
+    if metadata.get("fingerprint") != base.fingerprint:
+        raise UserError(
+            f"{path} was trained on the base {metadata.get('base')!r} with fingerprint "
+            f"{str(metadata.get('fingerprint'))[:16]}, but the base {base.name!r} has {base.fingerprint[:16]}. "
+            f"Set base.path to the base that it was trained on"
+        )
+    expected = traverse_util.flatten_dict(like, sep="/")
+    check_same_shapes({k: v.shape for k, v in found.items()}, {k: v.shape for k, v in expected.items()}, str(path))
+    return traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in found.items()}, sep="/"), int(metadata["step"])
+
+
+def start_from(folder: str, settings: MCMSettings, modulator: Modulator, card: BaseCard) -> Any:
+    """Params that a new training begins with: those of a trained MCM of the same network, on the same base.
+
+    Modalities are matched by name. What the network makes of others than the trained one knew starts at zero: it begins
+    as that MCM does without them.
+
+    Args:
+      folder: a workdir, or the name of a shipped MCM.
+      settings: of the new MCM.
+      modulator: the new MCM.
+      card: of the base.
+
+    Raises:
+      UserError: another base, another network (lists what differs), a modality of the same name and another kind.
+    """
+    path = assets.resolve(folder)
+    found = config_lib.load(ModelSettings, path, others=True)
+    where = f"config.train.init_from={folder!r}"
+    there, wanted = config_lib.flatten(found.mcm), config_lib.flatten(settings)
+    if lines := [
+        f"  mcm.{k}: there {there[k]!r}, now {v!r}" for k, v in wanted.items() if there[k] != v and k in _MATHS
+    ]:
+        differs = "\n".join(lines)
+        raise UserError(f"{where} is an MCM of another network:\n{differs}\nTake the same values, or another MCM")
+    known = {m.name: m for m in found.modalities.shown}
+    # Another value for unknown (`ignore`) is no other channel.
+    same = [m for m in modulator.modalities if m.name in known]
+    if odd := [m for m in same if (m.kind, m.channels) != (known[m.name].kind, known[m.name].channels)]:
+        old = known[odd[0].name]
+        raise UserError(
+            f"{where} knows the modality {old.name} as {old.kind} of {old.channels} channel(s), this config as "
+            f"{odd[0].kind} of {odd[0].channels}. Give it another name here, so that it starts anew"
+        )
+    trained = found.mcm.modulator(found.modalities.shown, card.schedule)
+    like, wanted = (
+        jax.eval_shape(lambda m=m: m.init(jax.random.key(0), card.latent_shape, m.grid(card)))
+        for m in (trained, modulator)
+    )
+    params, _ = read_mcm(path / WEIGHTS, like, card)
+    first = ("encoder", "down_0", "conv") if "encoder" in params else ("unet", "conv_in")
+    flat = traverse_util.flatten_dict(params)
+    before = np.asarray(flat[*first, "kernel"])
+    kernel = np.zeros(traverse_util.flatten_dict(wanted)[*first, "kernel"].shape, np.float32)
+    places = [_channels(m, card.latent_shape[-1]) for m in (trained, modulator)]
+    for name in places[0].keys() & places[1].keys():
+        kernel[:, :, places[1][name]] = before[:, :, places[0][name]]
+    return traverse_util.unflatten_dict(flat | {(*first, "kernel"): jnp.asarray(kernel)})
+
+
+# What two MCMs must have in common for the params of one to mean the same in the other.
+_MATHS = {f.name for f in dataclasses.fields(MCMSettings)} - {"dtype", "remat"}
+
+
+def _channels(modulator: Modulator, depth: int) -> dict[str, slice]:
+    """Which channels of the convolution that sees the conditions are whose; '' is all that is no modality."""
+    begin = depth * len(modulator.module.inputs) if modulator.module.conditions == "grid" else 0
+    found = {"": slice(0, begin)}
+    for m in modulator.modalities:
+        found[m.name] = slice(begin, begin + m.channels + 1)
+        begin += m.channels + 1
+    return found
