@@ -587,6 +587,9 @@ def test_what_is_described_is_kept_and_counts_before_the_folder(tmp_path):
     with pytest.raises(UserError, match="parts.classes.json"):
         data.keep_described(kept, workdir)
     assert tiny.contents(workdir) == before
+    (best := tmp_path / "best").mkdir()
+    data.keep_described(kept, best, workdir)  # of the best MCM's folder, from the workdir's own
+    assert tiny.contents(best) == before
 
 
 @pytest.mark.parametrize(
