@@ -153,7 +153,8 @@ class Drawer:
 
     def read(self, path: str, name: str) -> np.ndarray:
         """The condition in a picture file, at its own resolution; labels by the colours of the run's classes, too."""
-        condition = read_condition(path, self.known[name], self.data.described(name))
+        described = self.data.described(name, assets.resolve(self.workdir))
+        condition = read_condition(path, self.known[name], described)
         if doubt := self.known[name].doubt(condition):
             warnings.warn(f"{path}: {doubt}", stacklevel=2)
         return condition

@@ -252,6 +252,7 @@ class Checkpoint:
                     folder = self._workdir / "best"
                     folder.mkdir(exist_ok=True)
                     config.save(self._settings, folder)
+                    self._settings.data.keep_described(self._settings.modalities.shown, folder, self._workdir)
                     save_mcm(folder, now.state.ema_params, base=self._card, step=now.step)
             self._checkpoints.save(now.state, self._meta | self._report.pending | {"best": self._best})
             if now.stopping or now.step == now.last:

@@ -202,6 +202,7 @@ def _base_for_pictures(settings: RunSettings, modulator: Modulator, mesh: jax.sh
 
     All processes of a cluster have it or none: they sample together.
     """
+    print("compiling the sampler of validation pictures, to know its memory: it may take a minute", flush=True)
     shapes = Pipeline(settings.base.outline(), Trained(modulator), settings.sampling, mesh)
     needed, free = shapes.sampling_bytes(_VALIDATION_IMAGES), sharding.free_memory()
     known = [bytes_ for bytes_ in distributed.everyones(free).values() if bytes_ is not None]
