@@ -6,6 +6,8 @@ Writes the metrics and, beside them, report.md and report.html: tables, samples,
 goes on with an evaluation that was stopped.
 """
 
+import dataclasses
+
 from absl import flags
 
 from mcm_jax import cli
@@ -28,7 +30,11 @@ _JUDGE = flags.DEFINE_multi_string(
     "edges, ms_ssim, colour, depth:reader=FILE.onnx, pck:reader=module:function, none; caption=clip:FOLDER, the folder "
     "of a CLIP; fidelity=inception:FILE.safetensors, by what features FID and KID are",
 )
-_SETTINGS = cli.define_flags(SamplingSettings)
+# Held-out pictures are of the base's size, and none is begun with.
+_OTHERS = ("image_strength", "height", "width")
+_SETTINGS = cli.define_flags(
+    SamplingSettings, [f.name for f in dataclasses.fields(SamplingSettings) if f.name not in _OTHERS]
+)
 
 
 def main(argv: list[str]) -> None:

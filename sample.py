@@ -7,8 +7,8 @@ Either condition may be left out. A list of pictures, each with its own conditio
 python sample.py --jobs=jobs.jsonl --out=runs/list      # or --conditions=FOLDER; the same command goes on
 python sample.py --replay=runs/list/000001.png --out=runs/again
 
---workdir is a folder that train.py made, or the name of a shipped MCM. Sampler, steps, guidance and what else
-docs/sampling.md has are flags as well, which --helpfull lists.
+--workdir is a folder that train.py made, or the name of a shipped MCM. Strengths, windows, masks, pictures to begin
+with, sampler, steps and what else docs/sampling.md has are flags as well, which --helpfull lists.
 """
 
 from absl import flags
@@ -18,22 +18,23 @@ from mcm_jax.errors import UserError
 from mcm_jax.generate import generate
 from mcm_jax.sampling import SamplingSettings
 
-_WORKDIR = flags.DEFINE_string("workdir", "scenes-mcm", "Workdir of train.py, or the name of a shipped MCM")
+_WORKDIR = flags.DEFINE_multi_string("workdir", ["scenes-mcm"], "Of train.py, or a shipped name; several act together")
 _OUT = flags.DEFINE_string("out", None, "Folder for the samples, a grid of them and a JSON that repeats the run")
 _CONDITIONS = {
-    "segmentation": flags.DEFINE_string(
-        "segmentation", None, "PNG with one class a pixel, or in the colours of classes.json; any size"
-    ),
+    "segmentation": flags.DEFINE_string("segmentation", None, "PNG, classes or classes.json's colours, any size"),
     "sketch": flags.DEFINE_string("sketch", None, "PNG, black lines on white, any size"),
 }
 _OTHERS = flags.DEFINE_multi_string("condition", [], "NAME=PICTURE, for any other modality of the MCM; may be repeated")
 _JOBS = flags.DEFINE_string("jobs", None, "File with one JSON object a line, each a picture to draw")
 _FOLDER = flags.DEFINE_string("conditions", None, "Folder laid out as a data folder's split: a picture for each name")
 _REPLAY = flags.DEFINE_string("replay", None, "PNG of this script, to be drawn again; what else is typed is otherwise")
-_NUM = flags.DEFINE_integer("num_samples", None, "How many. Default: 8")
-_SEED = flags.DEFINE_integer("seed", None, "Of the noise; sample i is the same for any num_samples. Default: 0")
-_PROMPT = flags.DEFINE_string("prompt", None, "Text, for a text-conditional base; default: the empty one")
-_SETTINGS = cli.define_flags(SamplingSettings)
+_ONE = (
+    flags.DEFINE_integer("num_samples", None, "How many. Default: 8"),
+    flags.DEFINE_bool("show_base", None, "In grid.png, below each sample the base alone from the same noise"),
+    flags.DEFINE_integer("intermediates", None, "So many steps in intermediates.png: where and when the MCM acts"),
+)
+_PREVIEW = flags.DEFINE_integer("preview_every", 0, "Steps after which preview.png shows what is drawn now; 0: none")
+_CONTROLS, _SETTINGS = cli.define_flags(jobs.Job, jobs.CONTROLS, ""), cli.define_flags(SamplingSettings)
 
 
 def main(argv: list[str]) -> object:
@@ -42,24 +43,23 @@ def main(argv: list[str]) -> object:
         raise UserError(f"--condition={odd[0]}: expected NAME=PICTURE, e.g. --condition=depth=depth.png")
     conditions = {name: flag.value for name, flag in _CONDITIONS.items() if flag.value}
     conditions |= dict(text.split("=", 1) for text in _OTHERS.value)
-    own, lists = {"seed": _SEED.value, "prompt": _PROMPT.value}, (_JOBS, _FOLDER, _REPLAY)
-    given = [f"--{flag.name}" for flag in lists if flag.value]
-    if len(given) > 1 or (given and (conditions or _NUM.value is not None)):
-        raise UserError(f"{given[0]} says what is drawn: it goes with no condition, --num_samples or other list")
+    one = {flag.name: flag.value for flag in _ONE if flag.value is not None}
+    given = [flag for flag in (_JOBS, _FOLDER, _REPLAY) if flag.value]
+    single = ", ".join(f"--{flag.name}" for flag in _ONE)
+    if given and (len(given) > 1 or conditions or one):
+        raise UserError(f"--{given[0].name}: goes with no condition, no other list, no {single}")
+    controls, settings, preview = _CONTROLS(), _SETTINGS(), {"preview_every": _PREVIEW.value}
     if _REPLAY.value:
         workdir = _WORKDIR.value if _WORKDIR.present else None
-        return jobs.replay(_REPLAY.value, _OUT.value, workdir, **own, **_SETTINGS())
-    own["seed"] = own["seed"] or 0
-    if given:
-        drawer, problems = jobs.Drawer(_WORKDIR.value, **_SETTINGS()), []
-        if _JOBS.value:
-            todo, problems = jobs.read_jobs(_JOBS.value, drawer, **own)
-        else:
-            todo = jobs.jobs_of_folder(_FOLDER.value, drawer, **own)
-        drawer.draw(todo, _OUT.value, problems)
-        return None
-    number = 8 if _NUM.value is None else _NUM.value
-    return generate(_WORKDIR.value, conditions, _OUT.value, num_samples=number, **own, **_SETTINGS())
+        return jobs.replay(_REPLAY.value, _OUT.value, workdir, **preview, **controls, **settings)
+    if not given:
+        return generate(_WORKDIR.value, conditions, _OUT.value, **one, **preview, **controls, **settings)
+    drawer, problems = jobs.Drawer(_WORKDIR.value, **settings), []
+    if _JOBS.value:
+        todo, problems = jobs.read_jobs(_JOBS.value, drawer, **controls)
+    else:
+        todo = jobs.jobs_of_folder(_FOLDER.value, drawer, **controls)
+    return drawer.draw(todo, _OUT.value, problems, **preview)
 
 
 if __name__ == "__main__":

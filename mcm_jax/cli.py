@@ -54,22 +54,50 @@ class _Numbers(flags.ArgumentParser):
         return tuple(float(part) for part in argument.split(",") if part)
 
 
-def define_flags(cls: type, names: Sequence[str] = ()) -> Callable[[], dict[str, Any]]:
+class _Named(flags.ArgumentParser):
+    """Reads NAME=NUMBER, or NAME=NUMBER:NUMBER, of one of several names."""
+
+    def __init__(self, many: bool):
+        self._many = many
+
+    def parse(self, argument: str) -> tuple[str, Any]:
+        name, _, text = argument.partition("=")
+        try:
+            value = tuple(map(float, text.split(":"))) if self._many else float(text)
+        except ValueError as e:
+            raise ValueError(f"expected NAME={'START:END' if self._many else 'NUMBER'}") from e
+        return name, value
+
+
+def define_flags(
+    cls: type, names: Sequence[str] = (), default: str = " Default: the config's"
+) -> Callable[[], dict[str, Any]]:
     """Defines a flag for each field of a dataclass of settings, explained by its docstring.
+
+    Numbers by name are a flag that may be repeated, NAME=NUMBER; pairs of them NAME=NUMBER:NUMBER.
 
     Args:
       cls: the dataclass.
       names: of the fields; none for all.
+      default: what the explanations end with.
 
     Returns:
       A function that gives, by name, the values that were typed; None where nothing was.
     """
     define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
     define[tuple[float, ...]] = lambda *args: flags.DEFINE(_Numbers(), *args)
+    named = {Mapping[str, float]: False, Mapping[str, tuple[float, ...]]: True}
+    for kind, many in named.items():
+        define[kind] = lambda *args, many=many: flags.DEFINE_multi(_Named(many), None, *args)
     meanings, types = config.describe(cls), typing.get_type_hints(cls)
     chosen = names or [f.name for f in dataclasses.fields(cls)]
-    holders = {name: define[types[name]](name, None, f"{meanings[name]} Default: the config's") for name in chosen}
-    return lambda: {name: holder.value for name, holder in holders.items()}
+    holders = {name: define[types[name]](name, None, meanings[name] + default) for name in chosen}
+
+    def typed(name: str) -> Any:
+        value = holders[name].value
+        return dict(value) if value is not None and types[name] in named else value
+
+    return lambda: {name: typed(name) for name in chosen}
 
 
 def allow_only_with(flag: str, others: Sequence[str]) -> None:

@@ -111,7 +111,8 @@ class Engine:
     @functools.cached_property
     def begin(self) -> Any:
         """``(batch, table) -> State``."""
-        return jax.jit(lambda batch, table: sampling.begin(batch.noise, table, batch.picture))
+        begin = lambda batch, table: sampling.begin(batch.noise, table, batch.picture)  # noqa: E731
+        return jax.jit(lambda batch, table: sharding.keep_split(begin(batch, table), self.mesh))
 
     @functools.cached_property
     def encode(self) -> Any:
@@ -138,7 +139,8 @@ class Engine:
         def run(base_params, params, state, batch, table, calls, first, last):
             denoise = functools.partial(self._denoise, base_params, params, batch, calls, guided, where)
             hold = functools.partial(_hold, batch)
-            return sampling.advance(denoise, state, batch.keys, table, first, last, hold)
+            state = sampling.advance(denoise, state, batch.keys, table, first, last, hold)
+            return sharding.keep_split(state, self.mesh)  # as it came, or its next steps would compile anew
 
         self.programs[guided, where] = run
         return run
@@ -201,6 +203,7 @@ class Engine:
             state = run(base_params, params, state, batch, table, calls, np.int32(row), np.int32(last))
             row = last
             if callback is not None:
+                jax.block_until_ready(state)  # devices run behind: what is told is done
                 preview = functools.partial(self._pictures, base_params, batch, state.x0)
                 look = functools.partial(self._view, base_params, params, state, batch, table, row)
                 callback(Progress(done, steps, range(len(batch.keys)), preview, look if done < steps else None))

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,84 +12,115 @@ import numpy as np
 from mcm_jax import assets, config, pictures
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, write_atomically
-from mcm_jax.jobs import TEXT, Drawer, Job
+from mcm_jax.jobs import CONTROLS, TEXT, Drawer
+from mcm_jax.jobs.intermediates import Intermediates
+from mcm_jax.jobs.watch import Watch
 
 
 def generate(
-    workdir: str,
+    workdir: str | Sequence[str],
     conditions: Mapping[str, str],
     out: str | os.PathLike,
     *,
     num_samples: int = 8,
-    seed: int = 0,
-    prompt: str | None = None,
+    show_base: bool = False,
+    intermediates: int = 0,
+    preview_every: int = 0,
     **changes: Any,
 ) -> np.ndarray:
     """Samples images for one set of conditions and writes them.
 
     Args:
-      workdir: of a training run, or the name of a shipped MCM.
+      workdir: of a training run, or the name of a shipped MCM; or several, of MCMs of one base that act together.
       conditions: picture file of each modality that is given, at least one. Labels may be in the colours of the data
         set's classes, which the workdir has.
       out: folder; gets ``sample_000.png`` ..., ``grid.png`` (the conditions, then the samples) and
         ``samples.json``, which holds every argument.
       num_samples: how many, at least 1.
-      seed: of the noise, at least 0.
-      prompt: for a text-conditional base; None is the empty one.
-      changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that shall differ from the config's; None is as
-        there.
+      show_base: the grid has, below each sample, what the base alone makes of the same noise and prompt.
+      intermediates: so many steps are shown in ``intermediates.png``
+        (:class:`mcm_jax.jobs.intermediates.Intermediates`); 0 for none.
+      preview_every: steps after which ``preview.png`` shows the batch as it stands, while it is drawn; 0 for none.
+      changes: fields of :class:`mcm_jax.jobs.Job`, those in :data:`mcm_jax.jobs.CONTROLS`, such as ``seed``, ``prompt``
+        and ``strength``; and of :class:`mcm_jax.sampling.SamplingSettings` that shall differ from the config's. None
+        is as there.
 
     Returns:
       The samples, float32 ``[num_samples, H, W, 3]``.
 
     Raises:
-      UserError: bad input; nothing was written.
+      UserError: bad input, or samples that came out as NaN; no sample was written.
     """
     if not conditions:
         raise UserError(
             "no condition given; pass --segmentation=PNG, --sketch=PNG, --condition=NAME=PICTURE, or several"
         )
+    own = {key: changes.pop(key) for key in CONTROLS if key in changes}
     drawer = Drawer(workdir, **changes)
-    if prompt is not None:
-        drawer.check_text(["prompt"], "--")
+    drawer.check_text(own, "--")
     expect(num_samples >= 1, "num_samples", "at least 1", num_samples)
-    expect(0 <= seed < 2**32, "seed", "in 0..4294967295", seed)
-    if unknown := sorted(conditions.keys() - drawer.known.keys()):
-        raise UserError(f"the MCM {workdir!r} knows {', '.join(drawer.known)}, not {', '.join(unknown)}")
-    size = drawer.pipeline.base.image_shape[:2]
-    shown = []
-    for name, path in sorted(conditions.items()):
-        large = drawer.known[name].fit(drawer.read(path, name), *size)[None]
-        shown.append(pictures.show(drawer.known[name], large, drawer.data.palette(name, assets.resolve(workdir))))
-    settings = drawer.settings
     if changes.get("batch_size") is None:
-        settings = settings.but(batch_size=min(num_samples, settings.batch_size))
-    jobs = [Job(f"sample_{i:03d}", conditions, settings, seed, i, prompt) for i in range(num_samples)]
+        own["batch_size"] = min(num_samples, drawer.settings.batch_size)
+    own["conditions"] = dict(conditions)
+    jobs = [drawer.job(f"sample_{i:03d}", own | {"sample": i}) for i in range(num_samples)]
+    first, settings = jobs[0], jobs[0].settings
+    base, steps = drawer.pipeline.sized(settings.height, settings.width), drawer.steps(first)
+    size = base.image_shape[:2]
+    shown = [drawer.files.show(path, name, size) for name, path in sorted(conditions.items())]
+    drawer.files.check(first, base)
+    look = Intermediates(intermediates, steps) if intermediates else None
 
     out = pathlib.Path(out)
     check_writable(out, "--out")
     records = [drawer.record(job) for job in jobs]
-    images = drawer.sample(jobs)
+    total = steps * -(-num_samples // settings.batch_size) * (2 if show_base else 1)
+    with Watch(total, (num_samples, 0), out, preview_every) as watch:
+
+        def tell(now: Any) -> None:
+            watch(now)
+            if look:
+                look(now)
+
+        images = drawer.sample(jobs, tell=tell)
+        if odd := [job.name for job, image in zip(jobs, images, strict=True) if not np.isfinite(image).all()]:
+            raise UserError(
+                f"{', '.join(odd)} of seed {first.seed} came out as NaN, nothing was written; take less guidance and "
+                f"strength, or float32"
+            )
+        watch.drawn(num_samples)
+        alone = drawer.sample([_alone(job) for job in jobs], tell=watch) if show_base else None
 
     values = pictures.to_uint8(images)
     strip = np.concatenate([*shown, values])
     columns = min(len(strip), 9)
-    strip = np.concatenate([strip, np.full((-len(strip) % columns, *strip.shape[1:]), 255, np.uint8)])
+    rows = pictures.rows_of(strip, columns)
+    if alone is not None:
+        white = np.full_like(np.concatenate(shown), 255)
+        below = pictures.rows_of(np.concatenate([white, pictures.to_uint8(alone)]), columns)
+        rows = [row for pair in zip(rows, below, strict=True) for row in pair]
+    configs = [json.loads((assets.resolve(folder) / config.FILE).read_text()) for folder in drawer.workdirs]
     record = records[0] | {
         "num_samples": num_samples,
-        "prompt": prompt,
+        "prompt": own.get("prompt"),
         **dataclasses.asdict(settings),
-        "config": json.loads((assets.resolve(workdir) / config.FILE).read_text()),
+        "config": configs[0] if len(configs) == 1 else configs,
     }
     try:
-        for earlier in out.glob("sample_*.png"):  # of another run into this folder
-            earlier.unlink()
+        for earlier in (*out.glob("sample_*.png"), out / "intermediates.png"):  # of another run into this folder
+            earlier.unlink(missing_ok=True)
         for job, image, said in zip(jobs, values, records, strict=True):
             pictures.save_png(out / f"{job.name}.png", image, {TEXT: json.dumps(said)})
-        rows = [strip[i : i + columns] for i in range(0, len(strip), columns)]
         pictures.save_png(out / "grid.png", pictures.grid(rows))
+        if look:
+            pictures.save_png(out / "intermediates.png", look.picture(drawer.workdirs))
         write_atomically(out / "samples.json", (json.dumps(record, indent=2) + "\n").encode())
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror or e}); take another --out") from e
-    print(f"{num_samples} samples, grid.png and samples.json are in {out}")
+    more = " and intermediates.png" if look else ""
+    print(f"{num_samples} samples, grid.png{more} and samples.json are in {out}")
     return images
+
+
+def _alone(job: Any) -> Any:
+    """The same without control."""
+    return dataclasses.replace(job, settings=job.settings.but(guidance=0.0))

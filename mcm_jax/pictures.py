@@ -53,6 +53,19 @@ def grid(rows: Sequence[np.ndarray], *, gap: int = 1, least_size: int = 96) -> n
     return sheet.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
+def rows_of(images: np.ndarray, columns: int) -> list[np.ndarray]:
+    """Images ``[N, H, W, 3]`` in rows of so many; what the last one lacks is white."""
+    filled = np.concatenate([images, np.full((-len(images) % columns, *images.shape[1:]), 255, np.uint8)])
+    return [filled[i : i + columns] for i in range(0, len(filled), columns)]
+
+
+def signed(values: np.ndarray, scale: float) -> np.ndarray:
+    """Values as RGB uint8 ``[..., 3]``: white at 0, red at ``scale``, blue at ``-scale``."""
+    share = np.clip(np.asarray(values, np.float32) / (scale or 1.0), -1, 1)[..., None]
+    ends = np.where(share > 0, np.float32([178, 24, 43]), np.float32([33, 102, 172]))
+    return np.round(255 + np.abs(share) * (ends - 255)).astype(np.uint8)
+
+
 def save_png(path: str | os.PathLike, picture: np.ndarray, texts: Mapping[str, str] | None = None) -> None:
     """Writes uint8 ``[H, W]`` or ``[H, W, 3]``, with texts by name; the file appears when it is complete."""
     path = pathlib.Path(path)

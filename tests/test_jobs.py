@@ -1,5 +1,6 @@
 """Laws of lists of jobs: pictures do not depend on each other, and one that fails takes none with it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -91,7 +92,7 @@ def test_jobs_of_every_kind_share_one_program(drawer, whole):
 
 def test_seeds_and_samples_are_those_of_sample_py(drawer, whole):
     jobs, _ = whole
-    one = jobs_lib.dataclasses.replace(jobs[-1], sample=1)
+    one = dataclasses.replace(jobs[-1], sample=1)
     images = drawer.sample([jobs[-1], one])
     alone = drawer.pipeline({}, sample_keys(2**32 - 1, 2), guidance=0.0, batch_size=4)
     np.testing.assert_allclose(images, alone, atol=1e-4)
@@ -114,7 +115,7 @@ def test_what_stops_leaves_whole_pictures_and_the_same_call_goes_on(drawer, whol
             drawer.draw(jobs, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     times = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    other = jobs_lib.dataclasses.replace(jobs[-1], seed=1)
+    other = dataclasses.replace(jobs[-1], seed=1)
     drawer.draw([other], tmp_path)  # a picture of other settings is drawn anew
     assert drawer.draw(jobs, tmp_path) == len(jobs) - 3 + (tmp_path / "alone.png" in times)
     assert all(p.stat().st_mtime_ns == t for p, t in times.items() if p.stem != "alone")

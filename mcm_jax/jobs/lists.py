@@ -1,0 +1,179 @@
+"""Where jobs come from: a file of lines, a folder of conditions, a picture that was drawn."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mcm_jax.data.reading import read_caption
+from mcm_jax.errors import UserError, expect
+from mcm_jax.jobs.drawer import Drawer
+from mcm_jax.jobs.job import FILES, Job
+from mcm_jax.jobs.record import read_record, sha256
+from mcm_jax.sampling import SamplingSettings
+
+_SETTINGS = tuple(f.name for f in dataclasses.fields(SamplingSettings) if f.name != "batch_size")
+_JOB = tuple(f.name for f in dataclasses.fields(Job) if f.name not in ("settings", "source"))
+_KEYS = (*_JOB, "num_samples", *_SETTINGS)
+
+
+def _seed_of(seed: int | None, name: Any) -> int:
+    """A seed of its own for each name: other jobs that come or go leave its picture as it is."""
+    return zlib.crc32(f"{seed or 0}/{name}".encode())
+
+
+def _jobs_of_line(
+    line: str, drawer: Drawer, folder: pathlib.Path, name: str, default: Mapping[str, Any], source: str
+) -> list[Job]:
+    try:
+        given = json.loads(line)
+    except ValueError as e:
+        raise UserError(f"no JSON ({e}); expected one object a line") from e
+    expect(isinstance(given, dict), "a line", "an object", given)
+    if unknown := sorted(given.keys() - {*_KEYS}):
+        raise UserError(f"unknown {', '.join(unknown)}; known are {', '.join(_KEYS)}")
+    drawer.check_text(given)
+    given = {key: value for key, value in given.items() if value is not None}
+    name, count = given.pop("name", name), given.pop("num_samples", None)
+
+    def there(path: Any) -> Any:
+        return str(folder / path) if path and isinstance(path, str) else path
+
+    given |= {key: there(given[key]) for key in FILES if key in given}
+    if isinstance(conditions := given.get("conditions"), dict):
+        given["conditions"] = {modality: there(path) for modality, path in conditions.items()}
+    given = {**default, "seed": _seed_of(default.get("seed"), name), **given}
+    if count is None:
+        return [drawer.job(name, given, source)]
+    expect(type(count) is int and count >= 1, "num_samples", "a whole number, at least 1", count)
+    expect("sample" not in given, "sample", "left out beside num_samples, which draws samples 0, 1, ...", count)
+    expect(isinstance(name, str), "name", "a text", name)
+    return [drawer.job(f"{name}_{i:03d}", given | {"sample": i}, source) for i in range(count)]
+
+
+def read_jobs(path: str | os.PathLike, drawer: Drawer, **given: Any) -> tuple[list[Job], list[str]]:
+    """Jobs of a file with one JSON object a line, see docs/sampling.md.
+
+    Args:
+      path: the file; files that it names are relative to its folder.
+      drawer: of the MCM.
+      given: fields of jobs that do not have their own, :data:`mcm_jax.jobs.CONTROLS`; None is not given. The seed, with
+        a job's name, decides the seeds that are not given.
+
+    Returns:
+      ``(jobs, problems)``: of the good lines, and what is wrong with each of the others.
+
+    Raises:
+      UserError: the file cannot be read, or holds nothing.
+    """
+    path = pathlib.Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--jobs {path}: no text file in UTF-8 ({e}); expected one JSON object a line") from e
+    drawer.check_text(given, "--")
+    jobs: dict[str, Job] = {}
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        source = f"{path}:{number}"
+        try:
+            found = _jobs_of_line(line, drawer, path.parent, f"{number:06d}", given, source)
+            for job in found:
+                if job.name in jobs:
+                    raise UserError(f"name {job.name!r} is that of {jobs[job.name].source}, too; give each its own")
+            jobs |= {job.name: job for job in found}
+        except UserError as e:
+            problems.append(f"{source}: {e}")
+    if not jobs and not problems:
+        raise UserError(f"--jobs {path}: holds no jobs; expected one JSON object a line")
+    return list(jobs.values()), problems
+
+
+def jobs_of_folder(path: str | os.PathLike, drawer: Drawer, **given: Any) -> list[Job]:
+    """A job for each name in a folder that is laid out as a split of a data folder.
+
+    ``FOLDER/MODALITY/NAME.png`` are its conditions, whichever there are, and ``FOLDER/caption/NAME.txt`` its prompt.
+
+    Args:
+      path: the folder.
+      drawer: of the MCM.
+      given: fields of all jobs, :data:`mcm_jax.jobs.CONTROLS`; None is not given. The seed, with a job's name, decides
+        its seed; the prompt is of jobs without a caption.
+
+    Raises:
+      UserError: there are no conditions, two of one name, or a caption that cannot be read.
+    """
+    path, found = pathlib.Path(path), {}
+    for name, modality in drawer.files.known.items():
+        for file in sorted((path / name).glob("[!.]*")):
+            if file.suffix.lower() in modality.endings:
+                there = found.setdefault(file.stem, {})
+                if name in there:
+                    raise UserError(f"{file}: {there[name]} has the same name; keep one")
+                there[name] = str(file)
+    if not found:
+        folders = ", ".join(f"{path / name}/NAME.png" for name in drawer.files.known)
+        raise UserError(f"--conditions {path}: holds no conditions; expected {folders}, or some of these")
+    drawer.check_text(given, "--")
+
+    def own(name: str) -> dict[str, Any]:
+        file = path / "caption" / f"{name}.txt"
+        has_caption = drawer.pipeline.base.is_text_conditional and file.is_file()
+        prompt = read_caption(file) if has_caption else given.get("prompt")
+        return {"conditions": found[name], "prompt": prompt, "seed": _seed_of(given.get("seed"), name)}
+
+    return [drawer.job(name, {**given, **own(name)}, f"{path}: {name}") for name in sorted(found)]
+
+
+def replay(
+    picture: str | os.PathLike,
+    out: str | os.PathLike,
+    workdir: str | Sequence[str] | None = None,
+    preview_every: int = 0,
+    **changes: Any,
+) -> None:
+    """Draws a picture again from the settings that it carries, to ``OUT/NAME.png``.
+
+    Args:
+      picture: a PNG that sample.py wrote.
+      out: folder.
+      workdir: where the MCM is, or the MCMs are, if no more where they were.
+      preview_every: see :meth:`Drawer.draw`.
+      changes: what shall be otherwise: :data:`mcm_jax.jobs.CONTROLS`, or fields of
+        :class:`mcm_jax.sampling.SamplingSettings`; None is as it was.
+
+    Raises:
+      UserError: it carries no settings, the MCM is another one, or a condition's file is gone or changed.
+    """
+    said, changes = read_record(picture), {k: v for k, v in changes.items() if v is not None}
+    try:
+        given = {k: said[k] for k in (*_JOB, *_SETTINGS) if said.get(k) is not None} | changes
+        files = {f"conditions.{name}": file for name, file in said["conditions"].items()}
+        files |= {key: said[key] for key in FILES if key in given and key not in changes}
+        for file, expected in ((file["file"], file["sha256"]) for file in files.values()):
+            if not os.path.isfile(file):
+                raise UserError(f"{picture}: was drawn for {file}, which is gone; put it back")
+            if sha256(file) != expected:
+                raise UserError(f"{picture}: was drawn for another {file} (SHA-256 {expected[:16]}); put that back")
+        given |= {key: file["file"] for key, file in files.items() if key in FILES}
+        given["conditions"] = {name: file["file"] for name, file in said["conditions"].items()}
+        place, digest = said["workdir"] if workdir is None else workdir, said["mcm_sha256"]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{picture}: its settings are incomplete ({e}); expected a PNG that sample.py wrote") from e
+    drawer = Drawer(place, **{k: v for k, v in changes.items() if k in (*_SETTINGS, "batch_size")})
+    drawer.check_text(changes, "--")
+    digests, found = ([d] if isinstance(d, str) else d for d in (digest, drawer.recorder.facts["mcm_sha256"]))
+    if digests != found:
+        short = [", ".join(d[:16] for d in each) for each in (digests, found)]
+        raise UserError(
+            f"{picture}: was drawn by another MCM than {', '.join(drawer.workdirs)} (SHA-256 {short[0]}, there "
+            f"{short[1]}); name its own with --workdir"
+        )
+    # What a picture does not say is the default, not the run's.
+    job = drawer.job(pathlib.Path(picture).stem, given, str(picture), SamplingSettings())
+    drawer.draw([job], out, preview_every=preview_every)

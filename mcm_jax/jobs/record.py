@@ -1,0 +1,130 @@
+"""What a picture says of the job that it was drawn for, as PNG text."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from PIL import Image, UnidentifiedImageError
+
+from mcm_jax import assets
+from mcm_jax.errors import UserError
+from mcm_jax.jobs.job import OF_TEXT, Job
+from mcm_jax.pipeline import Pipeline
+from mcm_jax.sampling import SamplingSettings
+from mcm_jax.trained import WEIGHTS
+from mcm_jax.version import __version__
+
+TEXT = "mcm_jax"
+"""Name of the PNG text that holds a picture's settings."""
+
+_PLACE = ("workdir", "versions", "device", "file")  # where and by what, but not which picture
+_SETTINGS = dataclasses.asdict(SamplingSettings())
+# What every picture says. Of the others it says what is not the default: they are younger than pictures that are there.
+_ALWAYS = (
+    *("sampler", "steps", "spacing", "timesteps", "eta", "modulate"),
+    *("guidance", "start", "end", "text_guidance", "negative_prompt"),
+)
+
+
+class Recorder:
+    """Of the pictures of one base and some MCMs.
+
+    Args:
+      workdirs: of the MCMs.
+      pipeline: base and MCMs.
+
+    Attributes:
+      facts: what all its pictures say; of one MCM its folder, digest and step, of several lists of these.
+    """
+
+    def __init__(self, workdirs: Sequence[str], pipeline: Pipeline):
+        self._pipeline, self._sha256 = pipeline, functools.lru_cache(4096)(sha256)
+        of_each = {
+            "workdir": list(workdirs),
+            "mcm_sha256": [sha256(assets.resolve(folder) / WEIGHTS) for folder in workdirs],
+            "mcm_step": [mcm.step for mcm in pipeline.mcms],
+        }
+        self.facts = {
+            **{key: values[0] if len(values) == 1 else values for key, values in of_each.items()},
+            "base": pipeline.base.name,
+            "fingerprint": pipeline.base.fingerprint,
+            "device": jax.devices()[0].device_kind,
+            "versions": {"mcm_jax": __version__, "jax": jax.__version__},
+        }
+
+    def record(self, job: Job) -> dict[str, Any]:
+        """All that decides a picture, and what made it, as JSON has it; UserError where a file cannot be read."""
+
+        def file(path: str) -> dict[str, str] | None:
+            return {"file": os.path.abspath(path), "sha256": self._sha256(path)} if path else None
+
+        how, own = dataclasses.asdict(job.settings), self._pipeline.base
+        base = self._pipeline.sized(job.settings.height, job.settings.width)
+        changed = {k: v for k, v in how.items() if k not in (*_ALWAYS, "batch_size") and v != _SETTINGS[k]}
+        changed.pop("image_strength" if not job.image else "", None)
+        sized = base.image_shape != own.image_shape
+        changed |= dict(zip(("height", "width"), base.image_shape if sized else (None, None), strict=False))
+        window = {name: list(span) for name, span in sorted(job.window.items()) if tuple(span) != (0, 1)}
+        varied = (job.variation_seed, job.variation) if job.variation else (None, None)
+        younger = {
+            **changed,
+            "guidance_schedule": list(job.settings.guidance_schedule),
+            "window": window,
+            "weights": list(job.weights) if {*job.weights} - {1.0} else [],
+            "image": file(job.image),
+            "inpaint": file(job.inpaint),
+            **dict(zip(("variation_seed", "variation"), varied, strict=True)),
+        }
+        said = self.facts | {
+            **{k: how[k] for k in _ALWAYS},
+            "timesteps": list(job.settings.timesteps),
+            "conditions": {name: file(path) for name, path in sorted(job.conditions.items())},
+            "strength": {name: float(s) for name, s in sorted(job.strength.items())},
+            "mask": file(job.mask),
+            **{"seed": job.seed, "sample": job.sample, "prompt": job.prompt or None},
+            **{k: v for k, v in younger.items() if v not in (None, [], {})},
+        }
+        text = OF_TEXT if not own.is_text_conditional else ()
+        return {k: v for k, v in said.items() if k not in text}
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Of a file's content. Raises UserError where it cannot be read."""
+    try:
+        return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
+
+
+def read_record(path: str | os.PathLike) -> dict[str, Any]:
+    """The settings that a picture carries. Raises UserError where it is no such picture."""
+    try:
+        with Image.open(path) as picture:
+            return json.loads(picture.info[TEXT])
+    except (KeyError, ValueError, TypeError, UnidentifiedImageError, OSError, SyntaxError) as e:
+        raise UserError(
+            f"{path}: carries no settings ({e or type(e).__name__}); expected a PNG that sample.py wrote, unchanged"
+        ) from e
+
+
+def is_drawn(path: pathlib.Path, record: Mapping[str, Any]) -> bool:
+    """Whether a file is the picture of a record, wherever its conditions and MCMs were then."""
+    try:
+        return path.exists() and _essence(read_record(path)) == _essence(record)
+    except UserError:  # of another origin
+        return False
+
+
+def _essence(value: Any) -> Any:
+    """A record without what does not decide the picture."""
+    if isinstance(value, Mapping):
+        return {k: _essence(v) for k, v in value.items() if k not in _PLACE}
+    if isinstance(value, list | tuple):
+        return [_essence(v) for v in value]
+    return value or None if isinstance(value, str) else value
