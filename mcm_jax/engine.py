@@ -108,22 +108,26 @@ class Engine:
         """How many programs were compiled to run steps: one for each shape of a batch, too."""
         return sum(program._cache_size() for program in self.programs.values())
 
+    @property
+    def _split(self) -> jax.sharding.Sharding:
+        """Of all that one program hands to another or to itself: equal ones that are said otherwise compile anew."""
+        return sharding.batch_sharding(self.mesh)
+
     @functools.cached_property
     def begin(self) -> Any:
         """``(batch, table) -> State``."""
         begin = lambda batch, table: sampling.begin(batch.noise, table, batch.picture)  # noqa: E731
-        return jax.jit(lambda batch, table: sharding.keep_split(begin(batch, table), self.mesh))
+        return jax.jit(begin, out_shardings=self._split)
 
     @functools.cached_property
     def encode(self) -> Any:
         """``(base_params, pictures) -> latents``, the mean where an autoencoder has a spread."""
-        return jax.jit(self.base.encode)
+        return jax.jit(self.base.encode, out_shardings=self._split)
 
     @functools.cached_property
     def noise(self) -> Any:
         """``(keys, shape) -> [B, *shape]``."""
-        make = lambda keys, shape: sharding.keep_split(sampling.initial_noise(keys, shape), self.mesh)  # noqa: E731
-        return jax.jit(make, static_argnums=1)
+        return jax.jit(sampling.initial_noise, static_argnums=1, out_shardings=self._split)
 
     def advance(self, guided: bool, where: str) -> Any:
         """``(base_params, params, state, batch, table, calls, first, last) -> State``: some steps.
@@ -135,12 +139,11 @@ class Engine:
         if (guided, where) in self.programs:
             return self.programs[guided, where]
 
-        @functools.partial(jax.jit, donate_argnums=2)
+        @functools.partial(jax.jit, donate_argnums=2, out_shardings=self._split)
         def run(base_params, params, state, batch, table, calls, first, last):
             denoise = functools.partial(self._denoise, base_params, params, batch, calls, guided, where)
             hold = functools.partial(_hold, batch)
-            state = sampling.advance(denoise, state, batch.keys, table, first, last, hold)
-            return sharding.keep_split(state, self.mesh)  # as it came, or its next steps would compile anew
+            return sampling.advance(denoise, state, batch.keys, table, first, last, hold)
 
         self.programs[guided, where] = run
         return run

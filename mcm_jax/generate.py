@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from mcm_jax import assets, config, pictures
+from mcm_jax.engine import Progress
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, write_atomically
-from mcm_jax.jobs import CONTROLS, TEXT, Drawer
+from mcm_jax.jobs import CONTROLS, TEXT, Drawer, Job
 from mcm_jax.jobs.intermediates import Intermediates
 from mcm_jax.jobs.watch import Watch
 
@@ -76,19 +77,19 @@ def generate(
     total = steps * -(-num_samples // settings.batch_size) * (2 if show_base else 1)
     with Watch(total, (num_samples, 0), out, preview_every) as watch:
 
-        def tell(now: Any) -> None:
+        def tell(now: Progress) -> None:
             watch(now)
             if look:
                 look(now)
 
-        images = drawer.sample(jobs, tell=tell)
+        images = drawer.sample(jobs, tell=tell, every=1 if look else watch.every)
         if odd := [job.name for job, image in zip(jobs, images, strict=True) if not np.isfinite(image).all()]:
             raise UserError(
                 f"{', '.join(odd)} of seed {first.seed} came out as NaN, nothing was written; take less guidance and "
                 f"strength, or float32"
             )
         watch.drawn(num_samples)
-        alone = drawer.sample([_alone(job) for job in jobs], tell=watch) if show_base else None
+        alone = drawer.sample([_alone(job) for job in jobs], tell=watch, every=watch.every) if show_base else None
 
     values = pictures.to_uint8(images)
     strip = np.concatenate([*shown, values])
@@ -116,11 +117,11 @@ def generate(
         write_atomically(out / "samples.json", (json.dumps(record, indent=2) + "\n").encode())
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror or e}); take another --out") from e
-    more = " and intermediates.png" if look else ""
+    more = ", intermediates.png" if look else ""
     print(f"{num_samples} samples, grid.png{more} and samples.json are in {out}")
     return images
 
 
-def _alone(job: Any) -> Any:
+def _alone(job: Job) -> Job:
     """The same without control."""
     return dataclasses.replace(job, settings=job.settings.but(guidance=0.0))

@@ -7,28 +7,46 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mcm_jax import jobs as jobs_lib
 from mcm_jax import pictures
 from mcm_jax.errors import UserError
-from mcm_jax.jobs import Drawer
+from mcm_jax.jobs import Drawer, lists
+from mcm_jax.jobs.intermediates import Intermediates
+from mcm_jax.jobs.watch import Watch
+from mcm_jax.modalities import Modality, read_png
 from mcm_jax.pipeline import Pipeline
-from mcm_jax.sampling import sample_keys
+from mcm_jax.sampling import SamplingSettings, initial_noise, sample_keys, slerp
 from mcm_jax.trained import save_mcm
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
+BOTH = {"segmentation": "segmentation/a.png", "sketch": "sketch/a.png"}
 LINES = [
-    {"name": "both", "conditions": {"segmentation": "segmentation/a.png", "sketch": "sketch/a.png"}, "seed": 3},
+    {"name": "both", "conditions": BOTH, "seed": 3},
     {"name": "labels", "conditions": {"segmentation": "segmentation/a.png"}, "seed": 3, "guidance": 2},
     {"name": "lines", "conditions": {"sketch": "sketch/b.png"}, "seed": 4, "end": 0.5},
     {"name": "part", "conditions": {"sketch": "sketch/b.png"}, "seed": 4, "strength": {"sketch": 0.5}},
     {"name": "here", "conditions": {"sketch": "sketch/a.png"}, "mask": "mask.png", "sample": 2},
     {"seed": 3},  # no conditions: the MCM sees none
     {"name": "alone", "seed": 2**32 - 1, "guidance": 0},
+    {"name": "turns", "conditions": BOTH, "seed": 3, "window": {"sketch": [0.5, 1], "segmentation": [0, 0.5]}},
+    {"name": "falling", "conditions": BOTH, "seed": 3, "guidance_schedule": [2, 0], "weights": [1.5]},
+    {"name": "moved", "conditions": BOTH, "seed": 3, "variation_seed": 0, "variation": 0.4},
+    {"name": "begun", "conditions": BOTH, "seed": 3, "image": "image.png", "image_strength": 0.7},
+    {
+        "name": "filled",
+        "conditions": BOTH,
+        "seed": 5,
+        "image": "image.png",
+        "image_strength": 0.7,
+        "inpaint": "hole.png",
+    },
+    {"name": "other", "conditions": BOTH, "seed": 3, "sampler": "dpm++2m", "steps": 4, "spacing": "trailing"},
+    {"name": "wide", "conditions": BOTH, "seed": 3, "width": 24, "image": "image.png", "mask": "mask.png"},
 ]
-NAMES = ["both", "labels", "lines", "part", "here", "000006", "alone"]
+NAMES = [line.get("name", "000006") for line in LINES]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +69,8 @@ def maps(tmp_path_factory):
         pictures.save_png(folder / f"sketch/{name}.png", np.where(rng.random(shape) < 0.8, 255, 0).astype(np.uint8))
     pictures.save_png(folder / "segmentation/a.png", rng.integers(0, 6, (23, 37)).astype(np.uint8))
     pictures.save_png(folder / "mask.png", np.where(np.arange(16) < 8, 255, 0).astype(np.uint8)[None].repeat(16, 0))
+    pictures.save_png(folder / "hole.png", np.where(np.arange(32) < 20, 0, 255).astype(np.uint8)[:, None].repeat(32, 1))
+    pictures.save_png(folder / "image.png", rng.integers(0, 256, (20, 36, 3)).astype(np.uint8))
     (folder / "jobs.jsonl").write_text("\n".join(map(json.dumps, LINES)) + "\n")
     return folder
 
@@ -79,21 +99,59 @@ def _assert_same(a, b):
     assert np.abs(a - b).max() <= 1
 
 
-def test_jobs_of_every_kind_share_one_program(drawer, whole):
-    """And each is what it is alone, in a batch of another size."""
+def _alone(pipeline, line, folder):
+    """What the pipeline gives for a line's own arguments, by itself: uint8."""
+    base = pipeline.sized(line.get("height", 0), line.get("width", 0))
+    size, grid = base.image_shape[:2], base.latent_shape[:2]
+    how = {f.name: line[f.name] for f in dataclasses.fields(SamplingSettings) if f.name in line}
+    by_name = {m.name: m for m in pipeline.modalities}
+    maps = {
+        n: by_name[n].fit(read_png(folder / path, by_name[n]), *grid)[None] for n, path in line["conditions"].items()
+    }
+    how |= {k: line[k] for k in ("strength", "window", "weights") if k in line}
+    mask = Modality("mask", "map", 1)
+    if "mask" in line:
+        how["mask"] = mask.fit(read_png(folder / line["mask"], mask), *grid)[None]
+    if "image" in line:
+        picture = ImageOps.fit(Image.open(folder / line["image"]), size[::-1], Image.Resampling.LANCZOS)
+        how["image"] = np.asarray(picture, np.float32)[None] / 127.5 - 1
+    if "inpaint" in line:
+        how["inpaint"] = mask.fit(read_png(folder / line["inpaint"], mask), *size)[None] >= 0.5
+    keys = sample_keys(line["seed"], line.get("sample", 0) + 1)[-1:]
+    if "variation" in line:
+        noises = (initial_noise(k, base.latent_shape) for k in (keys, sample_keys(line["variation_seed"], 1)))
+        how["latents"] = slerp(*noises, np.array([line["variation"]], np.float32))
+    return pictures.to_uint8(pipeline(maps, keys, batch_size=4, **how)[0]).astype(int)
+
+
+def test_jobs_of_every_kind_are_what_the_pipeline_gives_and_a_size_has_one_program(drawer, whole, maps):
+    """And each is what it is alone; what an inpainted picture keeps is the given one's."""
     jobs, out = whole
-    assert drawer.pipeline.engine.compilations == 1  # of two batches, one half filled
+    assert drawer.pipeline.engine.compilations == 2  # the last job is of another size
     found = [_pixels(out / f"{job.name}.png") for job in jobs]
-    for job, picture in zip(jobs, found, strict=True):
+    for job, line, picture in zip(jobs, LINES, found, strict=True):
+        line = {"conditions": {}, "seed": job.seed} | line
+        _assert_same(_alone(drawer.pipeline, line, maps), picture)
+    assert drawer.pipeline.engine.compilations == 2
+    for job, picture in zip(jobs[:4], found, strict=False):
         _assert_same(pictures.to_uint8(drawer.sample([job], 2)[0]).astype(int), picture)
-    _assert_same(pictures.to_uint8(drawer.sample(jobs[::-1], 4)).astype(int), np.stack(found[::-1]))
-    assert all(np.abs(a - b).max() > 4 for i, a in enumerate(found) for b in found[:i])
+    _assert_same(pictures.to_uint8(drawer.sample(jobs[9::-1], 4)).astype(int), np.stack(found[9::-1]))
+    same = [
+        (NAMES[i], NAMES[k])
+        for i, a in enumerate(found)
+        for k, b in enumerate(found[:i])
+        if a.shape == b.shape and np.abs(a - b).max() <= 4
+    ]
+    assert not same
+    given = ImageOps.fit(Image.open(maps / "image.png"), (16, 16), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(found[NAMES.index("filled")][:10], np.asarray(given)[:10])
 
 
 def test_seeds_and_samples_are_those_of_sample_py(drawer, whole):
     jobs, _ = whole
-    one = dataclasses.replace(jobs[-1], sample=1)
-    images = drawer.sample([jobs[-1], one])
+    last = jobs[NAMES.index("alone")]
+    one = dataclasses.replace(last, sample=1)
+    images = drawer.sample([last, one])
     alone = drawer.pipeline({}, sample_keys(2**32 - 1, 2), guidance=0.0, batch_size=4)
     np.testing.assert_allclose(images, alone, atol=1e-4)
 
@@ -115,7 +173,7 @@ def test_what_stops_leaves_whole_pictures_and_the_same_call_goes_on(drawer, whol
             drawer.draw(jobs, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     times = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    other = dataclasses.replace(jobs[-1], seed=1)
+    other = dataclasses.replace(jobs[NAMES.index("alone")], seed=1)
     drawer.draw([other], tmp_path)  # a picture of other settings is drawn anew
     assert drawer.draw(jobs, tmp_path) == len(jobs) - 3 + (tmp_path / "alone.png" in times)
     assert all(p.stat().st_mtime_ns == t for p, t in times.items() if p.stem != "alone")
@@ -125,14 +183,23 @@ def test_what_stops_leaves_whole_pictures_and_the_same_call_goes_on(drawer, whol
         _assert_same(_pixels(tmp_path / f"{name}.png"), _pixels(out / f"{name}.png"))
 
 
-def test_a_picture_is_drawn_again_from_what_it_says(script, whole, maps, tmp_path):
+def test_a_picture_is_drawn_again_from_what_it_says(script, drawer, whole, maps, tmp_path, monkeypatch):
+    """Whatever decided it; by the script, and all of them by one pipeline that is compiled already."""
     _, out = whole
-    for name in ("both", "here"):
-        outcome = script("sample.py", f"--replay={out / name}.png", f"--out={tmp_path}")
-        assert outcome.status == 0, outcome.err
+    outcome = script("sample.py", f"--replay={out / 'here'}.png", f"--out={tmp_path}")
+    assert outcome.status == 0, outcome.err
+    with monkeypatch.context() as patch:
+        patch.setattr(lists, "Drawer", lambda *_, **__: drawer)
+        for name in NAMES:
+            if name != "here":
+                jobs_lib.replay(out / f"{name}.png", tmp_path)
+        jobs_lib.replay(out / "turns.png", tmp_path / "whole", window={})
+    for name in NAMES:
         _assert_same(_pixels(tmp_path / f"{name}.png"), _pixels(out / f"{name}.png"))
         before, now = (jobs_lib.read_record(folder / f"{name}.png") for folder in (out, tmp_path))
         assert before == now
+    _assert_same(_pixels(tmp_path / "whole/turns.png"), _pixels(out / "both.png"))
+    before = jobs_lib.read_record(out / "here.png")
     plain, other, moved = (tmp_path / f"{name}.png" for name in ("plain", "other", "moved"))
     pictures.save_png(plain, np.zeros((4, 4), np.uint8))
     pictures.save_png(other, np.zeros((4, 4), np.uint8), {"mcm_jax": json.dumps(before | {"mcm_sha256": "0" * 64})})
@@ -143,7 +210,84 @@ def test_a_picture_is_drawn_again_from_what_it_says(script, whole, maps, tmp_pat
             jobs_lib.replay(path, tmp_path)
 
 
-def test_bad_jobs_are_named_by_line_and_the_others_drawn(script, mcm, maps, tmp_path):
+def test_plain_pictures_say_what_those_of_the_first_version_said(whole):
+    """Which therefore stay where a list is drawn again."""
+    _, out = whole
+    of_job = {"conditions", "strength", "mask", "seed", "sample"}
+    how = {"sampler", "steps", "spacing", "timesteps", "eta", "modulate", "guidance", "start", "end"}
+    by_what = {"workdir", "mcm_sha256", "mcm_step", "base", "fingerprint", "device", "versions"}
+    for name in NAMES[:7]:
+        assert jobs_lib.read_record(out / f"{name}.png").keys() == of_job | how | by_what
+    assert "window" in jobs_lib.read_record(out / "turns.png")
+
+
+def test_mcms_act_together_and_their_pictures_name_them_all(mcm, trained, whole, maps, tmp_path, monkeypatch):
+    """Where one weighs nothing the picture is the other's alone."""
+    _, out = whole
+    drawer = Drawer([mcm, str(trained.workdir)], batch_size=2)
+    line = {"conditions": BOTH, "seed": 3}
+    lines = [
+        {"name": "both", "weights": [1, 0], **line},
+        {"name": "more", "weights": [0.5, 2], "num_samples": 2, **line},
+    ]
+    (maps / "together.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    jobs, problems = jobs_lib.read_jobs(maps / "together.jsonl", drawer)
+    assert [job.name for job in jobs] == ["both", "more_000", "more_001"] and not problems
+    assert drawer.draw(jobs, tmp_path) == 3 and drawer.draw(jobs, tmp_path) == 0
+    _assert_same(_pixels(tmp_path / "both.png"), _pixels(out / "both.png"))
+    found, first, second = (_pixels(tmp_path / f"{job.name}.png") for job in jobs)
+    assert min(np.abs(a - b).max() for a, b in ((found, first), (first, second))) > 4
+    assert jobs_lib.read_record(tmp_path / "both.png")["workdir"] == [mcm, str(trained.workdir)]
+    monkeypatch.setattr(lists, "Drawer", lambda *_, **__: drawer)
+    jobs_lib.replay(tmp_path / "more_001.png", tmp_path / "again")
+    _assert_same(_pixels(tmp_path / "again/more_001.png"), second)
+    with pytest.raises(UserError, match="another MCM"):
+        jobs_lib.replay(out / "both.png", tmp_path / "again")
+
+
+def test_a_person_sees_how_far_it_is(drawer, whole, tmp_path, monkeypatch):
+    """The bar's steps are all that are taken; the sheet is there while pictures are drawn."""
+    jobs, _ = whole
+    seen, call = [], Watch.__call__
+
+    def told(self, now):
+        call(self, now)
+        seen.append((self.bar.n, self.bar.total, self.path.exists() and Image.open(self.path).size))
+
+    monkeypatch.setattr(Watch, "__call__", told)
+    drawer.draw(jobs[:5], tmp_path, preview_every=2)
+    assert [s[:2] for s in seen] == [(i + 1, 6) for i in range(6)]  # of two batches
+    assert [bool(s[2]) for s in seen] == [False, True, True, True, True, True] and seen[1][2] == (6 * 35, 6 * 35)
+    assert not (tmp_path / "preview.png").exists() and len(list(tmp_path.iterdir())) == 5
+    odd = dataclasses.replace(jobs[0], name="preview")
+    with pytest.raises(UserError, match="preview.png"):
+        drawer.draw([odd], tmp_path, preview_every=2)
+
+
+def test_where_and_when_an_mcm_acts_is_shown(script, drawer, whole, mcm, maps, tmp_path):
+    """With a window it is one step; below the samples are those of the base alone."""
+    jobs, _ = whole
+    look = Intermediates(5, 4)
+    drawer.sample([dataclasses.replace(jobs[0], settings=drawer.settings.but(steps=4, end=0.5))], 4, look)
+    assert [step for step, view in look.views.items() if view.maps[0][0].any()] == [1] and list(look.views) == [1, 2, 3]
+    sheet = look.picture([mcm])
+    assert sheet.shape == (20 + 4 * 98, 150 + 3 * 98, 3)
+    gamma = sheet[20 + 2 * 98 :][:96, 150:]
+    assert gamma[:, :96].min() < 100 and (gamma[:, 98:] == 255).all()
+    np.testing.assert_array_equal(sheet[20:116, 248:], sheet[118:214, 248:])  # both estimates
+
+    command = ["sample.py", f"--workdir={mcm}", f"--sketch={maps / 'sketch/a.png'}", "--num_samples=2", "--seed=3"]
+    outcome = script(*command, f"--out={tmp_path / 'with'}", "--show_base", "--intermediates=2")
+    assert outcome.status == 0 and (tmp_path / "with/intermediates.png").exists(), outcome.err
+    outcome = script(*command, f"--out={tmp_path / 'alone'}", "--guidance=0", "--window=sketch=0:0.5")
+    assert outcome.status == 0, outcome.err
+    upper, lower = np.split(_pixels(tmp_path / "with/grid.png")[: 6 * 34], 2)
+    alone = _pixels(tmp_path / "alone/grid.png")[: 6 * 17]
+    _assert_same(lower[:, 6 * 18 :], alone[:, 6 * 18 :])
+    assert (lower[:, : 6 * 18] == 255).all() and np.abs(upper - alone)[:, 6 * 18 :].max() > 4
+
+
+def test_bad_jobs_are_named_by_line_and_the_others_drawn(script, drawer, mcm, maps, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     sketch = {"sketch": str(maps / "sketch/a.png")}
     bad = {
@@ -160,6 +304,8 @@ def test_bad_jobs_are_named_by_line_and_the_others_drawn(script, mcm, maps, tmp_
         json.dumps({"conditions": sketch, "seed": -1}): "seed must be",
         json.dumps({"conditions": sketch, "name": "../a"}): "name must be",
         json.dumps({"conditions": sketch, "name": "good"}): "give each its own",
+        json.dumps({"image": "text.png"}): "text.png: not a picture",
+        json.dumps({"mask": "text.png"}): "text.png: not a picture",
         json.dumps(
             {"conditions": sketch, "name": "nan", "seed": 9, "guidance": 3e38}
         ): "(nan, seed 9): came out as NaN",
@@ -173,6 +319,25 @@ def test_bad_jobs_are_named_by_line_and_the_others_drawn(script, mcm, maps, tmp_
     for number, words in enumerate(bad.values(), start=3):
         assert any(f"jobs.jsonl:{number}" in line and words in line for line in lines), (number, words, outcome.err)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["good.png"]
+
+    odd = {
+        json.dumps({"window": {"depth": [0, 1]}}): "window: the MCM knows segmentation, sketch, not depth",
+        json.dumps({"window": {"sketch": [0.5, 0.2]}}): "window.sketch must be two shares of the steps",
+        json.dumps({"window": {"sketch": [0, 2]}}): "window.sketch must be two shares of the steps",
+        json.dumps({"weights": [1, 2]}): "weights must be 1, one an MCM",
+        json.dumps({"inpaint": str(maps / "mask.png")}): "inpaint must be given with an image",
+        json.dumps({"image": "absent.png"}): "image: ",
+        json.dumps({"height": 15}): "height must be a multiple of 2",
+        json.dumps({"variation": 0.5}): "variation must be given with a variation_seed",
+        json.dumps({"variation_seed": 5}): "variation_seed goes with a variation",
+        json.dumps({"sampler": "euler_a"}): "sampler must be one of",
+        json.dumps({"steps": 1001}): "steps must be in 1..1000",
+        json.dumps({"num_samples": 0}): "num_samples must be a whole number",
+    }
+    (tmp_path / "odd.jsonl").write_text("\n".join(odd))
+    _, problems = jobs_lib.read_jobs(tmp_path / "odd.jsonl", drawer)
+    for number, (words, problem) in enumerate(zip(odd.values(), problems, strict=True), start=1):
+        assert f"odd.jsonl:{number}: {words}" in problem, (words, problem)
 
 
 def test_a_folder_of_conditions_has_a_job_for_each_name(script, drawer, mcm, maps, tmp_path):

@@ -78,9 +78,10 @@ class Drawer:
             size: names the key.
         """
         given = {"conditions": {}, **{k: v for k, v in given.items() if v is not None}}
-        expect(
-            "variation" in given or "variation_seed" not in given, "variation_seed", "given with a variation", "none"
-        )
+        if "variation_seed" in given and "variation" not in given:
+            raise UserError(
+                "variation_seed goes with a variation: how far the noise is moved towards its own, in [0, 1]"
+            )
         how = dataclasses.asdict(settings or self.settings)
         how |= {key: given.pop(key) for key in [*given] if key in how}
         try:
@@ -105,14 +106,19 @@ class Drawer:
         return self.recorder.record(job)
 
     def sample(
-        self, jobs: Sequence[Job], batch_size: int | None = None, tell: Callable[[Progress], object] | None = None
+        self,
+        jobs: Sequence[Job],
+        batch_size: int | None = None,
+        tell: Callable[[Progress], object] | None = None,
+        every: int = 1,
     ) -> np.ndarray:
         """Samples a picture a job, float32 ``[N, H, W, 3]``; their files are read already or will be.
 
         Args:
           jobs: of one size and of one table: they differ in what each sample of a batch may have its own of.
           batch_size: of the compiled program; None is the settings'.
-          tell: is told after every step.
+          tell: is told how far each batch is, after ``every`` steps.
+          every: steps.
 
         Raises:
           UserError: a file cannot be read.
@@ -128,13 +134,13 @@ class Drawer:
         keys = _keys([(j.seed, j.sample) for j in jobs])
         if any(j.variation for j in jobs):
             others = _keys([(j.variation_seed if j.variation else j.seed, j.sample) for j in jobs])
-            own, other = (self.pipeline.engine.noise(k, base.latent_shape) for k in (keys, others))
+            own, other = (_noise(k, base.latent_shape) for k in (keys, others))
             share = jnp.array([j.variation for j in jobs], jnp.float32)
             given["latents"] = np.asarray(sampling.slerp(own, other, share))
         how = dataclasses.asdict(first.settings) | {k: [getattr(j.settings, k) for j in jobs] for k in PER_SAMPLE}
         how["batch_size"] = batch_size or how["batch_size"]
         self._note(any(self._shared(j)[0] for j in jobs), base, first.settings.modulate, how["batch_size"])
-        return self.pipeline(given.pop("conditions"), keys, callback=tell, **given, **how)
+        return self.pipeline(given.pop("conditions"), keys, callback=tell, every=every, **given, **how)
 
     def draw(
         self, jobs: Sequence[Job], out: str | os.PathLike, problems: Sequence[str] = (), preview_every: int = 0
@@ -178,8 +184,10 @@ class Drawer:
         with Watch(sum(steps), (len(jobs), len(jobs) - len(todo)), out, preview_every) as watch:
             for batch, count in zip(batches, steps, strict=True):
                 readable = [(job, record) for *_, job, record in batch if self._is_readable(job, problems)]
-                images = self.sample([job for job, _ in readable], size, watch) if readable else watch.skip(count) or []
-                there = 0
+                if not readable:
+                    watch.skip(count)
+                    continue
+                images, there = self.sample([job for job, _ in readable], size, watch, watch.every), 0
                 for (job, record), image in zip(readable, images, strict=True):
                     if np.isfinite(image).all():
                         texts = {TEXT: json.dumps(record)}
@@ -242,6 +250,9 @@ class Drawer:
             text = " with text guidance" if guided else ""
             what = f"compiling for {batch_size} pictures of {width}x{height}{text} at a time, once"
             tqdm.write(what, file=sys.stderr)
+
+
+_noise = jax.jit(sampling.initial_noise, static_argnums=1)
 
 
 def _keys(numbers: Iterable[tuple[int, int]]) -> jax.Array:

@@ -79,7 +79,7 @@ class Job:
             expect(fine, f"window.{name}", "two shares of the steps, rising, in [0, 1]", span)
         expect(all(0 <= w < float("inf") for w in self.weights), "weights", "at least 0 each", self.weights)
         expect(
-            bool(self.image or not self.inpaint), "inpaint", "given with the image that it is a part of", self.inpaint
+            bool(self.image or not self.inpaint), "inpaint", "given with an image, of which it is a part", self.inpaint
         )
         expect(0 <= self.variation <= 1, "variation", "in [0, 1]", self.variation)
         towards = self.variation_seed >= 0 or not self.variation
