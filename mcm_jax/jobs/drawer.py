@@ -248,7 +248,7 @@ class Drawer:
             self._programs.add(program)
             height, width, _ = base.image_shape
             text = " with text guidance" if guided else ""
-            what = f"compiling for {batch_size} pictures of {width}x{height}{text} at a time, once"
+            what = f"compiling, once: batches of {batch_size}, {width}x{height} pixels{text}"
             tqdm.write(what, file=sys.stderr)
 
 
