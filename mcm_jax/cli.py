@@ -57,15 +57,15 @@ class _Numbers(flags.ArgumentParser):
 class _Named(flags.ArgumentParser):
     """Reads NAME=NUMBER, or NAME=NUMBER:NUMBER, of one of several names."""
 
-    def __init__(self, many: bool):
-        self._many = many
+    def __init__(self, form: str):
+        self._form = form
 
     def parse(self, argument: str) -> tuple[str, Any]:
         name, _, text = argument.partition("=")
         try:
-            value = tuple(map(float, text.split(":"))) if self._many else float(text)
+            value = tuple(map(float, text.split(":"))) if ":" in self._form else float(text)
         except ValueError as e:
-            raise ValueError(f"expected NAME={'START:END' if self._many else 'NUMBER'}") from e
+            raise ValueError(f"expected NAME={self._form}") from e
         return name, value
 
 
@@ -86,9 +86,11 @@ def define_flags(
     """
     define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
     define[tuple[float, ...]] = lambda *args: flags.DEFINE(_Numbers(), *args)
-    named = {Mapping[str, float]: False, Mapping[str, tuple[float, ...]]: True}
-    for kind, many in named.items():
-        define[kind] = lambda *args, many=many: flags.DEFINE_multi(_Named(many), None, *args)
+    named = {Mapping[str, float]: "NUMBER", Mapping[str, tuple[float, ...]]: "START:END"}
+    for kind, form in named.items():
+        define[kind] = lambda name, default, text, form=form: flags.DEFINE_multi(
+            _Named(form), None, name, default, f"NAME={form}: {text}"
+        )
     meanings, types = config.describe(cls), typing.get_type_hints(cls)
     chosen = names or [f.name for f in dataclasses.fields(cls)]
     holders = {name: define[types[name]](name, None, meanings[name] + default) for name in chosen}

@@ -36,7 +36,8 @@ class Job:
       name: the file's, without ending.
       conditions: picture file of each modality that is given, any subset.
       settings: how it is drawn; batches share all but :data:`mcm_jax.pipeline.PER_SAMPLE`.
-      seed: of the noise, 0..4294967295; sample i of a seed is the same whatever else is drawn.
+      seed: of the noise, 0..4294967295. Sample i of a seed is the same whatever else is drawn; in a list each name has a
+        seed of its own, made of this one.
       sample: which of the seed's samples.
       prompt: text, for a text-conditional base.
       strength: how much each modality counts, by its name, at least 0; 1 where left out.
@@ -45,8 +46,8 @@ class Job:
       weights: of each MCM, at least 0; 1 each where left out.
       image: picture file to begin with, as far as image_strength says.
       inpaint: picture file, white where the image is drawn anew; its other pixels stay exactly.
-      variation_seed: of another noise, which the seed's is moved towards; -1 for none.
-      variation: how far, in [0, 1].
+      variation_seed: of another noise, its sample of the same number, which the seed's is moved towards; -1 for none.
+      variation: how far, in [0, 1]; fresh noise of the sampler stays the seed's.
       source: where the job is from, for messages.
     """
 
