@@ -111,18 +111,28 @@ class Engine:
     @functools.cached_property
     def begin(self) -> Any:
         """``(batch, table) -> State``."""
-        return jax.jit(lambda batch, table: sampling.begin(batch.noise, table, batch.picture))
+        begin = lambda batch, table: sampling.begin(batch.noise, table, batch.picture)  # noqa: E731
+        return jax.jit(begin, out_shardings=self._split)
 
     @functools.cached_property
     def encode(self) -> Any:
         """``(base_params, pictures) -> latents``, the mean where an autoencoder has a spread."""
-        return jax.jit(self.base.encode)
+        return jax.jit(self.base.encode, out_shardings=self._split)
 
     @functools.cached_property
     def noise(self) -> Any:
         """``(keys, shape) -> [B, *shape]``."""
-        make = lambda keys, shape: sharding.keep_split(sampling.initial_noise(keys, shape), self.mesh)  # noqa: E731
-        return jax.jit(make, static_argnums=1)
+        return jax.jit(sampling.initial_noise, static_argnums=1, out_shardings=self._split)
+
+    @functools.cached_property
+    def nothing(self) -> Any:
+        """``noise -> picture``: zeros, where no picture is begun with."""
+        return jax.jit(jnp.zeros_like, out_shardings=self._split)
+
+    @property
+    def _split(self) -> jax.sharding.Sharding:
+        """What is handed from program to program always lies the same, lest one compile anew for it."""
+        return sharding.batch_sharding(self.mesh)
 
     def advance(self, guided: bool, where: str) -> Any:
         """``(base_params, params, state, batch, table, calls, first, last) -> State``: some steps.
@@ -134,7 +144,7 @@ class Engine:
         if (guided, where) in self.programs:
             return self.programs[guided, where]
 
-        @functools.partial(jax.jit, donate_argnums=2)
+        @functools.partial(jax.jit, donate_argnums=2, out_shardings=self._split)
         def run(base_params, params, state, batch, table, calls, first, last):
             denoise = functools.partial(self._denoise, base_params, params, batch, calls, guided, where)
             hold = functools.partial(_hold, batch)

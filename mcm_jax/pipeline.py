@@ -303,8 +303,9 @@ class Pipeline:
             )
             batch = sharding.split_batch(batch, self.mesh)
             noise = self.engine.noise(batch.keys, base.latent_shape) if latents is None else batch.noise
-            picture = jnp.zeros_like(noise)
-            if image is not None:
+            if image is None:
+                picture = self.engine.nothing(noise)
+            else:
                 shown = sharding.split_batch(places.image[rows], self.mesh)
                 picture = self.engine.encode(self.base.params, shown)
             batch = batch._replace(noise=noise, picture=picture)
