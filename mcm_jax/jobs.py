@@ -28,7 +28,8 @@ from mcm_jax.data.reading import read_caption, read_condition
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable
 from mcm_jax.modalities import Modality, read_png
-from mcm_jax.pipeline import PER_SAMPLE, Pipeline
+from mcm_jax.pipeline import Pipeline
+from mcm_jax.request import PER_SAMPLE
 from mcm_jax.sampling import SamplingSettings
 from mcm_jax.trained import WEIGHTS
 from mcm_jax.version import __version__
@@ -57,7 +58,7 @@ class Job:
     Attributes:
       name: the file's, without ending.
       conditions: picture file of each modality that is given, any subset.
-      settings: how it is drawn; batches share all but :data:`mcm_jax.pipeline.PER_SAMPLE`.
+      settings: how it is drawn; batches share all but :data:`mcm_jax.request.PER_SAMPLE`.
       seed: of the noise, 0..4294967295.
       sample: which of the seed's samples, as sample.py numbers them.
       prompt: for a text-conditional base; None is the empty one.
