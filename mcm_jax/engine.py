@@ -108,11 +108,6 @@ class Engine:
         """How many programs were compiled to run steps: one for each shape of a batch, too."""
         return sum(program._cache_size() for program in self.programs.values())
 
-    @property
-    def _split(self) -> jax.sharding.Sharding:
-        """Of all that one program hands to another or to itself: equal ones that are said otherwise compile anew."""
-        return sharding.batch_sharding(self.mesh)
-
     @functools.cached_property
     def begin(self) -> Any:
         """``(batch, table) -> State``."""
@@ -128,6 +123,16 @@ class Engine:
     def noise(self) -> Any:
         """``(keys, shape) -> [B, *shape]``."""
         return jax.jit(sampling.initial_noise, static_argnums=1, out_shardings=self._split)
+
+    @functools.cached_property
+    def nothing(self) -> Any:
+        """``noise -> picture``: zeros, where no picture is begun with."""
+        return jax.jit(jnp.zeros_like, out_shardings=self._split)
+
+    @property
+    def _split(self) -> jax.sharding.Sharding:
+        """What is handed from program to program always lies the same, lest one compile anew for it."""
+        return sharding.batch_sharding(self.mesh)
 
     def advance(self, guided: bool, where: str) -> Any:
         """``(base_params, params, state, batch, table, calls, first, last) -> State``: some steps.

@@ -5,28 +5,23 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
-from mcm_jax import assets, control, sampling, sharding
+from mcm_jax import assets, control, pictures, sampling, sharding
 from mcm_jax import config as config_lib
 from mcm_jax.base import Base
-from mcm_jax.base.tokenizer import Cuts
 from mcm_jax.engine import Batch, Engine, Progress
-from mcm_jax.errors import UserError, expect
-from mcm_jax.modalities import Modality
+from mcm_jax.errors import UserError
+from mcm_jax.modalities import Modality, read_png
+from mcm_jax.request import Conditions, read_conditions, read_places, read_texts, settings_of_each
 from mcm_jax.samplers import Table
 from mcm_jax.sampling import SamplingSettings
 from mcm_jax.trained import WEIGHTS, ModelSettings, Trained, read_mcm
-
-PER_SAMPLE = (
-    *("guidance", "guidance_schedule", "start", "end"),
-    *("text_guidance", "text_rescale", "negative_prompt"),
-)
-"""Fields of :class:`mcm_jax.sampling.SamplingSettings` that each sample of a batch may have its own of."""
 
 
 class Pipeline:
@@ -128,14 +123,10 @@ class Pipeline:
             for m in self.mcms
         ]
         table = self.settings.table(base.schedule)
-        given = _Given(
-            {m.name: m.null(batch_size, *self.grid) for m in self.modalities},
-            {m.name: np.ones(batch_size) for m in self.modalities},
-            {},
-            np.ones((len(self.mcms), batch_size)),
-            [self.settings] * batch_size,
-        )
-        controls, calls = self._controls(base, given, np.arange(batch_size), table)
+        names = [""] * len(self.mcms)
+        nothing = {m.name: m.null(batch_size, *self.grid) for m in self.modalities}
+        given = read_conditions(batch_size, self.grid, self.modalities, names, nothing, None, None, None, None)
+        controls, calls = self._controls(base, given, [self.settings] * batch_size, np.arange(batch_size), table)
         latent, plane = ((batch_size, *base.latent_shape[:2], n) for n in (base.latent_shape[2], 1))
         rows = sharding.batch_sharding(self.mesh)
         noise, mask, per = (shape(s, jnp.float32) for s in (latent, plane, (batch_size,)))
@@ -160,56 +151,20 @@ class Pipeline:
         """The next batch size that the devices divide."""
         return -(-batch_size // self.mesh.size) * self.mesh.size
 
-    def _contexts(self, prompts: Sequence[str] | None, negatives: Sequence[str], count: int) -> tuple[Any, Any, Any]:
-        """Contexts ``[P, L, D]`` of the distinct prompts, and which of them are each sample's and its negative one."""
-        if not self.base.is_text_conditional:
-            if prompts is not None:
-                raise UserError(f"prompts: the base {self.base.name!r} is unconditional, it has no text encoder")
-            return None, None, None
-        prompts = [""] * count if prompts is None else list(prompts)
-        if len(prompts) != count:
-            raise UserError(f"prompts: expected {count}, one a sample, got {len(prompts)}")
-        if odd := [p for p in prompts if not isinstance(p, str)]:
-            raise UserError(f"prompts: expected texts, got {odd[0]!r} ({type(odd[0]).__name__})")
-        distinct = list(dict.fromkeys([*prompts, *negatives]))
-        cut: dict[str, str] = {}
-        parts = [np.asarray(self.base.embed_text(self.base.params, [prompt], cut)) for prompt in distinct]
-        cuts = Cuts()
-        cuts.add(filter(None, distinct), cut)  # nobody wrote the empty prompt
-        cuts.warn(stacklevel=3)
-        place = {prompt: i for i, prompt in enumerate(distinct)}
-        return np.concatenate(parts), *(np.array([place[p] for p in texts]) for texts in (prompts, negatives))
-
-    def _each(self, count: int, changes: Mapping[str, Any]) -> list[SamplingSettings]:
-        """The settings of each sample; those of :data:`PER_SAMPLE` may come as ``count`` values."""
-
-        def is_many(key: str, value: Any) -> bool:
-            depth = 1 if key == "guidance_schedule" else 0
-            return key in PER_SAMPLE and not isinstance(value, str) and _depth(value) > depth
-
-        own = {k: list(v) for k, v in changes.items() if is_many(k, v)}
-        if odd := [k for k, v in own.items() if len(v) != count]:
-            raise UserError(f"{odd[0]}: expected {count} values, one a sample, or one for all, got {len(own[odd[0]])}")
-        settings = self.settings.but(**{k: v for k, v in changes.items() if k not in own})
-        if not own:
-            return [settings] * count
-        return [settings.but(**dict(zip(own, row, strict=True))) for row in zip(*own.values(), strict=True)]
-
     def _controls(
-        self, base: Base, given: "_Given", rows: np.ndarray, table: Table
+        self, base: Base, given: Conditions, each: Sequence[SamplingSettings], rows: np.ndarray, table: Table
     ) -> tuple[tuple[control.Control, ...], tuple[np.ndarray, ...]]:
         """Of each MCM, for some rows of what was given."""
         controls, calls = [], []
-        each = [given.each[i] for i in rows]
+        each = [each[i] for i in rows]
         for mcm, weights in zip(self.mcms, given.weights, strict=True):
             modalities, grid = mcm.modulator.modalities, mcm.modulator.grid(base)
             conditions = {}
             for m in modalities:
-                values = given.conditions[m.name][rows]
+                values = given.values[m.name][rows]
                 conditions[m.name] = values if values.shape[1:3] == grid else m.resize_all(values, *grid)
-            whole = np.broadcast_to([0.0, 1.0], (len(given.each), 2))
             strengths = np.stack([given.strengths[m.name][rows] for m in modalities], 1)
-            windows = np.stack([given.windows.get(m.name, whole)[rows] for m in modalities], 1)
+            windows = np.stack([given.windows[m.name][rows] for m in modalities], 1)
             rests = len(self.mcms) > 1
             one, asked = control.plan(conditions, strengths, windows, weights[rows], each, table, rests)
             controls.append(one)
@@ -262,9 +217,9 @@ class Pipeline:
           callback: is told how far each batch is, after every ``every`` steps and the last.
           every: steps.
           changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that differ from :attr:`settings`, e.g.
-            ``guidance=2.0``; those in :data:`PER_SAMPLE` one for all or N. Batches are filled up to what the devices
-            divide, the last one too: one compiled function serves any N. Where any sample has text guidance, all are
-            drawn by the program that has it, which calls the base for both prompts.
+            ``guidance=2.0``; those in :data:`mcm_jax.request.PER_SAMPLE` one for all or N. Batches are filled up to
+            what the devices divide, the last one too: one compiled function serves any N. Where any sample has text
+            guidance, all are drawn by the program that has it, which calls the base for both prompts.
 
         Returns:
           float32 ``[N, H, W, 3]`` in about [-1, 1].
@@ -274,21 +229,23 @@ class Pipeline:
         """
         if not len(keys):
             raise UserError("no keys given: at least one sample is drawn")
-        count, each = len(keys), self._each(len(keys), changes)
+        count, each = len(keys), settings_of_each(self.settings, len(keys), changes)
         settings = each[0]
         base = self.sized(settings.height, settings.width)
         table = settings.table(self.base.schedule, image is not None)
-        given = self._given(base, each, conditions, present or {}, strength or {}, window or {}, weights)
-        places = self._places(base, count, mask=mask, image=image, inpaint=inpaint, latents=latents)
+        names, grid = [mcm.name or "the MCM" for mcm in self.mcms], self.grid_for(base)
+        given = read_conditions(count, grid, self.modalities, names, conditions, present, strength, window, weights)
+        places = read_places(base, count, mask=mask, image=image, inpaint=inpaint, latents=latents)
         guided = any(self._is_guided(s) for s in each)
-        texts = self._texts(count, prompts, [s.negative_prompt for s in each], guided, context, negative_context)
+        negatives = [s.negative_prompt for s in each] if guided else None
+        texts = read_texts(self.base, count, prompts, negatives, context, negative_context)
         batch_size = self._filled(settings.batch_size)
         self._note(batch_size, (base.latent_shape, guided, settings.modulate))
         own, images = sharding.local_rows(self.mesh, batch_size), []
         params = sharding.replicate(tuple(mcm.params for mcm in self.mcms), self.mesh)
         for start in range(0, count, batch_size):
             everyone = np.arange(start, start + batch_size) % count  # the last batch starts over to fill up
-            controls, calls = self._controls(base, given, everyone, table)
+            controls, calls = self._controls(base, given, each, everyone, table)
             rows = everyone[own]
             batch = Batch(
                 jax.tree.map(lambda value: value[own], controls),
@@ -303,8 +260,9 @@ class Pipeline:
             )
             batch = sharding.split_batch(batch, self.mesh)
             noise = self.engine.noise(batch.keys, base.latent_shape) if latents is None else batch.noise
-            picture = jnp.zeros_like(noise)
-            if image is not None:
+            if image is None:
+                picture = self.engine.nothing(noise)
+            else:
                 shown = sharding.split_batch(places.image[rows], self.mesh)
                 picture = self.engine.encode(self.base.params, shown)
             batch = batch._replace(noise=noise, picture=picture)
@@ -314,6 +272,44 @@ class Pipeline:
             images.append(self.engine.draw(*what, *how, tell, every)[: len(samples)])
         images = np.concatenate(images)
         return images if inpaint is None else np.where(np.asarray(inpaint, bool)[..., None], images, places.image)
+
+    def draw(
+        self,
+        conditions: Mapping[str, str | os.PathLike | Image.Image | np.ndarray],
+        count: int = 1,
+        *,
+        seed: int = 0,
+        prompt: str | None = None,
+        **how: Any,
+    ) -> list[Image.Image]:
+        """Samples pictures for one set of conditions: what a notebook wants.
+
+        Args:
+          conditions: for each modality that is given, a picture file, a picture, or an array ``[H, W]`` or ``[H, W,
+            planes]``, of any size: brought to the grid, its middle where the aspect ratio is another.
+          count: of the pictures.
+          seed: of the noise; picture i is the same whatever ``count`` is.
+          prompt: for a text-conditional base.
+          how: as in :meth:`__call__`, e.g. ``guidance=2.0``.
+
+        Raises:
+          UserError: as :meth:`__call__`; a file that cannot be read.
+        """
+        base = self.sized(how.get("height") or self.settings.height, how.get("width") or self.settings.width)
+        known, grid, maps = {m.name: m for m in self.modalities}, self.grid_for(base), {}
+        for name, value in conditions.items():
+            if name not in known:
+                raise UserError(f"this MCM knows the modalities {', '.join(known)}, got {name}")
+            if isinstance(value, Image.Image):
+                value = known[name].definition.decode(value, name)
+            elif not isinstance(value, np.ndarray):
+                value = read_png(value, known[name])
+            known[name].check(value, name)
+            maps[name] = np.repeat(known[name].fit(value, *grid)[None], count, axis=0)
+        prompts = None if prompt is None else [prompt] * count
+        how = {"batch_size": min(count, self.settings.batch_size)} | how
+        images = self(maps, sampling.sample_keys(seed, count), prompts=prompts, **how)
+        return [Image.fromarray(picture) for picture in pictures.to_uint8(images)]
 
     def _note(self, batch_size: int, program: Any) -> None:
         """Says so where one batch size after the other is compiled."""
@@ -325,129 +321,6 @@ class Pipeline:
                 stacklevel=3,
             )
         seen.add(batch_size)
-
-    def _given(
-        self,
-        base: Base,
-        each: list[SamplingSettings],
-        conditions: Mapping[str, np.ndarray],
-        present: Mapping[str, np.ndarray],
-        strength: Mapping[str, np.ndarray | float],
-        window: Mapping[str, np.ndarray | Sequence[float]],
-        weights: Sequence[np.ndarray | float] | None,
-    ) -> "_Given":
-        """Conditions and what goes with them, checked; of modalities that are not given, nothing."""
-        count, (height, width) = len(each), self.grid_for(base)
-        unknown = {*conditions, *strength, *window} - {m.name for m in self.modalities}
-        if unknown:
-            names = ", ".join(m.name for m in self.modalities)
-            raise UserError(f"this MCM knows the modalities {names}, got {', '.join(sorted(unknown))}")
-        full, strengths, windows = {}, {}, {}
-        for modality in self.modalities:
-            name, value = modality.name, conditions.get(modality.name)
-            strengths[name] = np.zeros(count)
-            if value is not None:
-                wanted = modality.null(count, height, width).shape
-                if value.shape not in (wanted, (*wanted, 1)):
-                    raise UserError(f"{name}: expected shape {list(wanted)}, got {list(value.shape)}")
-                strengths[name] += strength.get(name, 1.0)
-                positive = np.all((strengths[name] >= 0) & np.isfinite(strengths[name]))
-                expect(positive, f"strength of {name}", "at least 0", strength.get(name))
-                strengths[name] *= present.get(name, True)
-            values = modality.null(count, height, width) if value is None else np.asarray(value)
-            # Classes come in several dtypes, each of which would compile anew.
-            full[name] = values if modality.continuous else values.astype(np.int32)
-            if name in window:
-                bounds = np.asarray(window[name], np.float32)
-                expect(bounds.shape in ((2,), (count, 2)), f"window of {name}", "two shares of the steps", window[name])
-                inside = np.all((bounds >= 0) & (bounds <= 1) & (bounds[..., :1] <= bounds[..., 1:]))
-                expect(inside, f"window of {name}", "two shares of the steps, rising, in [0, 1]", window[name])
-                windows[name] = np.broadcast_to(bounds, (count, 2))
-        weights = [1.0] * len(self.mcms) if weights is None else list(weights)
-        names = ", ".join(mcm.name or "one" for mcm in self.mcms)
-        expect(len(weights) == len(self.mcms), "weights", f"{len(self.mcms)}, one an MCM ({names})", len(weights))
-        spread = [np.broadcast_to(np.asarray(w, np.float32), count) for w in weights]
-        expect(all(np.all((w >= 0) & np.isfinite(w)) for w in spread), "weights", "at least 0", weights)
-        return _Given(full, strengths, windows, spread, each)
-
-    def _places(self, base: Base, count: int, **given: np.ndarray | None) -> "_Places":
-        """What is given for places of pictures and latents, checked and brought to float32."""
-        grid, size = (count, *base.latent_shape[:2]), (count, *base.image_shape[:2])
-        wanted = {"mask": grid, "image": (*size, 3), "inpaint": size, "latents": (count, *base.latent_shape)}
-        for name, value in given.items():
-            shape = wanted[name]
-            expect(value is None or np.shape(value) == shape, name, f"of shape {list(shape)}", list(np.shape(value)))
-        mask, image, inpaint, latents = (given[name] for name in ("mask", "image", "inpaint", "latents"))
-        mask = np.ones(grid, np.float32) if mask is None else np.asarray(mask, np.float32)
-        expect(np.all((mask >= 0) & (mask <= 1)), "mask", "in [0, 1]", f"{mask.min():g}..{mask.max():g}")
-        known = np.zeros(grid, bool)
-        if inpaint is not None:
-            expect(image is not None, "image", "the picture that is painted anew in part", None)
-            anew = np.asarray(inpaint, bool)
-            # A latent is known where all of its pixels are.
-            known = ~anew.reshape(count, grid[1], base.factor, grid[2], base.factor).any((2, 4))
-        if image is not None:
-            image = np.asarray(image, np.float32)
-            expect(np.all(np.abs(image) <= 1), "image", "in [-1, 1]", f"{image.min():g}..{image.max():g}")
-        latents = None if latents is None else np.asarray(latents, np.float32)
-        return _Places(mask[..., None], known[..., None], image, latents)
-
-    def _texts(
-        self,
-        count: int,
-        prompts: Sequence[str] | None,
-        negatives: Sequence[str],
-        guided: bool,
-        context: np.ndarray | None,
-        negative_context: np.ndarray | None,
-    ) -> tuple["_Rows | np.ndarray | None", "_Rows | np.ndarray | None"]:
-        """Context and negative context of each sample, as something that gives rows; None where there are none."""
-        for name, value in (("context", context), ("negative_context", negative_context)):
-            if value is not None:
-                expect(self.base.is_text_conditional, name, f"none: {self.base.name!r} is unconditional", "one")
-                expect(np.ndim(value) == 3 and len(value) == count, name, f"of shape [{count}, L, D]", np.shape(value))
-        if context is not None and prompts is not None:
-            raise UserError("prompts and context are the same thing twice; give one of them")
-        unsaid = prompts if context is None else None
-        contexts, which, negative = self._contexts(unsaid, negatives if guided else [], count)
-        if contexts is None:
-            return None, None
-        positive = _Rows(contexts, which) if context is None else np.asarray(context, np.float32)
-        against = _Rows(contexts, negative) if negative_context is None else np.asarray(negative_context, np.float32)
-        return positive, against if guided else None
-
-
-class _Given(NamedTuple):
-    """Conditions, strengths and windows by modality, weights by MCM, and the settings of each sample; N of each."""
-
-    conditions: Mapping[str, np.ndarray]
-    strengths: Mapping[str, np.ndarray]
-    windows: Mapping[str, np.ndarray]
-    weights: Sequence[np.ndarray]
-    each: Sequence[SamplingSettings]
-
-
-class _Places(NamedTuple):
-    mask: np.ndarray
-    known: np.ndarray
-    image: np.ndarray | None
-    latents: np.ndarray | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Rows of a few distinct arrays, not copied before they are asked for."""
-
-    distinct: np.ndarray
-    which: np.ndarray
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        return self.distinct[self.which[rows]]
-
-
-def _depth(value: Any) -> int:
-    """How deep lists are nested; ragged ones, too."""
-    return 1 + max(map(_depth, value), default=0) if isinstance(value, list | tuple | np.ndarray) else 0
 
 
 def _tell(callback: Callable[[Progress], object], samples: range, now: Progress) -> None:

@@ -23,7 +23,8 @@ from mcm_jax.jobs.files import Files
 from mcm_jax.jobs.job import OF_TEXT, Job
 from mcm_jax.jobs.record import TEXT, Recorder, is_drawn
 from mcm_jax.jobs.watch import PREVIEW, Watch, write_picture
-from mcm_jax.pipeline import PER_SAMPLE, Pipeline
+from mcm_jax.pipeline import Pipeline
+from mcm_jax.request import PER_SAMPLE
 from mcm_jax.sampling import SamplingSettings
 
 _DEFAULTS = dataclasses.asdict(SamplingSettings())

@@ -35,9 +35,9 @@ class Job:
     Attributes:
       name: the file's, without ending.
       conditions: picture file of each modality that is given, any subset.
-      settings: how it is drawn; batches share all but :data:`mcm_jax.pipeline.PER_SAMPLE`.
-      seed: of the noise, 0..4294967295. Sample i of a seed is the same whatever else is drawn; in a list each name has a
-        seed of its own, made of this one.
+      settings: how it is drawn; batches share all but :data:`mcm_jax.request.PER_SAMPLE`.
+      seed: of the noise, 0..4294967295; sample i of a seed is the same whatever else is drawn. In a list each name has
+        a seed of its own, made of this one.
       sample: which of the seed's samples.
       prompt: text, for a text-conditional base.
       strength: how much each modality counts, by its name, at least 0; 1 where left out.
