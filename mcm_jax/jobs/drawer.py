@@ -243,8 +243,8 @@ class Drawer:
         return True
 
     def _note(self, guided: bool, base: Any, modulate: str, batch_size: int) -> None:
-        """Says so before the first batch of a program: for minutes the bar would stand still."""
-        program = guided, base.image_shape, modulate if guided else "", batch_size
+        """Says so before the first batch of a program: the bar would stand still."""
+        program = guided, base.image_shape, modulate, batch_size
         if program not in self._programs:
             self._programs.add(program)
             height, width, _ = base.image_shape
