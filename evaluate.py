@@ -28,7 +28,7 @@ _JUDGE = flags.DEFINE_multi_string(
     "edges, ms_ssim, colour, depth:reader=FILE.onnx, pck:reader=module:function, none; caption=clip:FOLDER, the folder "
     "of a CLIP; fidelity=inception:FILE.safetensors, by what features FID and KID are",
 )
-_SETTINGS = cli.define_flags(SamplingSettings)
+_BASE, _SETTINGS = cli.define_base_flags(), cli.define_flags(SamplingSettings)
 
 
 def main(argv: list[str]) -> None:
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
         seed=_SEED.value,
         judges=judges,
         references=_REFERENCES.value,
+        **_BASE(),
         **_SETTINGS(),
     )
 

@@ -33,7 +33,7 @@ _REPLAY = flags.DEFINE_string("replay", None, "PNG of this script, to be drawn a
 _NUM = flags.DEFINE_integer("num_samples", None, "How many. Default: 8")
 _SEED = flags.DEFINE_integer("seed", None, "Of the noise; sample i is the same for any num_samples. Default: 0")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text, for a text-conditional base; default: the empty one")
-_SETTINGS = cli.define_flags(SamplingSettings)
+_BASE, _SETTINGS = cli.define_base_flags(), cli.define_flags(SamplingSettings)
 
 
 def main(argv: list[str]) -> object:
@@ -48,10 +48,10 @@ def main(argv: list[str]) -> object:
         raise UserError(f"{given[0]} says what is drawn: it goes with no condition, --num_samples or other list")
     if _REPLAY.value:
         workdir = _WORKDIR.value if _WORKDIR.present else None
-        return jobs.replay(_REPLAY.value, _OUT.value, workdir, **own, **_SETTINGS())
+        return jobs.replay(_REPLAY.value, _OUT.value, workdir, **own, **_BASE(), **_SETTINGS())
     own["seed"] = own["seed"] or 0
     if given:
-        drawer, problems = jobs.Drawer(_WORKDIR.value, **_SETTINGS()), []
+        drawer, problems = jobs.Drawer(_WORKDIR.value, **_BASE(), **_SETTINGS()), []
         if _JOBS.value:
             todo, problems = jobs.read_jobs(_JOBS.value, drawer, **own)
         else:
@@ -59,7 +59,8 @@ def main(argv: list[str]) -> object:
         drawer.draw(todo, _OUT.value, problems)
         return None
     number = 8 if _NUM.value is None else _NUM.value
-    return generate(_WORKDIR.value, conditions, _OUT.value, num_samples=number, **own, **_SETTINGS())
+    settings = _BASE() | _SETTINGS()
+    return generate(_WORKDIR.value, conditions, _OUT.value, num_samples=number, **own, **settings)
 
 
 if __name__ == "__main__":

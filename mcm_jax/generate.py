@@ -23,6 +23,8 @@ def generate(
     num_samples: int = 8,
     seed: int = 0,
     prompt: str | None = None,
+    base: str | None = None,
+    accept_base: bool = False,
     **changes: Any,
 ) -> np.ndarray:
     """Samples images for one set of conditions and writes them.
@@ -36,6 +38,7 @@ def generate(
       num_samples: how many, at least 1.
       seed: of the noise, at least 0.
       prompt: for a text-conditional base; None is the empty one.
+      base: another place of the base, or with ``accept_base`` a fine-tune of it, as :class:`mcm_jax.jobs.Drawer` has.
       changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that shall differ from the config's; None is as
         there.
 
@@ -49,7 +52,7 @@ def generate(
         raise UserError(
             "no condition given; pass --segmentation=PNG, --sketch=PNG, --condition=NAME=PICTURE, or several"
         )
-    drawer = Drawer(workdir, **changes)
+    drawer = Drawer(workdir, base, accept_base, **changes)
     if prompt is not None:
         drawer.check_text(["prompt"], "--")
     expect(num_samples >= 1, "num_samples", "at least 1", num_samples)

@@ -40,7 +40,7 @@ _MASK = Modality("mask", "map", 1)
 _OF_THE_COMMAND = ("sampler", "steps", "spacing", "timesteps", "eta", "modulate")
 _OF_TEXT = ("prompt", "negative_prompt", "text_guidance")
 _KEYS = ("name", "conditions", "seed", "sample", "prompt", "strength", "mask", *PER_SAMPLE)
-_PLACE = ("workdir", "versions", "device", "file")  # of a record: where and by what, but not which picture
+_PLACE = ("workdir", "base_path", "versions", "device", "file")  # of a record: where and by what, but not which picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,15 +116,17 @@ class Drawer:
 
     Args:
       workdir: of a training run, or the name of a shipped MCM.
+      base: another place of the base, and whether it may be a fine-tune of the MCM's own (``accept_base``): see
+        :meth:`mcm_jax.pipeline.Pipeline.from_folder`.
       changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that differ from the config's, the default of every
         job; None is as there.
 
     Raises:
-      UserError: no such MCM, a wrong setting, or one of text for a base without.
+      UserError: no such MCM, another base, a wrong setting, or one of text for a base without.
     """
 
-    def __init__(self, workdir: str, **changes: Any):
-        self.workdir, self.pipeline = workdir, Pipeline.from_folder(workdir)
+    def __init__(self, workdir: str, base: str | None = None, accept_base: bool = False, **changes: Any):
+        self.workdir, self.pipeline = workdir, Pipeline.from_folder(workdir, base, accept_base)
         self.settings = self.pipeline.settings.but(**changes)
         self.check_text({k: v for k, v in changes.items() if v is not None}, "--")
         self.settings.check_for(self.pipeline.base.schedule)
@@ -138,6 +140,7 @@ class Drawer:
             "mcm_step": self.pipeline.step,
             "base": self.pipeline.base.name,
             "fingerprint": self.pipeline.base.fingerprint,
+            **({} if base is None else {"base_path": base}),
             "device": jax.devices()[0].device_kind,
             "versions": {"mcm_jax": __version__, "jax": jax.__version__},
         }
@@ -423,17 +426,25 @@ def jobs_of_folder(path: str | os.PathLike, drawer: Drawer, seed: int = 0, promp
     ]
 
 
-def replay(picture: str | os.PathLike, out: str | os.PathLike, workdir: str | None = None, **changes: Any) -> None:
+def replay(
+    picture: str | os.PathLike,
+    out: str | os.PathLike,
+    workdir: str | None = None,
+    base: str | None = None,
+    accept_base: bool = False,
+    **changes: Any,
+) -> None:
     """Draws a picture again from the settings that it carries, to ``OUT/NAME.png``.
 
     Args:
       picture: a PNG that sample.py wrote.
       out: folder.
       workdir: where the MCM is, if no more where it was.
+      base: another base than it was drawn on, as :class:`Drawer` takes it, with ``accept_base``.
       changes: what shall be otherwise: ``seed``, ``prompt``, or fields of :class:`mcm_jax.sampling.SamplingSettings`.
 
     Raises:
-      UserError: it carries no settings, the MCM is another one, or a condition's file is gone or changed.
+      UserError: it carries no settings, the MCM or the base is another one, or a condition's file is gone or changed.
     """
     said = read_record(picture)
     try:
@@ -452,11 +463,19 @@ def replay(picture: str | os.PathLike, out: str | os.PathLike, workdir: str | No
             raise UserError(f"{picture}: was drawn for another {file} (SHA-256 {expected[:16]}); put that back")
     place = place if workdir is None else workdir
     changes = before | {"timesteps": tuple(before["timesteps"])} | {k: v for k, v in changes.items() if v is not None}
-    drawer = Drawer(place, **changes)
+    # What it was drawn on was accepted then.
+    drawer = Drawer(place, said.get("base_path") if base is None else base, base is None or accept_base, **changes)
     if (found := sha256(assets.resolve(place) / WEIGHTS)) != digest:
         raise UserError(
             f"{picture}: was drawn by another MCM than {place} (SHA-256 {digest[:16]}, there {found[:16]}); "
             f"name its own with --workdir"
+        )
+    now = drawer.pipeline.base
+    if base is None and now.fingerprint != said.get("fingerprint"):
+        raise UserError(
+            f"{picture}: was drawn on the base {said.get('base')!r} with fingerprint "
+            f"{str(said.get('fingerprint'))[:16]}, but {now.name!r} has {now.fingerprint[:16]}; name its own, or one "
+            f"to draw on instead, with --base"
         )
     conditions = {name: file for name, (file, _) in files.items() if name}
     mask = files[""][0] if "" in files else None

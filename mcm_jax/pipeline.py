@@ -95,8 +95,16 @@ class Pipeline:
         self._compiled = functools.cache(self._compile)
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike) -> "Pipeline":
+    def from_folder(
+        cls, folder: str | os.PathLike, base: str | os.PathLike | None = None, accept_base: bool = False
+    ) -> "Pipeline":
         """Loads a workdir, or a shipped MCM by its name, with its base.
+
+        Args:
+          folder: of the MCM.
+          base: where the base is, as a config's ``base.path`` says it; None is as there.
+          accept_base: also takes a base that the MCM was not trained on, a fine-tune of its own: the same noise
+            schedule and latents, other weights. With a warning.
 
         Raises:
           UserError: something is missing, corrupt, or does not belong together.
@@ -104,10 +112,11 @@ class Pipeline:
         path = assets.resolve(os.fspath(folder))
         found = config_lib.load(ModelSettings, path, others=True)
         mesh = sharding.local_mesh(found.mesh)
-        base = found.base.load(mesh)
+        own = found.base
+        base = (own if base is None else dataclasses.replace(own, path=os.fspath(base))).load(mesh)
         modulator = found.mcm.modulator(found.modalities.shown, base.schedule)
         like = jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape, modulator.grid(base)))
-        params, step = read_mcm(path / WEIGHTS, like, base)
+        params, step = read_mcm(path / WEIGHTS, like, base, own if accept_base else None)
         return cls(base, modulator, params, found.sampling, step, mesh)
 
     @property
