@@ -17,6 +17,7 @@ import shutil
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import save_file
 from torch.nn.utils import parametrize
 
 from mcm_jax import assets
@@ -127,7 +128,8 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     count, log = train(pipe, recipe, args.method, args.work)
     shutil.copytree(folder, args.out, dirs_exist_ok=True)
-    pipe.unet.half().save_pretrained(args.out / "unet")
+    weights = {name: value.half().contiguous() for name, value in pipe.unet.state_dict().items()}
+    save_file(weights, args.out / "unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
     (args.out / "training_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     (args.out / "recipe.json").write_text(json.dumps(recipe | {"parameters_trained": count}, indent=2) + "\n")
     pipe = StableDiffusionPipeline.from_pretrained(args.out, torch_dtype=torch.float32)  # what was saved
