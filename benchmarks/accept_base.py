@@ -80,8 +80,8 @@ def main() -> None:
     settings = config.load(RunSettings, assets.resolve(MCM))
     pipelines = {"original": Pipeline.from_folder(MCM)}
     for name, path in (("full", args.full), ("lora", args.lora)):
-        pipelines[name] = Pipeline.from_folder(MCM, path, accept_base=True)
-    modalities = pipelines["original"].modulator.modalities
+        pipelines[name] = Pipeline.from_folder(MCM, base=path, accept_base=True)
+    modalities = pipelines["original"].modalities
     held_out = HeldOut(settings.data, pipelines["original"].base.card, modalities, args.maps)
     judges = judges_of(held_out, {"segmentation": str(judge), "caption": "none"})
     labels = held_out.conditions["segmentation"]

@@ -99,8 +99,8 @@ def main() -> None:
             height, width, _ = base.image_shape
             tests = InMemory.render(Scenes("test", args.maps, height, width, config.data.seed)).arrays
             examples = to_float(tests, ["sketch"])
-        loss = loss_of(pipeline.modulator, config.loss.weighting)
-        found = np.array([loss(pipeline.params, record) for record in records], np.float64).mean(0)
+        loss = loss_of(pipeline.mcms[0].modulator, config.loss.weighting)
+        found = np.array([loss(pipeline.mcms[0].params, record) for record in records], np.float64).mean(0)
         last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
 
         def miou(given, pipeline=pipeline, examples=examples):

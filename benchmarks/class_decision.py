@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     pipeline = Pipeline.from_folder(args.workdir)
-    base, modulator = pipeline.base, pipeline.modulator
+    base, modulator = pipeline.base, pipeline.mcms[0].modulator
     schedule, settings = base.schedule, config.load(RunSettings, assets.resolve(args.workdir))
     held_out = HeldOut(settings.data, base.card, modulator.modalities, args.maps)
     labels = next(m.name for m in held_out.judged if m.kind == "labels")
@@ -47,7 +47,7 @@ def main() -> None:
         """The base's eps and the MCM's, at its guidance."""
         eps = base.predict(base.params, x, t, None).astype(jnp.float32)
         present = jnp.ones((len(x), len(modulator.modalities)), bool)
-        changed = modulator(pipeline.params, x, eps, t, conditions, present)[0]
+        changed = modulator(pipeline.mcms[0].params, x, eps, t, conditions, present)[0]
         return eps, sampling.guide(eps, changed, args.guidance)
 
     def x0_of(eps, x, t):

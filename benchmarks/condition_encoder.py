@@ -29,6 +29,7 @@ from mcm_jax.evaluation.rows import Row, Sampler
 from mcm_jax.mcm import CONDITIONS, parameter_count
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.sharding import make_mesh, replicate
+from mcm_jax.trained import Trained
 from mcm_jax.training import RunSettings, feed, state, step
 from mcm_jax.training.assembly import schedule_of
 from mcm_jax.training.optimizer import make_optimizer
@@ -96,7 +97,7 @@ def main() -> None:
                     last[name].append(metrics["mse"])
         for name, modulator in modulators.items():
             losses[name].append(round(float(np.mean(last[name])), 5))
-            pipeline = Pipeline(base, modulator, runs[name][0].ema_params, one.sampling, args.steps, mesh)
+            pipeline = Pipeline(base, Trained(modulator, runs[name][0].ema_params, args.steps), one.sampling, mesh)
             sampler = Sampler(pipeline, held_out, pipeline.settings)
             for given, shown in GIVEN.items():
                 images = sampler(Row(given, shown, pipeline.settings.guidance), keys, which)

@@ -68,7 +68,7 @@ def main() -> None:
                 config.cache.load_base = False
                 train_and_evaluate(config, workdir)
                 pipeline, settings = Pipeline.from_folder(workdir), read(RunSettings, config)
-                modalities = pipeline.modulator.modalities
+                modalities = pipeline.modalities
                 if not judges:
                     held_out = HeldOut(settings.data, pipeline.base.card, modalities, args.maps)
                     judges = judges_of(held_out, settings.evaluation.judges)

@@ -27,6 +27,7 @@ from mcm_jax.data.scenes import CLASSES, Scenes
 from mcm_jax.evaluation import confusion_matrix, load_segmenter, mean_iou
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.sharding import make_mesh, replicate
+from mcm_jax.trained import Trained
 from mcm_jax.training import RunSettings, feed, state, step
 from mcm_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -88,14 +89,14 @@ def main() -> None:
     segmenter, keys, rows = load_segmenter(), sampling.sample_keys(0, args.maps), {}
     for name, c in configs.items():
         modulator = c.mcm.modulator(c.modalities.shown, base.schedule)
-        pipeline = Pipeline(base, modulator, runs[name][0].ema_params, c.sampling, args.steps)
+        pipeline = Pipeline(base, Trained(modulator, runs[name][0].ema_params, args.steps), c.sampling)
 
         def miou(given, guidance=1.0, pipeline=pipeline):
             images = pipeline({n: examples[n] for n in given}, keys, guidance=guidance, steps=args.sampling_steps)
             found = segmenter.predict(np.clip(images, -1, 1))
             return round(float(mean_iou(confusion_matrix(found, examples["segmentation"], len(CLASSES)))), 4)
 
-        size = sum(x.size for x in jax.tree.leaves(pipeline.params))
+        size = sum(x.size for x in jax.tree.leaves(pipeline.mcms[0].params))
         rows[name] = {
             "parameters": size,
             "learning_rate": c.train.learning_rate,

@@ -3,9 +3,9 @@
 python -m benchmarks.own_data tutorial modalities three gaps synthetic --out=benchmarks/results/own_data.json
 
 tutorial: 300 bare pictures, three commands. modalities: all of docs/data.md at once, in one MCM, each judged alone.
-three: every subset of three. gaps: half of the conditions removed; 10% of the label pixels unknown. synthetic: pairs
-from the base itself beside real ones. Pictures are scenes written as files; held out are scenes of the test split.
-Each part is kept in `--root` when it is done, and the same command goes on.
+three: every subset of three. gaps: half of the conditions removed, at two rates of hiding; 10% of the label pixels
+unknown. synthetic: pairs from the base itself beside real ones. Pictures are scenes written as files; held out are
+scenes of the test split. A part that is in `--out` already stays; delete it there to run it again.
 """
 
 import argparse
@@ -135,6 +135,10 @@ def gaps(root: pathlib.Path, args: argparse.Namespace) -> dict:
     changes: dict[str, tuple[Callable, list[str]]] = {
         "full": (lambda data: None, []),
         "half of the conditions removed": (halved, ["--config.data.partial=True"]),
+        "half of the conditions removed, drop rate 0.1": (
+            halved,
+            ["--config.data.partial=True", "--config.modalities.drop_rate=0.1"],
+        ),
         "10% of the label pixels unknown": (ignored, []),
     }
     for number, (name, (change, flags)) in enumerate(changes.items()):
@@ -191,17 +195,14 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     args.root.mkdir(parents=True, exist_ok=True)
+    parts = json.loads(args.out.read_text())["parts"] if args.out.exists() else {}
     for name in args.parts:
-        kept = args.root / f"{name}.json"
-        if not kept.exists():
+        if name not in parts:
             print(name, flush=True)
-            kept.write_text(json.dumps(PARTS[name](args.root, args)))
-        parts = {
-            n: json.loads((args.root / f"{n}.json").read_text()) for n in PARTS if (args.root / f"{n}.json").exists()
-        }
-        what = {"pictures": args.pictures, "maps": args.maps, "parts": parts}
+            how = {"pictures": args.pictures, "maps": args.maps, "commit": common.COMMIT}
+            parts[name] = how | PARTS[name](args.root, args)
         with contextlib.redirect_stdout(io.StringIO()):
-            common.write_report(args.out, __doc__, what)
+            common.write_report(args.out, __doc__, {"parts": parts})
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main() -> None:
     for workdir in args.workdirs:
         pipeline = Pipeline.from_folder(workdir)
         settings = config.load(RunSettings, assets.resolve(workdir))
-        held_out = HeldOut(settings.data, pipeline.base.card, pipeline.modulator.modalities, args.maps)
+        held_out = HeldOut(settings.data, pipeline.base.card, pipeline.modalities, args.maps)
         judges = judges_of(held_out, settings.evaluation.judges)
         keys, which = sampling.sample_keys(0, len(held_out)), np.arange(len(held_out))
         for name, spacing, steps in itertools.product(args.samplers, args.spacings, args.steps):
@@ -47,7 +47,7 @@ def main() -> None:
             if key in rows:
                 continue
             how = settings.sampling.but(sampler=name, steps=steps, spacing="" if spacing == "base" else spacing)
-            row = Row("all", tuple(m.name for m in pipeline.modulator.modalities), how.guidance)
+            row = Row("all", tuple(m.name for m in pipeline.modalities), how.guidance)
             calls, began = int(how.table(pipeline.base.schedule).count), time.perf_counter()
             images = Sampler(pipeline, held_out, how)(row, keys, which)
             seconds = time.perf_counter() - began

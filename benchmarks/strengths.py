@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     pipeline = Pipeline.from_folder("scenes-mcm")
-    modalities = pipeline.modulator.modalities
+    modalities = pipeline.modalities
     held_out = HeldOut(DataSettings(), pipeline.base.card, modalities, args.maps)
     judges = judges_of(held_out, {})
     keys, which = sampling.sample_keys(0, args.maps), np.arange(args.maps)

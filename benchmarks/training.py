@@ -36,7 +36,7 @@ from mcm_jax.training.optimizer import make_optimizer, make_schedule
 def make_modulator(card, size: str, dtype: str):
     """The MCM of configs/default.py in one of its sizes; "paper" also has the paper's form."""
     c = default.get_config()
-    c.mcm.update(default.SIZES[size] | {"dtype": dtype, "x0_clip": 4.0})
+    c.mcm.update(default.SIZES[size] | {"dtype": dtype, "x0_clip": 4.0, "conditions": "grid"})
     c.modalities.segmentation.channels = 150
     if size == "paper":
         default.paper_form(c)

@@ -74,9 +74,9 @@ def main() -> None:
             pipeline = Pipeline.from_folder(workdir)
             settings = read(RunSettings, config)
             if not judges:
-                held_out = HeldOut(settings.data, pipeline.base.card, pipeline.modulator.modalities, args.maps)
+                held_out = HeldOut(settings.data, pipeline.base.card, pipeline.modalities, args.maps)
                 judges = judges_of(held_out, {})
-            everything = Row("both", tuple(m.name for m in pipeline.modulator.modalities), 1.0)
+            everything = Row("both", tuple(m.name for m in pipeline.modalities), 1.0)
             sampler = Sampler(pipeline, held_out, pipeline.settings.but(steps=12))
             images = sampler(everything, sampling.sample_keys(0, args.maps), np.arange(args.maps))
             lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

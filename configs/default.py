@@ -38,7 +38,7 @@ def sized(name: str) -> dict[str, Any]:
 
 def paper_form(c: ml_collections.ConfigDict) -> None:
     """Sets what the MCM sees, what it changes and what it is trained for to the paper's (docs/mcm.md)."""
-    c.mcm.update(inputs=("x_t", "eps"), shift_space="eps")
+    c.mcm.update(inputs=("x_t", "eps"), shift_space="eps", conditions="grid")
     c.loss.weighting = "eps"
 
 

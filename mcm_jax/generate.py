@@ -32,7 +32,7 @@ def generate(
     Args:
       workdir: of a training run, or the name of a shipped MCM.
       conditions: picture file of each modality that is given, at least one. Labels may be in the colours of the data
-        set's classes, where it is at hand.
+        set's classes, which the workdir has.
       out: folder; gets ``sample_000.png`` ..., ``grid.png`` (the conditions, then the samples) and
         ``samples.json``, which holds every argument.
       num_samples: how many, at least 1.
@@ -63,7 +63,7 @@ def generate(
     shown = []
     for name, path in sorted(conditions.items()):
         large = drawer.known[name].fit(drawer.read(path, name), *size)[None]
-        shown.append(pictures.show(drawer.known[name], large, drawer.data.palette(name)))
+        shown.append(pictures.show(drawer.known[name], large, drawer.data.palette(name, assets.resolve(workdir))))
     settings = drawer.settings
     if changes.get("batch_size") is None:
         settings = settings.but(batch_size=min(num_samples, settings.batch_size))

@@ -28,7 +28,8 @@ from mcm_jax.data.reading import read_caption, read_condition
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable
 from mcm_jax.modalities import Modality, read_png
-from mcm_jax.pipeline import PER_SAMPLE, Pipeline
+from mcm_jax.pipeline import Pipeline
+from mcm_jax.request import PER_SAMPLE
 from mcm_jax.sampling import SamplingSettings
 from mcm_jax.trained import WEIGHTS
 from mcm_jax.version import __version__
@@ -57,7 +58,7 @@ class Job:
     Attributes:
       name: the file's, without ending.
       conditions: picture file of each modality that is given, any subset.
-      settings: how it is drawn; batches share all but :data:`mcm_jax.pipeline.PER_SAMPLE`.
+      settings: how it is drawn; batches share all but :data:`mcm_jax.request.PER_SAMPLE`.
       seed: of the noise, 0..4294967295.
       sample: which of the seed's samples, as sample.py numbers them.
       prompt: for a text-conditional base; None is the empty one.
@@ -126,18 +127,18 @@ class Drawer:
     """
 
     def __init__(self, workdir: str, base: str | None = None, accept_base: bool = False, **changes: Any):
-        self.workdir, self.pipeline = workdir, Pipeline.from_folder(workdir, base, accept_base)
+        self.workdir, self.pipeline = workdir, Pipeline.from_folder(workdir, base=base, accept_base=accept_base)
         self.settings = self.pipeline.settings.but(**changes)
         self.check_text({k: v for k, v in changes.items() if v is not None}, "--")
         self.settings.check_for(self.pipeline.base.schedule)
-        self.known = {m.name: m for m in self.pipeline.modulator.modalities}
+        self.known = {m.name: m for m in self.pipeline.modalities}
         self.data = config.load(_RunSettings, assets.resolve(workdir), others=True).data
         self._condition = functools.lru_cache(256)(self._fitted)
         self._sha256 = functools.lru_cache(4096)(sha256)
         self._facts = {
             "workdir": workdir,
             "mcm_sha256": sha256(assets.resolve(workdir) / WEIGHTS),
-            "mcm_step": self.pipeline.step,
+            "mcm_step": self.pipeline.mcms[0].step,
             "base": self.pipeline.base.name,
             "fingerprint": self.pipeline.base.fingerprint,
             **({} if base is None else {"base_path": base}),
@@ -156,7 +157,8 @@ class Drawer:
 
     def read(self, path: str, name: str) -> np.ndarray:
         """The condition in a picture file, at its own resolution; labels by the colours of the run's classes, too."""
-        condition = read_condition(path, self.known[name], self.data.described(name))
+        described = self.data.described(name, assets.resolve(self.workdir))
+        condition = read_condition(path, self.known[name], described)
         if doubt := self.known[name].doubt(condition):
             warnings.warn(f"{path}: {doubt}", stacklevel=2)
         return condition

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from mcm_jax.base import Base, BaseCard
 from mcm_jax.base.blocks import Downsample
 from mcm_jax.base.unet2d import UNet2D, UNet2DConfig
+from mcm_jax.config import setting
 from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality, stack, total_channels
 from mcm_jax.schedules import Schedule
@@ -238,23 +239,13 @@ class Modulator:
     x0_clip: float = 1.0
 
     def grid(self, base: Base | BaseCard) -> tuple[int, int]:
-        """Height and width at which it takes conditions: those of a base's latents, or with an encoder its pictures'.
+        """Height and width at which it takes conditions: of a base's latents, or with an encoder of its pictures."""
+        return base.latent_shape[:2] if self.module.conditions == "grid" else base.image_shape[:2]
 
-        Raises:
-          UserError: an encoder, and nothing for it to do: the pictures are not 2, 4, 8, ... times as large as latents.
-        """
-        height, width, _ = base.latent_shape
-        if self.module.conditions == "grid":
-            return height, width
-        picture = tuple(base.image_shape[:2])
-        factor = picture[0] // height
-        if factor < 2 or factor & (factor - 1) or picture != (factor * height, factor * width):
-            raise UserError(
-                f"config.mcm.conditions: found 'encoder' for the base {base.name!r}, whose pictures are "
-                f"{picture[0]}x{picture[1]} and its grid {height}x{width}; expected a grid that is smaller by 2, 4, 8, "
-                f"... Take 'grid'"
-            )
-        return picture
+    @property
+    def multiple(self) -> int:
+        """Height and width of latents are multiples of this."""
+        return 2 ** (len(self.module.size.multipliers) - 1)
 
     def init(self, key: jax.Array, shape: tuple[int, int, int], grid: tuple[int, int] | None = None) -> Any:
         """Initial params for a base of latent shape ``(H, W, C)``; `grid` by :meth:`grid`, H and W if left out."""
@@ -312,8 +303,8 @@ class MCMSettings:
       head_dim: of attention; 0 is one head over all channels.
       groups: of each normalisation.
       inputs: what the MCM sees beside the conditions: ``x_t``, ``eps`` (the paper), ``x0``, the base's estimate (ours).
-      conditions: how it sees the conditions: resized to the base's ``grid`` (the paper), or, of a latent base, at the
-        pictures' resolution through a small convolutional ``encoder`` that is part of it (VCM).
+      conditions: how it sees the conditions: resized to the base's ``grid`` (the paper), or at the pictures' resolution
+        through a small convolutional ``encoder`` that is part of it (VCM); the same for a base that works on pixels.
       shift_space: the shift as a bounded change of ``x0`` (ours), or of ``eps`` (the paper).
       residual_scale: ``eps * (1 + gamma)``, or False: ``eps * gamma``.
       x0_clip: bound of the estimate of x0: 1 for pixels, 4 for latents.
@@ -333,7 +324,7 @@ class MCMSettings:
     x0_clip: float = 1.0
     dtype: str = "float32"
     remat: bool = False
-    conditions: str = "grid"
+    conditions: str = setting("encoder", before="grid")
 
     def __post_init__(self):
         expect(self.conditions in CONDITIONS, "conditions", f"one of {', '.join(CONDITIONS)}", self.conditions)

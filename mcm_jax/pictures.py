@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from mcm_jax.data.scenes import PALETTE
 from mcm_jax.files import write_atomically
 from mcm_jax.modalities import Modality
 
@@ -28,10 +27,10 @@ def show(
 ) -> np.ndarray:
     """A batch of conditions as RGB uint8 ``[B, H, W, 3]``: labels in colours, maps in grey (or as they are).
 
-    Labels have the colours of `palette`, uint8 ``[channels, 3]``, or of scenes; where anything is unknown, a
-    checkerboard, which no class looks like. Where `present`, bool ``[B]``, says that there is none, all is grey.
+    Labels have the colours of `palette`, uint8 ``[channels, 3]``, or some; where anything is unknown, a checkerboard,
+    which no class looks like. Where `present`, bool ``[B]``, says that there is none, all is grey.
     """
-    shown = modality.show(conditions, PALETTE if palette is None else palette)
+    shown = modality.show(conditions, palette)
     return shown if present is None else np.where(present[:, None, None, None], shown, np.uint8(_ABSENT))
 
 

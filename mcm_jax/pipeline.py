@@ -1,171 +1,118 @@
-"""A frozen base and a trained MCM together: what samples."""
+"""A frozen base and trained MCMs together: what samples, from arrays to arrays."""
 
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
-from mcm_jax import assets, sampling, sharding
+from mcm_jax import assets, control, pictures, sampling, sharding
 from mcm_jax import config as config_lib
 from mcm_jax.base import Base
-from mcm_jax.base.tokenizer import Cuts
-from mcm_jax.errors import UserError, expect
-from mcm_jax.mcm import Modulator
+from mcm_jax.engine import Batch, Engine, Progress
+from mcm_jax.errors import UserError
+from mcm_jax.modalities import Modality, read_png
+from mcm_jax.request import Conditions, read_conditions, read_places, read_texts, settings_of_each
+from mcm_jax.samplers import Table
 from mcm_jax.sampling import SamplingSettings
-from mcm_jax.trained import WEIGHTS, ModelSettings, read_mcm
-
-PER_SAMPLE = ("guidance", "start", "end", "text_guidance", "negative_prompt")
-"""Fields of :class:`mcm_jax.sampling.SamplingSettings` that each sample of a batch may have its own of."""
-
-
-class Control(NamedTuple):
-    """What the samples of a batch are steered by, all of it data to one compiled program.
-
-    Attributes:
-      conditions: of each modality, ``[B, H, W]`` or ``[B, H, W, planes]``.
-      subsets: bool ``[B, K, M]``, see :func:`subsets_of`.
-      weights: float32 ``[B, K]``.
-      scale: float32 ``[B, h, w]``, modality guidance at each place.
-      window: float32 ``[B, 2]``, the shares of the steps between which the MCM acts.
-      text_guidance: float32 ``[B]``.
-    """
-
-    conditions: dict[str, Any]
-    subsets: Any
-    weights: Any
-    scale: Any
-    window: Any
-    text_guidance: Any
-
-
-def subsets_of(strengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Strengths of modalities as a weighted sum of predictions, each under a subset of them that is fully shown.
-
-    With the modalities from the strongest on, ``eps'(s) = (1 - s_1) eps'({}) + (s_1 - s_2) eps'({1}) + ... +
-    s_M eps'({1..M})``: linear between strengths 0 and 1, where it is the MCM's own prediction for a subset (the Lovász
-    extension of these), and going on beyond. An MCM has seen nothing between shown and absent, so it is not asked.
-
-    Args:
-      strengths: ``[N, M]``, at least 0; 0 is absent.
-
-    Returns:
-      ``(subsets, weights)``, bool ``[N, M + 1, M]`` and float32 ``[N, M + 1]``; weights sum to 1, the subsets whose
-      weight is 0 come last. Where all strengths are 0 or 1 that is all but the first.
-    """
-    order = np.argsort(-strengths, axis=1, kind="stable")
-    falling = np.take_along_axis(np.asarray(strengths, np.float64), order, axis=1)
-    weights = -np.diff(np.pad(np.pad(falling, ((0, 0), (1, 0)), constant_values=1), ((0, 0), (0, 1))), axis=1)
-    count = np.arange(strengths.shape[1] + 1)
-    subsets = np.argsort(order, axis=1)[:, None] < count[:, None]  # the count strongest
-    first = np.argsort(weights == 0, axis=1, kind="stable")
-    return np.take_along_axis(subsets, first[..., None], 1), np.take_along_axis(weights, first, 1).astype(np.float32)
+from mcm_jax.trained import WEIGHTS, ModelSettings, Trained, read_mcm
 
 
 class Pipeline:
-    """Samples from a base under an MCM's control.
+    """Samples from a base under the control of MCMs.
 
     Args:
       base: the frozen model.
-      modulator: the MCM's network and settings.
-      params: of the MCM; None where there is none, and the base samples alone.
+      mcms: one, or several that were trained apart on this base, whose changes of the prediction are added up.
       settings: how samples are drawn, unless :meth:`__call__` is told otherwise.
-      step: how long the MCM was trained.
       mesh: the devices that share the work, which the base's params are put on unless they are there; those of this
         process if left out. One of several processes' devices has all of these processes make the same calls.
+
+    Raises:
+      UserError: two MCMs mean different things by a modality's name.
     """
 
     def __init__(
         self,
         base: Base,
-        modulator: Modulator,
-        params: Any | None,
+        mcms: Trained | Sequence[Trained],
         settings: SamplingSettings | None = None,
-        step: int = 0,
         mesh: jax.sharding.Mesh | None = None,
     ):
         self.mesh = sharding.local_mesh() if mesh is None else mesh
         self.base = dataclasses.replace(base, params=sharding.place(base.params, self.mesh))
-        self.modulator, self.params, self.step = modulator, params, step
+        self.mcms = (mcms,) if isinstance(mcms, Trained) else tuple(mcms)
         self.settings = settings or SamplingSettings()
-        self._compiled = functools.cache(self._compile)
+        known: dict[str, Modality] = {}
+        for mcm in self.mcms:
+            for modality in mcm.modulator.modalities:
+                other = known.setdefault(modality.name, modality)
+                if (other.kind, other.channels) != (modality.kind, modality.channels):
+                    raise UserError(
+                        f"the MCMs mean different things by {modality.name!r}: {other.kind} of {other.channels} and "
+                        f"{modality.kind} of {modality.channels} channel(s); sample with one of them at a time"
+                    )
+        self.modalities = tuple(known.values())
+        self.engine = Engine(self.base, tuple(mcm.modulator for mcm in self.mcms), self.mesh)
+        self._sizes: dict[Any, set[int]] = {}  # of batches, by what else decides the program
 
     @classmethod
     def from_folder(
-        cls, folder: str | os.PathLike, base: str | os.PathLike | None = None, accept_base: bool = False
+        cls, *folders: str | os.PathLike, base: str | os.PathLike | None = None, accept_base: bool = False
     ) -> "Pipeline":
-        """Loads a workdir, or a shipped MCM by its name, with its base.
+        """Loads a workdir, or a shipped MCM by its name, with its base; several MCMs of one base act together.
+
+        Settings of sampling are the first one's.
 
         Args:
-          folder: of the MCM.
-          base: where the base is, as a config's ``base.path`` says it; None is as there.
-          accept_base: also takes a base that the MCM was not trained on, a fine-tune of its own: the same noise
+          folders: of the MCMs.
+          base: where the base is, as a config's ``base.path`` says it; None is as in the first one's.
+          accept_base: also takes a base that an MCM was not trained on, a fine-tune of its own: the same noise
             schedule and latents, other weights. With a warning.
 
         Raises:
           UserError: something is missing, corrupt, or does not belong together.
         """
-        path = assets.resolve(os.fspath(folder))
-        found = config_lib.load(ModelSettings, path, others=True)
-        mesh = sharding.local_mesh(found.mesh)
-        own = found.base
-        base = (own if base is None else dataclasses.replace(own, path=os.fspath(base))).load(mesh)
-        modulator = found.mcm.modulator(found.modalities.shown, base.schedule)
-        like = jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape, modulator.grid(base)))
-        params, step = read_mcm(path / WEIGHTS, like, base, own if accept_base else None)
-        return cls(base, modulator, params, found.sampling, step, mesh)
+        paths = [assets.resolve(os.fspath(folder)) for folder in folders]
+        found = [config_lib.load(ModelSettings, path, others=True) for path in paths]
+        mesh = sharding.local_mesh(found[0].mesh)
+        own = found[0].base
+        loaded = (own if base is None else dataclasses.replace(own, path=os.fspath(base))).load(mesh)
+        mcms = []
+        for folder, path, one in zip(folders, paths, found, strict=True):
+            modulator = one.mcm.modulator(one.modalities.shown, loaded.schedule)
+            like = jax.eval_shape(lambda m=modulator: m.init(jax.random.key(0), loaded.latent_shape, m.grid(loaded)))
+            params, step = read_mcm(path / WEIGHTS, like, loaded, one.base if accept_base else None)
+            mcms.append(Trained(modulator, params, step, os.fspath(folder)))
+        return cls(loaded, mcms, found[0].sampling, mesh)
+
+    def update(self, params: Any) -> None:
+        """Takes other params for its one MCM: those of a training's moment."""
+        (mcm,) = self.mcms
+        self.mcms = (mcm._replace(params=params),)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Height and width of conditions: :meth:`mcm_jax.mcm.Modulator.grid`."""
-        return self.modulator.grid(self.base)
+        """Height and width of conditions for pictures of the base's size; see :meth:`grid_for`."""
+        return self.grid_for(self.base)
+
+    def grid_for(self, base: Base) -> tuple[int, int]:
+        """Height and width of conditions: the finest that an MCM asks for (:meth:`mcm_jax.mcm.Modulator.grid`)."""
+        return max((mcm.modulator.grid(base) for mcm in self.mcms), default=base.latent_shape[:2])
+
+    def sized(self, height: int = 0, width: int = 0) -> Base:
+        """The base for pictures of a size, 0 for its own. Raises UserError where base or MCMs do not take it."""
+        return self.base.sized(height, width, self.base.factor * max([m.modulator.multiple for m in self.mcms] or [1]))
 
     def _is_guided(self, settings: SamplingSettings) -> bool:
         """Whether the base is asked about the negative prompt, too."""
         return self.base.is_text_conditional and settings.text_guidance != 1
-
-    def _compile(self, guided: bool, where: str) -> Any:
-        """The jitted sampler: what it does in each step is data, the table."""
-        base, modulator, mesh = self.base, self.modulator, self.mesh
-
-        @jax.jit
-        def run(base_params, params, control, keys, table, calls, context, negative):
-            text_guidance = control.text_guidance[:, None, None, None]
-
-            def denoise(x, at):
-                acts = (control.window[:, 0] <= at.share) & (at.share < control.window[:, 1])
-                strength = jnp.where(acts[:, None, None], control.scale, 0.0)[..., None]
-
-                def change(eps):
-                    def add(k, total):
-                        shown, weight = control.subsets[:, k], control.weights[:, k, None, None, None]
-                        changed = modulator(params, x, eps, at.t, control.conditions, shown, (at.alpha, at.sigma))[0]
-                        return total + weight * changed
-
-                    return sampling.guide(eps, jax.lax.fori_loop(0, calls, add, jnp.zeros_like(eps)), strength)
-
-                def modulate(eps):
-                    return eps if params is None else jax.lax.cond(jnp.any(strength != 0), change, lambda eps: eps, eps)
-
-                def predict(x, t, alpha, sigma, context):
-                    return base.predict(base_params, x, t, context, (alpha, sigma)).astype(jnp.float32)
-
-                seen = x, at.t, at.alpha, at.sigma
-                if not guided:
-                    return modulate(predict(*seen, context))
-                # One call of the base for both prompts.
-                twice = jax.tree.map(lambda *both: jnp.concatenate(both), (*seen, negative), (*seen, context))
-                eps = jnp.split(predict(*sharding.keep_split(twice, mesh)), 2)
-                return sampling.modulate_guided(modulate, *eps, text_guidance=text_guidance, where=where)
-
-            x = sampling.sample(denoise, sampling.initial_noise(keys, base.latent_shape), keys, table)
-            return sharding.keep_whole(base.decode(base_params, x), mesh)  # for each process to read
-
-        return run
 
     def sampling_bytes(self, batch_size: int) -> int:
         """Memory that sampling a batch takes on each device, parameters and all, by the compiler's own count.
@@ -175,81 +122,63 @@ class Pipeline:
         Args:
           batch_size: images, over all devices.
         """
-        base, shape = self.base, jax.ShapeDtypeStruct
-        batch_size = self._filled(batch_size)
-        guided = self._is_guided(self.settings)
-        run, context = self._compiled(guided, self.settings.modulate), None
+        base, shape, batch_size = self.base, jax.ShapeDtypeStruct, self._filled(batch_size)
+        guided, context = self._is_guided(self.settings), None
         if base.is_text_conditional:
             ids = shape((batch_size, base.tokenizer.length), jnp.int32)
             context = jax.eval_shape(base.encode_tokens, base.params, ids)
-        params = jax.eval_shape(lambda: self.modulator.init(jax.random.key(0), base.latent_shape, self.grid))
-        names = self.modulator.modalities
-        conditions = {m.name: m.null(batch_size, *self.grid) for m in names}
-        control = self._control(conditions, np.ones((batch_size, len(names))), [self.settings] * batch_size, None)
+        like = [
+            jax.eval_shape(lambda m=m.modulator: m.init(jax.random.key(0), base.latent_shape, m.grid(base)))
+            for m in self.mcms
+        ]
+        table = self.settings.table(base.schedule)
+        names = [""] * len(self.mcms)
+        nothing = {m.name: m.null(batch_size, *self.grid) for m in self.modalities}
+        given = read_conditions(batch_size, self.grid, self.modalities, names, nothing, None, None, None, None)
+        controls, calls = self._controls(base, given, [self.settings] * batch_size, np.arange(batch_size), table)
+        latent, plane = ((batch_size, *base.latent_shape[:2], n) for n in (base.latent_shape[2], 1))
         rows = sharding.batch_sharding(self.mesh)
-        batch, texts = jax.tree.map(
-            lambda x: shape(x.shape, x.dtype, sharding=rows),
-            ((control, sampling.sample_keys(0, batch_size)), (context, context if guided else None)),
+        noise, mask, per = (shape(s, jnp.float32) for s in (latent, plane, (batch_size,)))
+        batch = Batch(controls, mask, per, per, sampling.sample_keys(0, batch_size), noise, noise, shape(plane, bool))
+        batch = batch._replace(context=context, negative=context if guided else None)
+        state = jax.eval_shape(sampling.begin, noise, table)
+        batch, state = jax.tree.map(lambda x: shape(x.shape, x.dtype, sharding=rows), (batch, state))
+        params = sharding.replicate(tuple(like), self.mesh)
+        zero = np.int32(0)
+        run = self.engine.advance(guided, self.settings.modulate)
+        programs = (
+            run.lower(base.params, params, state, batch, table, calls, zero, zero),
+            self.engine.finish.lower(base.params, state.x, batch),
         )
-        how = self.settings.table(base.schedule), np.int32(1)
-        arguments = base.params, sharding.replicate(params, self.mesh), *batch, *how, *texts
-        plan = run.lower(*arguments).compile().memory_analysis()
-        return plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
+        plans = [program.compile().memory_analysis() for program in programs]
+        return max(
+            p.temp_size_in_bytes + p.argument_size_in_bytes + p.output_size_in_bytes - p.alias_size_in_bytes
+            for p in plans
+        )
 
     def _filled(self, batch_size: int) -> int:
         """The next batch size that the devices divide."""
         return -(-batch_size // self.mesh.size) * self.mesh.size
 
-    def _contexts(self, prompts: Sequence[str] | None, negatives: Sequence[str], count: int) -> tuple[Any, Any, Any]:
-        """Contexts ``[P, L, D]`` of the distinct prompts, and which of them are each sample's and its negative one."""
-        if not self.base.is_text_conditional:
-            if prompts is not None:
-                raise UserError(f"prompts: the base {self.base.name!r} is unconditional, it has no text encoder")
-            return None, None, None
-        prompts = [""] * count if prompts is None else list(prompts)
-        if len(prompts) != count:
-            raise UserError(f"prompts: expected {count}, one a sample, got {len(prompts)}")
-        if odd := [p for p in prompts if not isinstance(p, str)]:
-            raise UserError(f"prompts: expected texts, got {odd[0]!r} ({type(odd[0]).__name__})")
-        distinct = list(dict.fromkeys([*prompts, *negatives]))
-        cut: dict[str, str] = {}
-        parts = [np.asarray(self.base.embed_text(self.base.params, [prompt], cut)) for prompt in distinct]
-        cuts = Cuts()
-        cuts.add(filter(None, distinct), cut)  # nobody wrote the empty prompt
-        cuts.warn(stacklevel=3)
-        place = {prompt: i for i, prompt in enumerate(distinct)}
-        return np.concatenate(parts), *(np.array([place[p] for p in texts]) for texts in (prompts, negatives))
-
-    def _each(self, count: int, changes: Mapping[str, Any]) -> list[SamplingSettings]:
-        """The settings of each sample; those of :data:`PER_SAMPLE` may come as ``count`` values."""
-        own = {k: list(v) for k, v in changes.items() if k in PER_SAMPLE and not isinstance(v, str) and np.ndim(v)}
-        if odd := [k for k, v in own.items() if len(v) != count]:
-            raise UserError(f"{odd[0]}: expected {count} values, one a sample, or one for all, got {len(own[odd[0]])}")
-        settings = self.settings.but(**{k: v for k, v in changes.items() if k not in own})
-        if not own:
-            return [settings] * count
-        return [settings.but(**dict(zip(own, row, strict=True))) for row in zip(*own.values(), strict=True)]
-
-    def _control(
-        self,
-        conditions: dict[str, np.ndarray],
-        strengths: np.ndarray,
-        each: Sequence[SamplingSettings],
-        mask: np.ndarray | None,
-    ) -> Control:
-        scale = np.array([s.guidance for s in each], np.float32)[:, None, None]
-        wanted = (len(each), *self.base.latent_shape[:2])
-        if mask is not None:
-            expect(np.shape(mask) == wanted, "mask", f"of shape {list(wanted)}", list(np.shape(mask)))
-            mask = np.asarray(mask, np.float32)
-            expect(np.all((mask >= 0) & (mask <= 1)), "mask", "in [0, 1]", f"{mask.min():g}..{mask.max():g}")
-        return Control(
-            conditions,
-            *subsets_of(strengths),
-            np.broadcast_to(scale, wanted) if mask is None else scale * mask,
-            np.array([(s.start, s.end) for s in each], np.float32),
-            np.array([s.text_guidance for s in each], np.float32),
-        )
+    def _controls(
+        self, base: Base, given: Conditions, each: Sequence[SamplingSettings], rows: np.ndarray, table: Table
+    ) -> tuple[tuple[control.Control, ...], tuple[np.ndarray, ...]]:
+        """Of each MCM, for some rows of what was given."""
+        controls, calls = [], []
+        each = [each[i] for i in rows]
+        for mcm, weights in zip(self.mcms, given.weights, strict=True):
+            modalities, grid = mcm.modulator.modalities, mcm.modulator.grid(base)
+            conditions = {}
+            for m in modalities:
+                values = given.values[m.name][rows]
+                conditions[m.name] = values if values.shape[1:3] == grid else m.resize_all(values, *grid)
+            strengths = np.stack([given.strengths[m.name][rows] for m in modalities], 1)
+            windows = np.stack([given.windows[m.name][rows] for m in modalities], 1)
+            rests = len(self.mcms) > 1
+            one, asked = control.plan(conditions, strengths, windows, weights[rows], each, table, rests)
+            controls.append(one)
+            calls.append(asked)
+        return tuple(controls), tuple(calls)
 
     def __call__(
         self,
@@ -259,71 +188,155 @@ class Pipeline:
         prompts: Sequence[str] | None = None,
         present: Mapping[str, np.ndarray] | None = None,
         strength: Mapping[str, np.ndarray | float] | None = None,
+        window: Mapping[str, np.ndarray | Sequence[float]] | None = None,
+        weights: Sequence[np.ndarray | float] | None = None,
         mask: np.ndarray | None = None,
+        image: np.ndarray | None = None,
+        inpaint: np.ndarray | None = None,
+        latents: np.ndarray | None = None,
+        context: np.ndarray | None = None,
+        negative_context: np.ndarray | None = None,
+        callback: Callable[[Progress], object] | None = None,
+        every: int = 1,
         **changes: Any,
     ) -> np.ndarray:
         """Samples one image a key.
 
         Args:
-          conditions: for each modality that is given, ``[N, H, W]`` on :attr:`grid`, or ``[N, H, W, planes]``
-            (labels int, others in [0, 1]); any subset. None at all samples from the base under an MCM that sees no
-            condition.
+          conditions: for each modality that is given, ``[N, H, W]`` on :meth:`grid_for` the size, or ``[N, H, W,
+            planes]`` (labels int, others in [0, 1]); any subset. One MCM that is given none acts as it does unasked;
+            of several, each rests for samples that show it nothing.
           keys: ``[N]``, see :func:`mcm_jax.sampling.sample_keys`.
           prompts: N texts, for a text-conditional base; None is the empty prompt for each.
           present: of modalities that are given, bool ``[N]``: which samples are shown them; all where left out.
-          strength: of modalities, ``[N]`` or one for all, at least 0: how much each counts, see :func:`subsets_of`; 0
-            is absent, 1 (where left out) shown. Each that is neither costs a further call of the MCM in its batch's
-            steps.
+          strength: of modalities, ``[N]`` or one for all, at least 0: how much each counts, see
+            :func:`mcm_jax.control.subsets_of`; 0 is absent, 1 (where left out) shown. Each that is neither costs a
+            further call of the MCM in its batch's steps.
+          window: of modalities, two shares of the steps between which each is shown, ``[2]`` or ``[N, 2]``; besides the
+            settings' start and end. An MCM whose given modalities are all outside theirs does not run.
+          weights: of each MCM, ``[N]`` or one for all, at least 0: ``eps + guidance * sum_i w_i (eps'_i - eps)``; 1
+            where left out.
           mask: ``[N, h, w]`` in [0, 1] on the latents' grid: where the conditions hold; elsewhere the base is alone.
+          image: pictures to begin with, ``[N, H, W, 3]`` in [-1, 1] of the size that is sampled; as far as
+            ``image_strength`` says.
+          inpaint: bool ``[N, H, W]``: which pixels of ``image`` are drawn anew; the others stay exactly.
+          latents: noise to begin with in place of the keys', standard normal, ``[N, h, w, C]``.
+          context: ``[N, L, D]``, in place of prompts.
+          negative_context: ``[N, L, D]``, in place of negative prompts.
+          callback: is told how far each batch is, after every ``every`` steps and the last.
+          every: steps.
           changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that differ from :attr:`settings`, e.g.
-            ``guidance=2.0``; those in :data:`PER_SAMPLE` one for all or N. Batches are filled up to what the devices
-            divide, the last one too: one compiled function serves any N. Where any sample has text guidance, all are
-            drawn by the program that has it, which calls the base for both prompts.
+            ``guidance=2.0``; those in :data:`mcm_jax.request.PER_SAMPLE` one for all or N. Batches are filled up to
+            what the devices divide, the last one too: one compiled function serves any N. Where any sample has text
+            guidance, all are drawn by the program that has it, which calls the base for both prompts.
 
         Returns:
           float32 ``[N, H, W, 3]`` in about [-1, 1].
+
+        Raises:
+          UserError: something is unknown, out of range or of another shape; names it.
         """
         if not len(keys):
             raise UserError("no keys given: at least one sample is drawn")
-        count, (height, width) = len(keys), self.grid
-        each, strength = self._each(count, changes), strength or {}
+        count, each = len(keys), settings_of_each(self.settings, len(keys), changes)
         settings = each[0]
-        table = settings.table(self.base.schedule)
-        unknown = {*conditions, *strength} - {m.name for m in self.modulator.modalities}
-        if unknown:
-            names = ", ".join(m.name for m in self.modulator.modalities)
-            raise UserError(f"this MCM knows the modalities {names}, got {', '.join(sorted(unknown))}")
-        full, strengths = {}, np.zeros((count, len(self.modulator.modalities)))
-        for i, modality in enumerate(self.modulator.modalities):
-            given = conditions.get(modality.name)
-            if given is not None:
-                wanted = modality.null(count, height, width).shape
-                if given.shape not in (wanted, (*wanted, 1)):
-                    raise UserError(f"{modality.name}: expected shape {list(wanted)}, got {list(given.shape)}")
-                strengths[:, i] = strength.get(modality.name, 1.0)
-                positive = np.all((strengths[:, i] >= 0) & np.isfinite(strengths[:, i]))
-                expect(positive, f"strength of {modality.name}", "at least 0", strength.get(modality.name))
-                strengths[:, i] *= (present or {}).get(modality.name, True)
-            values = modality.null(count, height, width) if given is None else np.asarray(given)
-            # Classes come in several dtypes, each of which would compile anew.
-            full[modality.name] = values if modality.continuous else values.astype(np.int32)
+        base = self.sized(settings.height, settings.width)
+        table = settings.table(self.base.schedule, image is not None)
+        names, grid = [mcm.name or "the MCM" for mcm in self.mcms], self.grid_for(base)
+        given = read_conditions(count, grid, self.modalities, names, conditions, present, strength, window, weights)
+        places = read_places(base, count, mask=mask, image=image, inpaint=inpaint, latents=latents)
         guided = any(self._is_guided(s) for s in each)
-        run = self._compiled(guided, settings.modulate)
-        negatives = [s.negative_prompt for s in each] if guided else []
-        contexts, which, negative = self._contexts(prompts, negatives, count)
-        control = self._control(full, strengths, each, mask)
-        needed = np.count_nonzero(control.weights, axis=1)
-        params = sharding.replicate(self.params, self.mesh)
+        negatives = [s.negative_prompt for s in each] if guided else None
+        texts = read_texts(self.base, count, prompts, negatives, context, negative_context)
         batch_size = self._filled(settings.batch_size)
-        own = sharding.local_rows(self.mesh, batch_size)
-        images = []
+        self._note(batch_size, (base.latent_shape, guided, settings.modulate))
+        own, images = sharding.local_rows(self.mesh, batch_size), []
+        params = sharding.replicate(tuple(mcm.params for mcm in self.mcms), self.mesh)
         for start in range(0, count, batch_size):
-            rows = (start + own) % count  # the last batch starts over to fill up
-            calls = needed[np.arange(start, start + batch_size) % count].max()  # of all processes' rows
-            batch = jax.tree.map(lambda value, rows=rows: value[rows], (control, keys))
-            context = None if contexts is None else contexts[which[rows]]
-            against = contexts[negative[rows]] if guided else None
-            batch, texts = sharding.split_batch((batch, (context, against)), self.mesh)
-            out = run(self.base.params, params, *batch, table, np.int32(calls), *texts)
-            images.append(np.asarray(out, np.float32))
-        return np.concatenate(images)[:count]
+            everyone = np.arange(start, start + batch_size) % count  # the last batch starts over to fill up
+            controls, calls = self._controls(base, given, each, everyone, table)
+            rows = everyone[own]
+            batch = Batch(
+                jax.tree.map(lambda value: value[own], controls),
+                places.mask[rows],
+                np.array([each[i].text_guidance for i in rows], np.float32),
+                np.array([each[i].text_rescale for i in rows], np.float32),
+                keys[rows],
+                None if latents is None else places.latents[rows],
+                None,
+                places.known[rows],
+                *(text[rows] if text is not None else None for text in texts),
+            )
+            batch = sharding.split_batch(batch, self.mesh)
+            noise = self.engine.noise(batch.keys, base.latent_shape) if latents is None else batch.noise
+            if image is None:
+                picture = self.engine.nothing(noise)
+            else:
+                shown = sharding.split_batch(places.image[rows], self.mesh)
+                picture = self.engine.encode(self.base.params, shown)
+            batch = batch._replace(noise=noise, picture=picture)
+            samples = range(start, min(start + batch_size, count))
+            tell = None if callback is None else functools.partial(_tell, callback, samples)
+            what, how = (self.base.params, params, batch), (table, calls, guided, settings.modulate)
+            images.append(self.engine.draw(*what, *how, tell, every)[: len(samples)])
+        images = np.concatenate(images)
+        return images if inpaint is None else np.where(np.asarray(inpaint, bool)[..., None], images, places.image)
+
+    def draw(
+        self,
+        conditions: Mapping[str, str | os.PathLike | Image.Image | np.ndarray],
+        count: int = 1,
+        *,
+        seed: int = 0,
+        prompt: str | None = None,
+        **how: Any,
+    ) -> list[Image.Image]:
+        """Samples pictures for one set of conditions: what a notebook wants.
+
+        Args:
+          conditions: for each modality that is given, a picture file, a picture, or an array ``[H, W]`` or ``[H, W,
+            planes]``, of any size: brought to the grid, its middle where the aspect ratio is another.
+          count: of the pictures.
+          seed: of the noise; picture i is the same whatever ``count`` is.
+          prompt: for a text-conditional base.
+          how: as in :meth:`__call__`, e.g. ``guidance=2.0``.
+
+        Raises:
+          UserError: as :meth:`__call__`; a file that cannot be read.
+        """
+        base = self.sized(how.get("height") or self.settings.height, how.get("width") or self.settings.width)
+        known, grid, maps = {m.name: m for m in self.modalities}, self.grid_for(base), {}
+        for name, value in conditions.items():
+            if name not in known:
+                raise UserError(f"this MCM knows the modalities {', '.join(known)}, got {name}")
+            if isinstance(value, Image.Image):
+                value = known[name].definition.decode(value, name)
+            elif not isinstance(value, np.ndarray):
+                value = read_png(value, known[name])
+            known[name].check(value, name)
+            maps[name] = np.repeat(known[name].fit(value, *grid)[None], count, axis=0)
+        prompts = None if prompt is None else [prompt] * count
+        how = {"batch_size": min(count, self.settings.batch_size)} | how
+        images = self(maps, sampling.sample_keys(seed, count), prompts=prompts, **how)
+        return [Image.fromarray(picture) for picture in pictures.to_uint8(images)]
+
+    def _note(self, batch_size: int, program: Any) -> None:
+        """Says so where one batch size after the other is compiled."""
+        seen = self._sizes.setdefault(program, set())
+        if batch_size not in seen and len(seen) >= 2:
+            warnings.warn(
+                f"a batch of {batch_size} is compiled anew (before: {', '.join(map(str, sorted(seen)))}); batches are "
+                f"filled up, so one batch_size serves any number of samples",
+                stacklevel=3,
+            )
+        seen.add(batch_size)
+
+
+def _tell(callback: Callable[[Progress], object], samples: range, now: Progress) -> None:
+    """Tells of the samples of a batch without those that it was filled up with."""
+
+    def cut(ask: Callable[[], Any]) -> Any:
+        return jax.tree.map(lambda x: x[: len(samples)], ask())
+
+    look = None if now.look is None else functools.partial(cut, now.look)
+    callback(now._replace(samples=samples, preview=functools.partial(cut, now.preview), look=look))

@@ -40,6 +40,7 @@ class Table(NamedTuple):
 
     Attributes:
       start: what standard normal noise is multiplied with to be the first x.
+      keep: what a given picture, as x0, is multiplied with to be added to that; 0 where there is none.
       t: ``[R]``, the timestep that the network is told; may lie between two timesteps.
       alpha: ``[R]``, ``sqrt(abar)`` of the noise level that x is at.
       sigma: ``[R]``, ``sqrt(1 - abar)`` there.
@@ -51,6 +52,7 @@ class Table(NamedTuple):
     """
 
     start: np.ndarray
+    keep: np.ndarray
     t: np.ndarray
     alpha: np.ndarray
     sigma: np.ndarray
@@ -290,6 +292,7 @@ def make_table(
     spacing: str = "",
     eta: float = 0.0,
     timesteps: Sequence[float] = (),
+    strength: float | None = None,
 ) -> Table:
     """A sampler's table, numbers in float64.
 
@@ -300,6 +303,8 @@ def make_table(
       spacing: one of :data:`SPACINGS`; empty is the schedule's own.
       eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
       timesteps: an own grid, falling, in 0..T-1, in place of steps and spacing.
+      strength: share of the steps, the last ones, that are taken from a given picture with noise, in (0, 1] (SDEdit,
+        Meng et al. 2022; diffusers' `strength`); None begins with noise alone.
 
     Raises:
       ValueError: an unknown name, or a grid that the schedule does not have.
@@ -308,6 +313,9 @@ def make_table(
         raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}")
     solver = _SOLVERS[sampler]
     t, s = _grid(schedule, solver.grid, steps, spacing or schedule.timestep_spacing, timesteps)
+    if strength is not None:
+        left_out = max(len(t) - max(int(len(t) * strength), 1), 0)
+        t, s = t[left_out:], s[left_out:]
     last = schedule.final_alpha_cumprod if solver.ends_at_first else 1.0
     levels = _Levels(np.append(s, math.sqrt((1 - last) / last)))
     rows = list(solver.rows(levels, schedule, eta))
@@ -321,8 +329,10 @@ def make_table(
     begins_at_end = solver.grid == "euler" and schedule.timestep_spacing in ("linspace", "trailing")
     if solver.grid == "euler" and spacing in GRIDS:
         begins_at_end = spacing in ("linspace", "trailing")
+    given = strength is not None
     return Table(
-        start=np.float64(levels.sigma[0] if begins_at_end else 1.0),
+        start=np.float64(levels.sigma[0] if begins_at_end or given else 1.0),
+        keep=np.float64(levels.alpha[0] if given else 0.0),
         t=t[level],
         alpha=levels.alpha[level],
         sigma=levels.sigma[level],

@@ -18,7 +18,7 @@ from mcm_jax.errors import UserError, expect
 from mcm_jax.samplers import SAMPLERS, SPACINGS, Table
 from mcm_jax.schedules import Schedule
 
-MODULATE = ("after_cfg", "before_cfg")
+MODULATE = ("after_cfg", "before_cfg", "prompt_only")
 
 
 class Point(NamedTuple):
@@ -28,13 +28,13 @@ class Point(NamedTuple):
       t: float32 ``[B]``, the timestep; whole numbers unless the grid has others.
       alpha: float32 ``[B]``.
       sigma: float32 ``[B]``.
-      share: float32 scalar, of the sampler's steps, how much is behind; in [0, 1).
+      row: int32 scalar, of the table.
     """
 
     t: jax.Array
     alpha: jax.Array
     sigma: jax.Array
-    share: jax.Array
+    row: jax.Array
 
 
 Denoise = Callable[[jax.Array, Point], jax.Array]
@@ -52,13 +52,21 @@ class SamplingSettings:
       timesteps: an own grid in place of steps and spacing, falling; empty for none.
       eta: DDIM's share of fresh noise.
       guidance: modality guidance scale: ``eps + guidance * (eps' - eps)``; 0 is the base alone (the MCM does not run).
+      guidance_schedule: factors of the guidance over the steps, evenly spaced and linear in between: 1,0 falls to
+        nothing; empty for none.
       start: share of the steps after which the MCM begins to act; before it the base is alone.
       end: share of the steps after which it acts no more.
-      text_guidance: classifier-free guidance scale of the prompt, for text-conditional bases, as the next two; 1 is
+      text_guidance: classifier-free guidance scale of the prompt, for text-conditional bases, as the next three; 1 is
         none (then the base sees the prompt only).
+      text_rescale: how far a guided prediction is brought back to the spread of the prompt's own, 0 (not) to 1.
       negative_prompt: what the prompt's guidance leads away from.
-      modulate: whether the MCM modulates each branch of the prompt's guidance (``before_cfg``), or its result
-        (``after_cfg``), see :func:`modulate_guided`.
+      modulate: what of the prompt's guidance the MCM modulates: both branches (``before_cfg``), the result
+        (``after_cfg``), or the prompt's alone (``prompt_only``, ControlNet's guess mode: text_guidance then multiplies
+        the control, too).
+      image_strength: of a given picture: the share of the steps that are taken from it with noise; 1 begins with nearly
+        noise alone.
+      height: of the pictures, in pixels; 0 is the base's.
+      width: of the pictures, in pixels; 0 is the base's.
       batch_size: images at a time.
     """
 
@@ -68,11 +76,16 @@ class SamplingSettings:
     timesteps: tuple[float, ...] = ()
     eta: float = 0.0
     guidance: float = 1.0
+    guidance_schedule: tuple[float, ...] = ()
     start: float = 0.0
     end: float = 1.0
     text_guidance: float = 7.5
+    text_rescale: float = 0.0
     negative_prompt: str = ""
     modulate: str = "before_cfg"
+    image_strength: float = 0.8
+    height: int = 0
+    width: int = 0
     batch_size: int = 32
 
     def __post_init__(self):
@@ -91,11 +104,17 @@ class SamplingSettings:
         expect(self.steps >= 1, "steps", "at least 1", self.steps)
         expect(0 <= self.eta <= 1, "eta", "in [0, 1]", self.eta)
         expect(0 <= self.guidance < float("inf"), "guidance", "at least 0", self.guidance)  # nan is neither
+        fine = all(0 <= factor < float("inf") for factor in self.guidance_schedule)
+        expect(fine, "guidance_schedule", "numbers of at least 0", self.guidance_schedule)
         expect(0 <= self.start <= 1, "start", "a share of the steps, in [0, 1]", self.start)
         expect(self.start <= self.end <= 1, "end", f"a share of the steps, in [start={self.start:g}, 1]", self.end)
         expect(0 <= self.text_guidance < float("inf"), "text_guidance", "at least 0", self.text_guidance)
+        expect(0 <= self.text_rescale <= 1, "text_rescale", "in [0, 1]", self.text_rescale)
         expect(isinstance(self.negative_prompt, str), "negative_prompt", "a text, '' for none", self.negative_prompt)
         expect(self.modulate in MODULATE, "modulate", f"one of {', '.join(MODULATE)}", self.modulate)
+        expect(0 < self.image_strength <= 1, "image_strength", "in (0, 1]", self.image_strength)
+        expect(self.height >= 0, "height", "pixels, or 0 (the base's)", self.height)
+        expect(self.width >= 0, "width", "pixels, or 0 (the base's)", self.width)
         expect(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
 
     def but(self, **changes: Any) -> "SamplingSettings":
@@ -105,8 +124,12 @@ class SamplingSettings:
             raise UserError(f"{', '.join(sorted(unknown))}: no setting of sampling; known are {known}")
         return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
 
-    def table(self, schedule: Schedule) -> Table:
+    def table(self, schedule: Schedule, from_picture: bool = False) -> Table:
         """The sampler's table for a base, filled up for the compiled loop.
+
+        Args:
+          schedule: the base's.
+          from_picture: whether it begins with a given picture, at :attr:`image_strength`, and not with noise.
 
         Raises:
           UserError: the schedule does not have such steps, or its own sampler is none that we have.
@@ -126,6 +149,7 @@ class SamplingSettings:
                 spacing=spacing,
                 eta=self.eta,
                 timesteps=self.timesteps,
+                strength=self.image_strength if from_picture else None,
             )
         except ValueError as e:
             raise UserError(f"sampler={sampler}, steps={self.steps}: {e}") from e
@@ -159,56 +183,101 @@ def guide(eps: jax.Array, modulated: jax.Array, scale: float) -> jax.Array:
     return eps + scale * (modulated - eps)
 
 
-def modulate_guided(
-    modulate: Callable[[jax.Array], jax.Array],
-    negative: jax.Array,
-    positive: jax.Array,
-    *,
-    text_guidance: jax.Array | float,
-    where: str,
-) -> jax.Array:
-    """Classifier-free guidance of the prompt and the MCM together.
+def rescale(guided: jax.Array, prompt: jax.Array, share: jax.Array) -> jax.Array:
+    """Brings a guided prediction back to the prompt's spread, as far as ``share`` says (Lin et al. 2024, sec. 3.4).
 
     Args:
-      modulate: the MCM at its strength, eps ``[B, H, W, C]`` to ``guide(eps, eps', guidance)``, for the x at hand.
-      negative: eps for the negative prompt ``[B, H, W, C]``.
-      positive: eps for the prompt, of the same shape.
-      text_guidance: classifier-free guidance scale.
-      where: ``after_cfg``: the MCM sees and modulates the guided prediction; ``before_cfg``: each branch by itself.
+      guided: eps by text guidance, ``[B, H, W, C]``.
+      prompt: eps for the prompt, of the same shape.
+      share: ``[B]`` in [0, 1]; 0 leaves it as it is.
     """
-    if where == "after_cfg":
-        return modulate(guide(negative, positive, text_guidance))
-    if where == "before_cfg":
-        return guide(modulate(negative), modulate(positive), text_guidance)
-    raise ValueError(f"modulate must be one of {MODULATE}, got {where!r}")
+    factor = prompt.std((1, 2, 3)) / guided.std((1, 2, 3))
+    return guided * jnp.where(share > 0, 1 + share * (factor - 1), 1.0)[:, None, None, None]
 
 
-def sample(denoise: Denoise, x: jax.Array, keys: jax.Array, table: Table) -> jax.Array:
-    """Runs a sampler from ``x_T`` to ``x_0``.
+def slerp(a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:
+    """Between two noises, along the sphere, so that what is in between has their length (Shoemake 1985).
+
+    Args:
+      a: ``[B, H, W, C]``; where share is 0.
+      b: of the same shape; where share is 1.
+      share: ``[B]`` in [0, 1].
+    """
+    flat = lambda x: x.reshape(len(x), -1)  # noqa: E731
+    cosine = (flat(a) * flat(b)).sum(1) / (jnp.linalg.norm(flat(a), axis=1) * jnp.linalg.norm(flat(b), axis=1))
+    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
+    same = angle < 1e-4  # of the same noise twice there is no arc
+    whole = jnp.where(same, 1.0, jnp.sin(angle))
+    one, other = (jnp.where(same, part, jnp.sin(part * angle) / whole) for part in (1 - share, share))
+    here = (slice(None), None, None, None)
+    return jnp.where(share[here] == 0, a, one[here] * a + other[here] * b)
+
+
+class State(NamedTuple):
+    """Between two calls of the network; float32 ``[B, H, W, C]`` each.
+
+    Attributes:
+      x: the noisy input of the next call.
+      memory: three of them, what the solver remembers.
+      x0: the last estimate of x0; zeros before the first.
+    """
+
+    x: jax.Array
+    memory: tuple[jax.Array, jax.Array, jax.Array]
+    x0: jax.Array
+
+
+def begin(noise: jax.Array, table: Table, picture: jax.Array | float = 0.0) -> State:
+    """Where a sampler begins.
+
+    Args:
+      noise: standard normal ``[B, H, W, C]``, see :func:`initial_noise`.
+      table: see :func:`mcm_jax.samplers.make_table`; may be traced.
+      picture: x0 of the same shape that is begun with, where the table keeps of it.
+    """
+    x = jnp.float32(table.start) * noise.astype(jnp.float32) + jnp.float32(table.keep) * picture
+    return State(x, (jnp.zeros_like(x),) * 3, jnp.zeros_like(x))
+
+
+def advance(
+    denoise: Denoise,
+    state: State,
+    keys: jax.Array,
+    table: Table,
+    first: jax.Array | int,
+    last: jax.Array | int,
+    hold: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = lambda x, alpha, sigma: x,
+) -> State:
+    """Runs rows ``first`` to ``last`` (without) of a table.
 
     Args:
       denoise: predicts eps, ``[B, H, W, C]``, from x and the :class:`Point` that it is at.
-      x: starting noise ``[B, H, W, C]``, see :func:`initial_noise`.
+      state: from :func:`begin`, or from here.
       keys: one key a sample ``[B]``, see :func:`sample_keys`. Where the sampler adds noise after the network's call n,
         from 1, it is that of ``fold_in(key, n)``.
-      table: see :func:`mcm_jax.samplers.make_table`; may be traced.
-
-    Returns:
-      x_0, float32 ``[B, H, W, C]``; as far as clipped as the table says.
+      table: see :func:`mcm_jax.samplers.make_table`; may be traced, as first and last.
+      first: row.
+      last: row.
+      hold: x before each call as the network shall see it, from x and the alpha and sigma (scalars) that it is at.
     """
-    shape, table = x.shape, Table(*(jnp.asarray(part) for part in table))
+    shape, table = state.x.shape, Table(*(jnp.asarray(part) for part in table))
     table = jax.tree.map(lambda part: part.astype(jnp.float32) if part.dtype.kind == "f" else part, table)
 
-    def step(i, state):
-        x = state[0]
-        at = Point(*(jnp.full(shape[0], part[i]) for part in (table.t, table.alpha, table.sigma)), table.share[i])
+    def step(i: jax.Array, state: State) -> State:
+        x = hold(state.x, table.alpha[i], table.sigma[i])
+        at = Point(*(jnp.full(shape[0], part[i]) for part in (table.t, table.alpha, table.sigma)), jnp.asarray(i))
         eps = denoise(x, at).astype(jnp.float32)
         x0 = jnp.clip((x - table.sigma[i] * eps) / table.alpha[i], -table.clip[i], table.clip[i])
         update = table.update[i]
         draw = lambda: _noise(keys, i + 1, shape[1:])  # noqa: E731
         noise = jax.lax.cond(jnp.any(update[:, -1] != 0), draw, lambda: jnp.zeros(shape))
-        parts = (*state, x0, eps, noise)
-        return tuple(sum(c * part for c, part in zip(row, parts, strict=True)) for row in update)
+        parts = (x, *state.memory, x0, eps, noise)
+        x, *memory = (sum(c * part for c, part in zip(row, parts, strict=True)) for row in update)
+        return State(x, tuple(memory), x0)
 
-    state = (table.start * x.astype(jnp.float32), *(jnp.zeros(shape) for _ in range(3)))
-    return jax.lax.fori_loop(0, table.count, step, state)[0]
+    return jax.lax.fori_loop(first, last, step, state)
+
+
+def sample(denoise: Denoise, noise: jax.Array, keys: jax.Array, table: Table) -> jax.Array:
+    """Runs a sampler from noise to ``x_0``, float32 ``[B, H, W, C]``: :func:`begin`, :func:`advance` to the end."""
+    return advance(denoise, begin(noise, table), keys, table, 0, jnp.asarray(table.count)).x

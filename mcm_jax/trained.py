@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import pathlib
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,22 @@ class ModelSettings:
     mcm: MCMSettings
     sampling: SamplingSettings
     mesh: MeshSettings = config_lib.setting(MeshSettings(), before=MeshSettings())
+
+
+class Trained(NamedTuple):
+    """An MCM for a base.
+
+    Attributes:
+      modulator: its network and settings.
+      params: of the network; None where there are none, and it does nothing.
+      step: how long it was trained.
+      name: what messages call it: the folder it is from.
+    """
+
+    modulator: Modulator
+    params: Any | None = None
+    step: int = 0
+    name: str = ""
 
 
 def save_mcm(folder: pathlib.Path, params: Any, *, base: Base | BaseCard, step: int) -> None:
@@ -186,7 +202,7 @@ def start_from(folder: str, settings: MCMSettings, modulator: Modulator, card: B
     flat = traverse_util.flatten_dict(params)
     before = np.asarray(flat[*first, "kernel"])
     kernel = np.zeros(traverse_util.flatten_dict(wanted)[*first, "kernel"].shape, np.float32)
-    places = [_channels(m, card.latent_shape[-1]) for m in (trained, modulator)]
+    places = [_channels(m, card.latent_shape[-1], "encoder" in params) for m in (trained, modulator)]
     for name in places[0].keys() & places[1].keys():
         kernel[:, :, places[1][name]] = before[:, :, places[0][name]]
     return traverse_util.unflatten_dict(flat | {(*first, "kernel"): jnp.asarray(kernel)})
@@ -196,9 +212,9 @@ def start_from(folder: str, settings: MCMSettings, modulator: Modulator, card: B
 _MATHS = {f.name for f in dataclasses.fields(MCMSettings)} - {"dtype", "remat"}
 
 
-def _channels(modulator: Modulator, depth: int) -> dict[str, slice]:
+def _channels(modulator: Modulator, depth: int, has_encoder: bool) -> dict[str, slice]:
     """Which channels of the convolution that sees the conditions are whose; '' is all that is no modality."""
-    begin = depth * len(modulator.module.inputs) if modulator.module.conditions == "grid" else 0
+    begin = 0 if has_encoder else depth * len(modulator.module.inputs)
     found = {"": slice(0, begin)}
     for m in modulator.modalities:
         found[m.name] = slice(begin, begin + m.channels + 1)

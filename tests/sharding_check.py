@@ -24,6 +24,7 @@ from mcm_jax.data.pipeline import InMemory
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.draws import Draws
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.trained import Trained
 from mcm_jax.training import feed, step
 
 BATCH = 8
@@ -70,7 +71,7 @@ def run_all(base, mesh, config, source):
     shapes = jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: 0.1 * rng.normal(size=p.shape).astype(np.float32), shapes)
-    pipeline = Pipeline(base, modulator, params, mesh=mesh)
+    pipeline = Pipeline(base, Trained(modulator, params), mesh=mesh)
     conditions = {m.name: inputs.source.arrays[m.name][:BATCH] for m in modalities}
     conditions = {k: v.astype(np.float32) / 255 if k == "sketch" else v for k, v in conditions.items()}
     keys, prompts = sampling.sample_keys(0, BATCH), ["a mountain lake at sunset"] * BATCH

@@ -42,25 +42,25 @@ def _make_old(folder):
 def _accepted(folder, base):
     """The pipeline, and the one warning."""
     with pytest.warns(UserWarning) as caught:
-        found = Pipeline.from_folder(folder, base, accept_base=True)
+        found = Pipeline.from_folder(folder, base=base, accept_base=True)
     assert len(caught) == 1 and caught[0].filename == __file__
     return found, str(caught[0].message)
 
 
 def test_a_fine_tune_is_taken_where_asked_for(trained, other_base_path, tmp_path):
     with pytest.raises(UserError, match=r"'tiny'.*'other'.*--accept_base"):
-        Pipeline.from_folder(trained.workdir, other_base_path)
+        Pipeline.from_folder(trained.workdir, base=other_base_path)
     found, said = _accepted(trained.workdir, other_base_path)
     other = load_base(other_base_path).fingerprint
-    assert found.base.fingerprint == other and found.step == 6
+    assert found.base.fingerprint == other and found.mcms[0].step == 6
     assert all(word in said for word in ("'tiny'", "'other'", trained.base.fingerprint[:16], other[:16]))
     assert "not known" not in said
-    tiny.assert_same_bits(jax.device_get(found.params), jax.device_get(trained.state.ema_params))
+    tiny.assert_same_bits(jax.device_get(found.mcms[0].params), jax.device_get(trained.state.ema_params))
 
     moved = shutil.copytree(trained.config.base.path, tmp_path / "moved")
     with warnings.catch_warnings():  # its own base, at another place
         warnings.simplefilter("error")
-        assert Pipeline.from_folder(trained.workdir, moved, accept_base=True).base.name == "moved"
+        assert Pipeline.from_folder(trained.workdir, base=moved, accept_base=True).base.name == "moved"
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new header", "old header"])
@@ -77,7 +77,7 @@ def test_no_fine_tune_is_refused_with_what_differs(trained, other_base_path, tmp
     }
     for words, base in bases.items():
         with pytest.raises(UserError) as error:
-            Pipeline.from_folder(folder, base, accept_base=True)
+            Pipeline.from_folder(folder, base=base, accept_base=True)
         assert all(word in str(error.value) for word in ("no fine-tune", *words)), error.value
         assert ("latent_shape" in str(error.value)) != ("schedule:" in str(error.value))
 
@@ -91,7 +91,7 @@ def test_an_old_file_whose_own_base_is_gone_says_that_nothing_was_compared(train
         content["base"]["path"] = str(gone)
         (folder / "config.json").write_text(json.dumps(content))
         assert "not known" in _accepted(folder, other_base_path)[1]
-    assert Pipeline.from_folder(folder, trained.config.base.path).step == 6
+    assert Pipeline.from_folder(folder, base=trained.config.base.path).mcms[0].step == 6
 
 
 def test_params_must_fit_all_the_same(trained, other_base_path, tmp_path):
@@ -100,7 +100,7 @@ def test_params_must_fit_all_the_same(trained, other_base_path, tmp_path):
     content["mcm"]["multipliers"] = [1, 3]
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.warns(UserWarning), pytest.raises(UserError, match="another MCM"):
-        Pipeline.from_folder(folder, other_base_path, accept_base=True)
+        Pipeline.from_folder(folder, base=other_base_path, accept_base=True)
 
 
 def test_a_picture_is_drawn_again_on_the_base_it_was_drawn_on(script, trained, other_base_path, tmp_path):

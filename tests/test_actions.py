@@ -117,14 +117,14 @@ def test_control_samples_the_moments_average(pipeline, trained):
         judged.append(images)
         return Judgement({"count": float(len(images)), "share": {"of": "nobody counts"}})
 
-    held_out = HeldOut(DataSettings(), pipeline.base.card, pipeline.modulator.modalities, 2)
+    held_out = HeldOut(DataSettings(), pipeline.base.card, pipeline.modalities, 2)
     log, by = Lines(), Judge("all", "counting", judge, ("count", "share.of"), ("seen", "share"))
     action = Control(log, every=2, pipeline=pipeline, held_out=held_out, judges=[by])
     for step in (1, 2):
         action(now := moment(step, state=trained.state))
     assert log == [{"step": 2, "seen": 2.0}] and now.measured["seen"] == 2
     assert judged[0].shape == (2, tiny.SIZE, tiny.SIZE, 3) and np.abs(judged[0]).max() <= 1
-    tiny.assert_same_bits(jax.device_get(pipeline.params), jax.device_get(trained.state.ema_params))
+    tiny.assert_same_bits(jax.device_get(pipeline.mcms[0].params), jax.device_get(trained.state.ema_params))
 
 
 @pytest.mark.slow

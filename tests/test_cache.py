@@ -218,7 +218,9 @@ def test_validation_pictures_load_the_base_if_asked_and_if_it_fits(
     monkeypatch.setattr(sharding, "free_memory", lambda: free)
     train_and_evaluate(asking, tmp_path / "run")
     assert (tmp_path / "run/validation").exists() == pictures
-    assert ("GiB are free" in capsys.readouterr().out) != pictures
+    said = capsys.readouterr().out
+    assert ("GiB are free" in said) != pictures
+    assert -1 < said.find("compiling the training step") < said.find("a step takes")  # before the silence
 
 
 def test_without_being_asked_validation_is_left_to_sample(config, built, tmp_path, monkeypatch, capsys):

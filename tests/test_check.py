@@ -306,7 +306,20 @@ def test_gaps_and_prompts_in_lines(scenes, base):
     (scenes / "train" / "captions.jsonl").write_text("\n".join(lines))
     assert check(scenes, base).is_refused and not check(scenes, base, partial=True).is_refused
     unprompted = check(scenes, BaseSettings("scenes-ddpm").outline(), partial=True)
-    assert [p.path for p in unprompted.problems] == [str(scenes / "train" / "segmentation")]  # it sees no prompts
+    assert [p.path for p in unprompted.problems] == [str(scenes / "train" / "segmentation")]  # it cuts no prompts
+
+
+def test_bad_prompts_are_doubts_where_the_base_sees_none(scenes):
+    (scenes / "train" / "caption" / "03.txt").write_text("\n")
+    (scenes / "train" / "caption" / "04.txt").write_bytes(b"\xff\xfe")
+    (scenes / "train" / "caption" / "05.txt").unlink()
+    shutil.rmtree(scenes / "test" / "caption")
+    (scenes / "train" / "sketch" / "06.png").unlink()
+    report = check(scenes, BaseSettings("scenes-ddpm").outline())
+    fatal = {path: [p[0] for p in rows] for path, rows in _rows(report).items()}
+    doubts = [f"train/caption/{i:02}.txt" for i in (3, 4, 5)] + ["test/caption"]
+    assert fatal == dict.fromkeys(doubts, [False]) | {"train/sketch/06.png": [True]}
+    assert report.splits["train"].files["caption"] == COUNT - 1
 
 
 def test_mistakes_that_are_alike_are_one_row_and_none_is_hidden_by_many():

@@ -126,15 +126,23 @@ def test_training_begins_with_one_of_fewer_modalities(ldm_path, workdir):
     settings = tiny.settings_of(tiny.make_config(ldm_path, ENCODER))
     card = settings.base.outline().card
     modulator = settings.mcm.modulator((Modality("anew", "lines", 1), *settings.modalities.shown), card.schedule)
-    params, before = start_from(str(workdir), settings.mcm, modulator, card), Pipeline.from_folder(workdir).params
+    params, before = (
+        start_from(str(workdir), settings.mcm, modulator, card),
+        Pipeline.from_folder(workdir).mcms[0].params,
+    )
     first = params["encoder"]["down_0"]["conv"]
     np.testing.assert_array_equal(first["kernel"][:, :, :2], 0)
     first["kernel"] = first["kernel"][:, :, 2:]
     tiny.assert_same_bits(params, before)
 
 
-def test_a_base_of_pixels_is_refused(base_path, tmp_path):
-    config = tiny.make_config(base_path, ENCODER | {"cache.mode": "off"})
-    with pytest.raises(UserError, match="config.mcm.conditions: found 'encoder'.* 16x16 and its grid 16x16.* 'grid'"):
-        train_and_evaluate(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_a_base_of_pixels_has_nothing_to_encode(base_path):
+    """There both ways are one network on one grid, and params go from the one to the other."""
+    base = tiny.settings_of(tiny.make_config(base_path)).base.outline()
+    found = []
+    for conditions in ("grid", "encoder"):
+        modulator = tiny.modulator_of(tiny.make_config(base_path, {"mcm.conditions": conditions}), base)
+        assert modulator.grid(base) == (tiny.SIZE, tiny.SIZE)
+        shapes = jax.eval_shape(lambda m=modulator: m.init(jax.random.key(0), base.latent_shape, m.grid(base)))
+        found.append(jax.tree.map(lambda x: x.shape, shapes))
+    assert found[0] == found[1]

@@ -173,6 +173,8 @@ def test_a_config_of_an_old_version_means_what_it_meant():
             "data.stream": "auto",
         },
         **{"sampling.spacing": "", "sampling.timesteps": [], "sampling.start": 0.0, "sampling.end": 1.0},
+        **{"sampling.guidance_schedule": [], "sampling.text_rescale": 0.0, "sampling.image_strength": 0.8},
+        **{"sampling.height": 0, "sampling.width": 0},
         **{"train.wandb": "", "evaluation.seeds": 1, "evaluation.references": 0, "evaluation.strengths": []},
     }
 

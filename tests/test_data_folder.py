@@ -4,14 +4,17 @@ import dataclasses
 import json
 import os
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from mcm_jax import config as config_lib
 from mcm_jax.base import BaseCard
-from mcm_jax.data import DataSettings
+from mcm_jax.data import DataSettings, captions
+from mcm_jax.data.captions import read_lines
 from mcm_jax.data.classes import read_classes
 from mcm_jax.data.folder import Folder, held_out_names
 from mcm_jax.data.render import PALETTE, render
@@ -565,6 +568,30 @@ def test_classes_are_described(tmp_path):
 _PLAIN = {"ignore_color": None, "swap": {}}
 
 
+def test_what_is_described_is_kept_and_counts_before_the_folder(tmp_path):
+    """Colours or none, unknown or not: a workdir says the same, whatever becomes of the folder."""
+    (workdir := tmp_path / "run").mkdir()
+    _describe(tmp_path)
+    _describe(tmp_path, "parts.classes.json", classes=[{"name": "é"}, {"name": "b"}], ignore=-1, **_PLAIN)
+    data, kept = DataSettings("folder", str(tmp_path)), (TWO, Modality("parts", "labels", 2))
+    said = {name: data.described(name, workdir) for name in ("segmentation", "parts")}  # a run that has kept none
+    data.keep_described(kept, workdir)
+    (tmp_path / "classes.json").unlink()
+    (tmp_path / "parts.classes.json").write_text("no JSON")
+    for name, classes in said.items():
+        found = data.described(name, workdir)
+        np.testing.assert_array_equal(data.palette(name, workdir), classes.colors)
+        assert dataclasses.replace(found, colors=None) == dataclasses.replace(classes, colors=None)
+    before = tiny.contents(workdir)
+    assert data.palette("segmentation") is None and before.keys() == {f"{n}.classes.json" for n in said}
+    with pytest.raises(UserError, match="parts.classes.json"):
+        data.keep_described(kept, workdir)
+    assert tiny.contents(workdir) == before
+    (best := tmp_path / "best").mkdir()
+    data.keep_described(kept, best, workdir)  # of the best MCM's folder, from the workdir's own
+    assert tiny.contents(best) == before
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -661,6 +688,28 @@ def test_a_broken_line_is_named_by_its_number(line, found, tmp_path):
     message = _refused(tmp_path, captions=True)
     assert message.startswith(f"{split / 'captions.jsonl'}: line 2: ") and found in message and len(message) < 1_200
     assert "no line for 1 of 2 pictures: 'a'" in message
+
+
+def test_files_far_larger_than_prompts_are_refused_and_not_read(tmp_path, monkeypatch):
+    split = _tree(tmp_path, "image/a.png")
+    path, line = split / "captions.jsonl", '{"file": "a.png", "caption": "one"}\n'
+    with path.open("w") as file:
+        file.write(line)
+        file.truncate(2**33)  # a sparse one
+    tracemalloc.start()
+    assert f"{path}: line 2: has more than 1,048,576 characters" in _refused(tmp_path, captions=True)
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+    path.write_text(line + "x\n" * 10_001)
+    problems = read_lines(path, (".png",), {"a"})[1]
+    assert len(problems) == 10_001 and problems[-1].found.startswith("line 10,002: 10,000 lines before are wrong, ")
+    path.write_text(line + "\n" * 3_000)
+    monkeypatch.setattr(captions, "_MOST_OF_FILE", 2_000)
+    assert f"{path}: line 1,966: the file has more than 2,000 characters" in _refused(tmp_path, captions=True)
+    path.unlink()
+    os.truncate(_tree(tmp_path, "caption/a.txt") / "caption" / "a.txt", 2**33)
+    with pytest.raises(UserError, match=r"a\.txt: expected one line, the prompt, found more than 1,048,576"):
+        Folder(tmp_path, "train", (), 8, 8, captions=True)[0]
 
 
 # Held out by a hash of the names

@@ -13,6 +13,7 @@ from test_judge_readers import _onnx
 from mcm_jax import sampling
 from mcm_jax.base import load_base
 from mcm_jax.data.__main__ import main
+from mcm_jax.data.discover import discover
 from mcm_jax.data.extract import EXTRACTORS, open_extractors
 from mcm_jax.data.folder import Folder
 from mcm_jax.data.scenes import Scenes
@@ -22,6 +23,7 @@ from mcm_jax.evaluation.judges.readers import of_net
 from mcm_jax.modalities import Modality, known
 from mcm_jax.pictures import to_uint8
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.trained import Trained
 
 H, W = 40, 56
 NAMES = ("a", "b", "turned", "é")
@@ -105,6 +107,28 @@ def test_what_is_known_has_the_pictures_colours(name, scenes):
     assert (_extract(name, scenes[0]) != _extract(f"{name}:seed=1", scenes[0])).any()
 
 
+def test_a_folder_laid_out_as_a_split_becomes_train(flat, tmp_path):
+    """Pictures in DATA/image, conditions and prompts beside them; what was there stays."""
+    data = tmp_path / "my data"
+    shutil.copytree(flat, data / "image")
+    for name in ("other", "caption"):
+        (data / name).mkdir()
+        shutil.copy(flat / "a.txt", data / name / "stranger.txt")
+    shutil.copy(flat / "a.png", data / "other")
+    (data / "caption" / "a.txt").write_text("another prompt")
+    with pytest.raises(UserError, match=r"pictures in .*image, .* make '.*my data' --extract=.*; or, .* into .*train"):
+        discover(data)
+    before = tiny.contents(data)
+    assert _run("make", data, "--extract=grey") == 0
+    after = tiny.contents(data)
+    assert before.items() <= after.items()
+    assert {p.name for p in (data / "train").iterdir()} == {"image", "caption", "other", "grey"}
+    assert [p.name for p in (data / "train" / "other").iterdir()] == ["a.png"]
+    prompts = {p.stem: p.read_text() for p in (data / "train" / "caption").iterdir()}
+    assert prompts.pop("a") == "another prompt" and all(text == f"a scene, {name}\n" for name, text in prompts.items())
+    assert len(Folder(data, "train", [Modality("grey", "map", 1)], H, W, captions=True)) == len(NAMES)
+
+
 def test_what_is_done_is_kept_and_the_rest_done(made, tmp_path, capsys):
     folder = shutil.copytree(made, tmp_path / "data")
     canny = folder / "train" / "canny"
@@ -180,7 +204,7 @@ def test_the_base_makes_its_own_pairs(prompts, small_path, sd_path, tmp_path, ca
 
     base = load_base(path)
     modulator = tiny.modulator_of(tiny.make_config(path, tiny.SMALL), base)
-    alone = Pipeline(base, modulator, modulator.init(jax.random.key(0), base.latent_shape))
+    alone = Pipeline(base, Trained(modulator, modulator.init(jax.random.key(0), base.latent_shape)))
     texts = [prompts[i % 3] for i in range(5)] if prompts else None
     found = alone({}, sampling.sample_keys(0, 5), prompts=texts, guidance=0, steps=2, batch_size=4)
     for path, image in zip(images, to_uint8(found), strict=True):

@@ -36,7 +36,7 @@ def mcm(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mcm")
     shutil.copy(trained.workdir / "config.json", folder)
     rng = np.random.default_rng(0)
-    params = Pipeline.from_folder(trained.workdir).params
+    params = Pipeline.from_folder(trained.workdir).mcms[0].params
     params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
     save_mcm(folder, params, base=trained.base, step=6)
     return str(folder)
@@ -81,8 +81,7 @@ def _assert_same(a, b):
 def test_jobs_of_every_kind_share_one_program(drawer, whole):
     """And each is what it is alone, in a batch of another size."""
     jobs, out = whole
-    assert drawer.pipeline._compiled.cache_info().currsize == 1
-    assert drawer.pipeline._compiled(False, "before_cfg")._cache_size() == 1  # of two batches, one half filled
+    assert drawer.pipeline.engine.compilations == 1  # of two batches, one half filled
     found = [_pixels(out / f"{job.name}.png") for job in jobs]
     for job, picture in zip(jobs, found, strict=True):
         _assert_same(pictures.to_uint8(drawer.sample([job], 2)[0]).astype(int), picture)

@@ -124,6 +124,9 @@ def test_a_folder_with_unknown_pixels_of_other_kinds_trains_and_samples(config, 
             (path.parents[1] / name).mkdir(exist_ok=True)
             picture.save(path.parents[1] / name / path.name)
     config.data.views, config.data.flip, config.train.validate_every = 2, True, 2
+    colours = PALETTE // 2  # not those of scenes
+    classes = [{"name": f"{i}", "color": colour} for i, colour in enumerate(colours.tolist())]
+    (data / "classes.json").write_text(json.dumps({"classes": classes, "ignore": 255, "ignore_color": [1, 2, 3]}))
     workdir = tmp_path / "run"
     assert int(train_and_evaluate(config, workdir).step) == 2
     record = Cache(workdir / "cache").read(np.arange(COUNT, dtype=np.int32), np.zeros(COUNT, np.int32))["segmentation"]
@@ -132,6 +135,14 @@ def test_a_folder_with_unknown_pixels_of_other_kinds_trains_and_samples(config, 
     given = {name: str(data / f"test/{name}/0.png") for name in ("segmentation", "strokes", "normals")}
     images = generate(str(workdir), given, tmp_path / "out", num_samples=1, steps=2)
     assert np.isfinite(images).all()
+    data.rename(tmp_path / "moved")  # the workdir still knows the colours, to read by and to draw in
+    given = {name: str(tmp_path / f"moved/test/{name}/0.png") for name in given}
+    labels = np.array(Image.open(given["segmentation"]))
+    Image.fromarray(np.array([*colours, *[(1, 2, 3)] * 250], np.uint8)[labels]).save(given["segmentation"])
+    again = generate(str(workdir), given, tmp_path / "out", num_samples=1, steps=2)
+    np.testing.assert_array_equal(again, images)
+    drawn = np.array(Image.open(tmp_path / "out/grid.png").convert("RGB"))
+    assert set(map(tuple, colours.tolist())) <= set(map(tuple, drawn.reshape(-1, 3).tolist()))
 
 
 def test_conditions_are_cut_in_sampling_as_in_training(config, data, base, tmp_path, monkeypatch):

@@ -11,14 +11,14 @@ import pytest
 import tiny
 from safetensors import safe_open
 
-from mcm_jax import pipeline as pipeline_lib
 from mcm_jax import sampling
 from mcm_jax.base import load_base
+from mcm_jax.control import subsets_of
 from mcm_jax.data.pipeline import InMemory, to_float
 from mcm_jax.data.scenes import Scenes
 from mcm_jax.errors import UserError
 from mcm_jax.pipeline import Pipeline
-from mcm_jax.trained import save_mcm
+from mcm_jax.trained import Trained, save_mcm
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
@@ -36,15 +36,15 @@ def pipeline(trained):
 def strong(pipeline):
     """The same pipeline under an MCM whose every weight does something."""
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), pipeline.params)
-    return Pipeline(pipeline.base, pipeline.modulator, params, pipeline.settings)
+    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), pipeline.mcms[0].params)
+    return Pipeline(pipeline.base, Trained(pipeline.mcms[0].modulator, params), pipeline.settings)
 
 
 @pytest.fixture(scope="module")
 def untrained(pipeline):
-    base, modulator = pipeline.base, pipeline.modulator
+    base, modulator = pipeline.base, pipeline.mcms[0].modulator
     params = jax.jit(lambda key: modulator.init(key, base.latent_shape))(jax.random.key(0))
-    return Pipeline(base, modulator, params, pipeline.settings)
+    return Pipeline(base, Trained(modulator, params), pipeline.settings)
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +115,23 @@ class _Counted:
 
     def __init__(self, modulator, calls):
         self.modulator, self.modalities, self.grid, self.calls = modulator, modulator.modalities, modulator.grid, calls
+        self.multiple = modulator.multiple
 
     def __call__(self, *arguments):
         jax.debug.callback(lambda: self.calls.append(1))
         return self.modulator(*arguments)
 
 
+def _counted(pipeline, calls):
+    (mcm,) = pipeline.mcms
+    counted = mcm._replace(modulator=_Counted(mcm.modulator, calls))
+    return Pipeline(pipeline.base, counted, pipeline.settings)
+
+
 def test_one_program_serves_every_way_to_sample(strong, conditions, keys, samples):
     """Solver, steps, spacing, noise, strength, window compile nothing, and outside its window the MCM does not run."""
     calls = []
-    counted = Pipeline(strong.base, _Counted(strong.modulator, calls), strong.params, strong.settings)
+    counted = _counted(strong, calls)
 
     def run(expected, **how):
         calls.clear()
@@ -143,14 +150,14 @@ def test_one_program_serves_every_way_to_sample(strong, conditions, keys, sample
     run(7, sampler="heun", steps=4, spacing="karras", guidance=2.0)
     run(4, sampler="heun", steps=4, spacing="karras", end=0.5)
     run(5, sampler="", eta=1.0, timesteps=(900.0, 500.5, 300.0, 200.0, 100.0))
-    assert counted._compiled.cache_info().currsize == 1 == counted._compiled(False, "before_cfg")._cache_size()
+    assert counted.engine.compilations == 1
 
 
 def test_strengths_are_a_sum_over_subsets():
     """Weights sum to 1, and those of the subsets that show a modality to its strength; what is whole needs one."""
     rng = np.random.default_rng(0)
     strengths = np.concatenate([rng.choice([0, 0.5, 1, 1.5, 2.5], (50, 3)), list(np.ndindex(2, 2, 2))])
-    subsets, weights = pipeline_lib.subsets_of(strengths)
+    subsets, weights = subsets_of(strengths)
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
     np.testing.assert_allclose((weights[..., None] * subsets).sum(1), strengths, atol=1e-6)
     np.testing.assert_array_equal(subsets[-8:, 0], strengths[-8:])
@@ -160,7 +167,7 @@ def test_strengths_are_a_sum_over_subsets():
 def test_each_sample_has_its_own_control(strong, conditions, keys, samples):
     """In one batch of one program; strength 0 is absent and a mask of 0 the base alone, bit for bit."""
     calls, alone = [], strong(conditions, keys, guidance=0.0, batch_size=N)
-    counted = Pipeline(strong.base, _Counted(strong.modulator, calls), strong.params, strong.settings)
+    counted = _counted(strong, calls)
 
     def run(expected, **how):
         calls.clear()
@@ -191,7 +198,7 @@ def test_each_sample_has_its_own_control(strong, conditions, keys, samples):
     expected = np.where(mask[..., None] > 0, free, base)
     np.testing.assert_allclose(here, expected, atol=1e-4)
     assert np.abs(free - base)[1:].max() > 1e-2
-    assert counted._compiled(False, "before_cfg")._cache_size() == 1
+    assert counted.engine.compilations == 1
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids=lambda s: "+".join(s) or "none")
@@ -223,7 +230,7 @@ def test_keys_decide_the_sample(strong, conditions, samples):
 def test_memory_is_counted_without_the_bases_numbers(trained, pipeline):
     """Parameters and all, more for more images; and what is counted is the program that samples."""
     settings = tiny.settings_of(trained.config)
-    shapes = Pipeline(settings.base.outline(), pipeline.modulator, None, settings.sampling)
+    shapes = Pipeline(settings.base.outline(), Trained(pipeline.mcms[0].modulator), settings.sampling)
     one, eight = (shapes.sampling_bytes(count) for count in (1, 8))
     assert one > pipeline.base.card.parameter_bytes
     assert 7 * np.prod(pipeline.base.image_shape) * 4 < eight - one < 10**8
@@ -269,8 +276,8 @@ def test_wrong_settings_are_named(pipeline, conditions, keys, setting, words):
 
 
 def test_folder_gives_back_the_averaged_params(trained, pipeline):
-    tiny.assert_same_bits(jax.device_get(pipeline.params), jax.device_get(trained.state.ema_params))
-    assert pipeline.step == 6
+    tiny.assert_same_bits(jax.device_get(pipeline.mcms[0].params), jax.device_get(trained.state.ema_params))
+    assert pipeline.mcms[0].step == 6
     assert pipeline.base.fingerprint == trained.base.fingerprint
     with safe_open(trained.workdir / "mcm.safetensors", "numpy") as file:
         said = file.metadata()
@@ -281,18 +288,18 @@ def test_folder_gives_back_the_averaged_params(trained, pipeline):
 def test_params_survive_the_file(trained, pipeline, strong, tmp_path, conditions, keys, samples):
     """Only config.json and mcm.safetensors are needed, and the params come back bit for bit, whatever their dtype."""
     shutil.copy(trained.workdir / "config.json", tmp_path)
-    save_mcm(tmp_path, strong.params, base=pipeline.base, step=7)
+    save_mcm(tmp_path, strong.mcms[0].params, base=pipeline.base, step=7)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "mcm.safetensors"}
     loaded = Pipeline.from_folder(str(tmp_path))
-    assert loaded.step == 7
-    tiny.assert_same_bits(jax.device_get(loaded.params), jax.device_get(strong.params))
+    assert loaded.mcms[0].step == 7
+    tiny.assert_same_bits(jax.device_get(loaded.mcms[0].params), jax.device_get(strong.mcms[0].params))
     found = loaded(conditions, keys, batch_size=N)
     np.testing.assert_array_equal(found, samples["segmentation", "sketch"])
 
-    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), strong.params)
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), strong.mcms[0].params)
     save_mcm(tmp_path, half, base=pipeline.base, step=8)
     loaded = Pipeline.from_folder(tmp_path)
-    tiny.assert_same_bits(jax.device_get(loaded.params), jax.tree.map(np.float32, jax.device_get(half)))
+    tiny.assert_same_bits(jax.device_get(loaded.mcms[0].params), jax.tree.map(np.float32, jax.device_get(half)))
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(trained, pipeline, tmp_path):
@@ -303,7 +310,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(trained, pipeline, tmp
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # the weights are longer: the system stops them
     try:
         with pytest.raises(OSError, match="File too large"):
-            save_mcm(folder, pipeline.params, base=pipeline.base, step=9)
+            save_mcm(folder, pipeline.mcms[0].params, base=pipeline.base, step=9)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert tiny.contents(folder) == before

@@ -15,11 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from mcm_jax.errors import UserError
 from mcm_jax.predictions import to_eps
 from mcm_jax.samplers import SAMPLERS, SPACINGS, make_table, padded
-from mcm_jax.sampling import SamplingSettings, guide, initial_noise, modulate_guided, sample, sample_keys
+from mcm_jax.sampling import (
+    SamplingSettings,
+    advance,
+    begin,
+    guide,
+    initial_noise,
+    rescale,
+    sample,
+    sample_keys,
+    slerp,
+)
 from mcm_jax.schedules import Schedule
 
 SHAPE = (4, 6, 2)
@@ -388,25 +399,62 @@ def test_the_sampler_stays_float32_around_a_network_in_16_bits():
     np.testing.assert_allclose(small, _run(x, keys, table), atol=0.1)
 
 
-def test_both_guidances_together():
-    """Where the MCM sees the guided prediction and where it sees each branch, against the formulas by hand."""
+def test_a_guided_prediction_is_brought_back_to_the_prompts_spread():
+    """As diffusers does it, whose deviation is over n - 1; a share of 0 changes no bit."""
     rng = np.random.default_rng(0)
-    negative, positive = (jnp.asarray(rng.normal(size=(2, 3, 4, 1)), jnp.float32) for _ in range(2))
-    g, s = 1.5, 4.0
+    guided, prompt = (rng.normal(size=(3, *SHAPE), scale=s).astype(np.float32) for s in (4, 1))
+    share = np.array([0, 0.7, 1], np.float32)
+    found = np.asarray(rescale(guided, prompt, share))
+    np.testing.assert_array_equal(found[0], guided[0])
+    for i in (1, 2):
+        theirs = rescale_noise_cfg(torch.from_numpy(guided[i : i + 1]), torch.from_numpy(prompt[i : i + 1]), share[i])
+        np.testing.assert_allclose(found[i], theirs[0], atol=1e-5)
+    assert np.isfinite(rescale(jnp.zeros((3, *SHAPE)), prompt, jnp.zeros(3))).all()
 
-    def mcm(eps, guidance=g):
-        return eps + guidance * (eps**2 + 0.5 - eps)  # not linear: the order matters
 
-    def run(where, text_guidance=s):
-        return np.asarray(modulate_guided(mcm, negative, positive, text_guidance=text_guidance, where=where))
+def test_between_two_noises_lies_noise():
+    """At the ends they are themselves, bit for bit; in between of their length, at the share of the angle."""
+    a, b = (_start(3, seed, (32, 32, 3))[1] for seed in (0, 1))
+    np.testing.assert_array_equal(slerp(a, b, jnp.zeros(3)), a)
+    np.testing.assert_allclose(slerp(a, b, jnp.ones(3)), b, atol=1e-5)
+    share = jnp.array([0.2, 0.5, 0.8])
+    between = slerp(a, b, share)
+    np.testing.assert_allclose(jnp.linalg.norm(between.reshape(3, -1), axis=1), np.sqrt(32 * 32 * 3), rtol=0.03)
 
-    n, p = np.asarray(negative), np.asarray(positive)
-    np.testing.assert_allclose(run("after_cfg"), mcm(n + s * (p - n)), rtol=1e-5)
-    np.testing.assert_allclose(run("before_cfg"), mcm(n) + s * (mcm(p) - mcm(n)), rtol=1e-4, atol=1e-5)
-    for where in ("after_cfg", "before_cfg"):
-        np.testing.assert_allclose(run(where, text_guidance=1.0), mcm(p), rtol=1e-4, atol=1e-5)  # no negative prompt
-    with pytest.raises(ValueError, match="'never'"):
-        run("never")
+    def angle(x, y):
+        x, y = (z.reshape(3, -1) / jnp.linalg.norm(z.reshape(3, -1), axis=1, keepdims=True) for z in (x, y))
+        return jnp.arccos((x * y).sum(1))
+
+    np.testing.assert_allclose(angle(a, between) / angle(a, b), share, atol=0.02)
+    np.testing.assert_allclose(slerp(a, a, share), a, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpm++2m", "unipc"])
+def test_a_picture_may_be_begun_with(sampler):
+    """As diffusers' img2img: the picture with noise of the step that is begun at, then the rest of the steps.
+
+    (Of PNDM's list, which has its second step twice, theirs cuts one step less.)
+    """
+    keys, noise = _start()
+    picture = jnp.clip(_start(seed=1)[1], -1, 1)
+    options = LATENT | {"timestep_spacing": "leading", "clip_sample": False}
+    options |= {"set_alpha_to_one": False} if sampler == "ddim" else {}
+    for steps, strength in ((10, 0.55), (5, 1.0), (10, 0.05)):
+        scheduler = _scheduler(sampler, **options)
+        scheduler.set_timesteps(steps)
+        first = max(steps - max(int(steps * strength), 1), 0) * scheduler.order
+        times = scheduler.timesteps[first:]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        y = scheduler.add_noise(*(torch.from_numpy(np.array(x)) for x in (picture, noise)), times[:1].repeat(COUNT))
+        for t in times:
+            out = _output(scheduler.scale_model_input(y, t), t.to(torch.float32), torch)
+            y = scheduler.step(out, t, y).prev_sample
+        made = padded(make_table(_schedule(**options), sampler, steps, strength=strength))
+        state = begin(noise, made, picture)
+        found = advance(lambda x, at: _denoise(x, at), state, keys, made, 0, made.count).x
+        _close(np.asarray(found), y.numpy())
+        assert abs(float(made.keep) ** 2 + float(made.start) ** 2 - 1) < 1e-5
 
 
 # What is refused

@@ -414,7 +414,7 @@ def test_what_another_process_holds_is_waited_for_or_passed_over(
     assert len(tries) == 3 and capsys.readouterr().out.count("waiting for it") == 1
 
 
-def test_a_cache_is_shared_where_what_is_in_it_is_the_same(small_path):
+def test_a_cache_is_shared_where_what_is_in_it_is_the_same(small_path, tmp_path):
     """By the settings alone, but never where caching.made_of tells two apart."""
     base = tiny.settings_of(small(small_path))
     card = base.base.outline().card
@@ -447,6 +447,10 @@ def test_a_cache_is_shared_where_what_is_in_it_is_the_same(small_path):
         changed = config.override(base, changes)
         assert made_of(changed) != made_of(base), changes
         assert caching.shared_by(changed) != caching.shared_by(base), changes
+    shares = [{"data.name": "folder", "data.path": str(tmp_path), "data.held_out_share": s} for s in (0.1, 0.2)]
+    assert len({caching.shared_by(config.override(base, changes)) for changes in shares}) == 2
+    (tmp_path / "test").mkdir()  # its own split is held out, whatever the share
+    assert len({caching.shared_by(config.override(base, changes)) for changes in shares}) == 1
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (tiny.ROOT / "configs/sweeps").glob("*.py")))

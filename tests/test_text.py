@@ -115,15 +115,16 @@ def test_predictions_see_the_prompt(base, modulator, prepared):
     assert 0.2 < np.mean(seen) < 0.8
 
 
-@pytest.mark.parametrize("where", ["after_cfg", "before_cfg"])
+@pytest.mark.parametrize("where", ["after_cfg", "before_cfg", "prompt_only"])
 def test_guidance_of_the_prompt_goes_through_base_and_mcm(where, workdir, source):
     """One step of the pipeline against the formula put together by hand."""
     pipeline = Pipeline.from_folder(workdir)
     rng = np.random.default_rng(0)
-    pipeline.params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), pipeline.params)
-    base, modulator = pipeline.base, pipeline.modulator
+    (mcm,), base = pipeline.mcms, pipeline.base
+    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), mcm.params)
+    modulator = mcm.modulator
     latents = dataclasses.replace(base, autoencoder=None)  # no decoding: what was diffused comes out
-    pipeline.base = latents
+    pipeline = Pipeline(latents, mcm._replace(params=params), pipeline.settings)
     keys = jax.random.split(jax.random.key(3), 2)
     conditions = {m.name: m.resize_all(source.arrays[m.name][:2], 16, 16) for m in modulator.modalities}
     conditions["sketch"] = conditions["sketch"].astype(np.float32) / 255
@@ -139,12 +140,12 @@ def test_guidance_of_the_prompt_goes_through_base_and_mcm(where, workdir, source
         for prompts in ([PROMPT, "night"], ["day", "day"])
     )
     present = np.ones((2, 2), bool)
-    mcm = lambda eps: modulator(pipeline.params, x, eps, t, conditions, present)[0]  # noqa: E731
+    mcm = lambda eps: modulator(params, x, eps, t, conditions, present)[0]  # noqa: E731
     if where == "after_cfg":
         eps = n + 4.0 * (p - n)
         eps = eps + 1.5 * (mcm(eps) - eps)
     else:
-        n, p = n + 1.5 * (mcm(n) - n), p + 1.5 * (mcm(p) - p)
+        n, p = n if where == "prompt_only" else n + 1.5 * (mcm(n) - n), p + 1.5 * (mcm(p) - p)
         eps = n + 4.0 * (p - n)
     expected = sampling.sample(lambda *_: eps, x, keys, pipeline.settings.but(steps=1).table(base.schedule))
     np.testing.assert_allclose(found, expected, atol=2e-4 * float(np.abs(expected).max()))
@@ -181,8 +182,8 @@ def test_jobs_have_their_own_prompts_and_two_programs(workdir, tmp_path):
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     jobs, problems = read_jobs(tmp_path / "jobs.jsonl", drawer)
     assert not problems and drawer.draw(jobs, tmp_path) == 4
-    programs = [drawer.pipeline._compiled(guided, "before_cfg")._cache_size() for guided in (False, True)]
-    assert programs == [1, 1] and drawer.pipeline._compiled.cache_info().currsize == 2
+    assert {*drawer.pipeline.engine.programs} == {(False, "before_cfg"), (True, "before_cfg")}
+    assert drawer.pipeline.engine.compilations == 2
     found = [np.asarray(Image.open(tmp_path / f"{job.name}.png")).astype(int) for job in jobs]
     for job, line, picture in zip(jobs, lines, found, strict=True):
         own = {k: line[k] for k in ("text_guidance", "negative_prompt") if k in line}

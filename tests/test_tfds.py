@@ -16,6 +16,7 @@ from mcm_jax.data.folder import Folder
 from mcm_jax.data.pipeline import training_batches
 from mcm_jax.data.tfds import LAYOUTS, celeba, coco
 from mcm_jax.data.tfds.__main__ import main
+from mcm_jax.data.tfds.build import build
 from mcm_jax.data.tfds.layout import png
 from mcm_jax.data.tfds.records import Records, describe, find
 from mcm_jax.errors import UserError
@@ -223,14 +224,30 @@ def test_ade20k_begins_at_zero_and_leaves_the_unknown_out(data):
     assert example["caption"] == "airport terminal"
 
 
-@pytest.mark.parametrize(("saved", "count", "inverted"), [("invert-True", 5, 255), ("saved", 3, 0)])
+@pytest.mark.parametrize(("saved", "count", "inverted"), [("invert-True", (5, 1), 255), ("saved", (2, 1), 0)])
 def test_controlnet_reads_parquet_and_arrow(data, saved, count, inverted):
+    """A validation split tests; without one, a row of three is held out."""
     path = data / "controlnet" / saved
     known = describe(find(path))
-    examples = read(path, "train", known.modalities, 16, 16, captions=True)
-    assert len(examples) == count and ("test" in known.splits) == (saved != "saved")
-    assert [str(e["caption"]) for e in examples[:3]] == ["prompt 0", "prompt 1", "prompt 2"]
-    assert all((e["sketch"] == (inverted if i % 2 == 0 else 255 - inverted)).all() for i, e in enumerate(examples[:3]))
+    train, test = (read(path, split, known.modalities, 16, 16, captions=True) for split in ("train", "test"))
+    assert (len(train), len(test)) == count
+    rows = train[:3] if saved != "saved" else sorted([*train, *test], key=lambda e: str(e["caption"]))
+    assert [str(e["caption"]) for e in rows] == ["prompt 0", "prompt 1", "prompt 2"]
+    assert all((e["sketch"] == (inverted if i % 2 == 0 else 255 - inverted)).all() for i, e in enumerate(rows))
+
+
+def test_pairs_without_a_test_split_hold_out_what_their_folder_does(tmp_path):
+    for i in range(12):
+        picture(tmp_path / f"pairs/train/image/{i}.jpg", seed=i)
+        picture(tmp_path / f"pairs/train/sketch/{i}.png", seed=i, mode="L")
+    pairs = tmp_path / "pairs"
+    for options, share in (({}, 0.1), ({"held_out_share": 0.4}, 0.4), ({"held_out_share": 0.0}, 0)):
+        built = build(LAYOUTS["paired_folder"](**options), pairs, tmp_path / "built")
+        splits = describe(built).splits
+        assert splits == (("train", "test") if share else ("train",))
+        for split in splits:
+            folder = Folder(pairs, split, (SKETCH,), 16, 16, held_out_share=share)
+            assert folder.fingerprints() == Records(built, split, (SKETCH,), 16, 16).fingerprints()
 
 
 def test_pictures_alone_are_an_image_alone(data):
@@ -338,7 +355,7 @@ def test_damage_is_named(data, tmp_path):
     root = find(data / "controlnet/saved")
     for file in root.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    (file,) = tmp_path.glob("*.array_record-*")
+    (file,) = tmp_path.glob("*-train.array_record-*")
     content = file.read_bytes()
     file.write_bytes(content[:150] + bytes(20) + content[170:])
     with pytest.raises(UserError, match=r"train\[0\] cannot be read .*Build it anew"):

@@ -32,6 +32,7 @@ from mcm_jax.data.scenes import Scenes
 from mcm_jax.draws import Draws
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.trained import Trained
 from mcm_jax.training import RunSettings, caching, loop, parts, state, step, train_and_evaluate
 from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.checkpoints import Checkpoints
@@ -545,8 +546,8 @@ def test_the_base_for_pictures_must_fit_in_every_process_split_as_it_is(base_pat
     settings = tiny.settings_of(tiny.make_config(base_path, {"mesh.fsdp": 2}))
     mesh, shapes = sharding.make_mesh(settings.mesh), settings.base.outline()
     modulator = parts.fitting_modulator(settings, shapes.card)
-    needed = Pipeline(shapes, modulator, None, settings.sampling, mesh=mesh).sampling_bytes(8)
-    assert needed != Pipeline(shapes, modulator, None, settings.sampling).sampling_bytes(8)  # whole on each device
+    needed = Pipeline(shapes, Trained(modulator), settings.sampling, mesh).sampling_bytes(8)
+    assert needed != Pipeline(shapes, Trained(modulator), settings.sampling).sampling_bytes(8)  # whole on each device
     for free, fits in (({0: needed}, True), ({0: needed, 1: None}, True), ({0: needed, 1: needed - 1}, False)):
         monkeypatch.setattr(distributed, "everyones", lambda own, free=free: free)
         base = parts._base_for_pictures(settings, modulator, mesh)

@@ -27,7 +27,7 @@ class _Sampler:
         self.base = load_base(path)
         config = tiny.make_config(path)
         raw = dataclasses.replace(self.base, autoencoder=None)  # decodes nothing: what was diffused comes out
-        self._pipeline = Pipeline(raw, tiny.modulator_of(config, self.base), None, tiny.settings_of(config).sampling)
+        self._pipeline = Pipeline(raw, (), tiny.settings_of(config).sampling)
 
     def __call__(self, keys, **settings):
         latents = self._pipeline({}, keys, guidance=0.0, **settings)

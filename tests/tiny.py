@@ -33,6 +33,7 @@ OVERRIDES = {
     "mcm.blocks": 1,
     "mcm.attention": (0, 0),
     "mcm.groups": 4,
+    "mcm.conditions": "grid",
     "train.steps": 6,
     "train.batch_size": 4,
     "train.log_every": 2,

@@ -6,6 +6,7 @@ that a text encoder makes of a prompt. :mod:`mcm_jax.base.loading` makes a base 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from mcm_jax.base.clip import CLIPText
 from mcm_jax.base.tokenizer import Tokenizer
 from mcm_jax.base.unet2d import UNet2D
 from mcm_jax.base.unet2d_condition import UNet2DCondition
+from mcm_jax.errors import UserError
 from mcm_jax.predictions import to_eps
 from mcm_jax.schedules import Schedule
 
@@ -120,6 +122,41 @@ class Base:
     def is_text_conditional(self) -> bool:
         """Whether :meth:`predict` needs a context."""
         return self.text_encoder is not None
+
+    @property
+    def factor(self) -> int:
+        """How many pixels one of a latent stands for, along each axis; 1 for a base that works on pixels."""
+        return self.autoencoder.config.factor if self.is_latent else 1
+
+    @property
+    def multiple(self) -> int:
+        """Height and width of pictures are multiples of this: what the U-Net halves, times :attr:`factor`."""
+        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def sized(self, height: int = 0, width: int = 0, multiple: int = 1) -> "Base":
+        """The same base for pictures of another size, in pixels; 0 is its own.
+
+        Args:
+            height: of pictures.
+            width: of pictures.
+            multiple: what else both must be a multiple of.
+
+        Raises:
+            UserError: the networks do not take such a size; names the nearest that they take.
+        """
+        multiple, shape = math.lcm(multiple, self.multiple), []
+        for key, size, own in zip(("height", "width"), (height, width), self.image_shape, strict=False):
+            nearest = max(round(size / multiple), 1) * multiple
+            if size and size % multiple:
+                known = f"a multiple of {multiple} for the base {self.name!r}, such as {nearest}, or 0 (its own {own})"
+                raise UserError(f"{key} must be {known}, got {size}")
+            shape.append(size or own)
+        if tuple(shape) == self.image_shape[:2]:
+            return self
+        latent = tuple(size // self.factor for size in shape)
+        return dataclasses.replace(
+            self, image_shape=(*shape, self.image_shape[2]), latent_shape=(*latent, self.latent_shape[2])
+        )
 
     def predict(
         self,

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +12,7 @@ import numpy as np
 from mcm_jax.base import BaseCard
 from mcm_jax.config import setting
 from mcm_jax.data import emoji, scenes
-from mcm_jax.data.classes import Classes, classes_path, read_classes
+from mcm_jax.data.classes import Classes, classes_path, read_classes, write_classes
 from mcm_jax.data.emoji import Emoji
 from mcm_jax.data.folder import Folder, has_split
 from mcm_jax.data.pipeline import InMemory
@@ -142,17 +143,39 @@ class DataSettings:
         described = self.described(modality)
         return described.names if described else _SOURCES[self.name].classes.get(modality)
 
-    def palette(self, modality: str) -> np.ndarray | None:
-        """The colours of a modality's classes, uint8 ``[C, 3]``, where the data set knows them."""
-        described = self.described(modality)
+    def palette(self, modality: str, workdir: str | os.PathLike | None = None) -> np.ndarray | None:
+        """The colours of a modality's classes, uint8 ``[C, 3]``, where :meth:`described` or the data set knows them."""
+        described = self.described(modality, workdir)
         return described.colors if described else _SOURCES[self.name].palettes.get(modality)
 
-    def described(self, modality: str) -> Classes | None:
-        """What a folder's ``classes.json``, or a data set of TFDS, says of a modality of labels, if it does."""
+    def described(self, modality: str, workdir: str | os.PathLike | None = None) -> Classes | None:
+        """What a folder's ``classes.json``, or a data set of TFDS, says of a modality of labels, if it does.
+
+        Args:
+          modality: which.
+          workdir: of a run, where what :meth:`keep_described` wrote counts first: the data set may have moved since.
+        """
+        if workdir is not None and (kept := classes_path(workdir, modality)):
+            return read_classes(kept)
         if self.name == "tfds":
             return self._of_tfds.classes.get(modality)
         path = classes_path(self.path, modality) if self.name == "folder" else None
         return read_classes(path) if path else None
+
+    def keep_described(
+        self, modalities: Sequence[Modality], folder: str | os.PathLike, workdir: str | os.PathLike | None = None
+    ) -> None:
+        """Writes what is :meth:`described` of some modalities into a folder, for samples without the data set.
+
+        What the folder has of others stays: a data set that is not at hand describes none.
+
+        Raises:
+          UserError: a ``classes.json`` is wrong; nothing was written.
+        """
+        known = {m.name: self.described(m.name, workdir) for m in modalities if m.kind == "labels"}
+        for name, classes in known.items():
+            if classes:
+                write_classes(classes, folder, name)
 
     def is_at_hand(self, split: str = "train") -> bool:
         """Whether a split's examples can be read."""
@@ -162,7 +185,13 @@ class DataSettings:
 
     def splits_itself(self) -> bool:
         """Whether the held-out examples are some of the folder that would train otherwise."""
-        return self.name == "folder" and not (pathlib.Path(self.path) / "test").is_dir() and self.has_test_split()
+        return self.name == "folder" and self.shares_out > 0 and self.has_test_split()
+
+    @property
+    def shares_out(self) -> float:
+        """:attr:`held_out_share` where it matters: 0 of other data, and of a folder that has its own test split."""
+        matters = self.name == "folder" and not (pathlib.Path(self.path) / "test").is_dir()
+        return self.held_out_share if matters else 0.0
 
     @property
     def _of_tfds(self) -> Description:

@@ -10,11 +10,12 @@
 A line may hold other keys. The names in it are compared with those of the pictures and never opened.
 """
 
+import itertools
 import json
 import os
 import pathlib
 import unicodedata
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mcm_jax.data.problems import Problem, few
@@ -28,6 +29,12 @@ _NAME_KEYS, _TEXT_KEYS = ("file", "file_name", "name"), ("caption", "text")
 _EXPECTED = '{"file": "NAME.jpg", "caption": "the prompt"}'
 _LONG = 80  # characters of somebody else's text in a message
 
+MOST_OF_PROMPT = 2**20
+"""Characters of a prompt's file or line, other keys among them: a tokenizer reads some hundred."""
+
+_MOST_OF_FILE = 2**30  # characters: a prompt of a hundred for each of ten million pictures; prompts stay in memory
+_MOST_WRONG = 10_000  # lines that are named
+
 
 def find_captions(root: pathlib.Path) -> list[pathlib.Path]:
     """Where a split's prompts are: the folder ``caption``, or files of JSON lines. More than one is too many."""
@@ -40,37 +47,59 @@ def read_lines(
     """Prompts by the pictures' names without ending, out of a file of JSON lines, and what is wrong with it.
 
     Wrong is a line that is no JSON, lacks a key, names no picture of the folder or one that another line named, each
-    named by its number; and a picture without a line.
+    named by its number; a picture without a line; and a line or a file that is far larger than prompts are, which ends
+    the reading.
 
     Args:
       path: the file.
       endings: of pictures.
       pictures: names without ending, of those that there are.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        return {}, [Problem(str(path), f"not a text file in UTF-8 ({e})", f"Write {_EXPECTED} on each line")]
     prompts: dict[str, str] = {}
     seen: dict[str, int] = {}
     wrong = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            name, text = _parse(line, endings)
-            if name not in pictures:
-                raise ValueError(f"there is no picture {_short(name)}")
-            if name in seen:
-                raise ValueError(f"line {seen[name]} has a prompt for {_short(name)} already")
-        except (ValueError, RecursionError) as e:
-            wrong.append(Problem(str(path), f"line {number}: {e}", f"Expected {_EXPECTED} on each line"))
-            continue
-        prompts[name], seen[name] = text, number
+    try:
+        for number, line in _lines(path):
+            try:
+                if len(wrong) == _MOST_WRONG:
+                    raise _TooMuch(f"{number:,}: {len(wrong):,} lines before are wrong, the rest was not read")
+                name, text = _parse(line, endings)
+                if name not in pictures:
+                    raise ValueError(f"there is no picture {_short(name)}")
+                if name in seen:
+                    raise ValueError(f"line {seen[name]} has a prompt for {_short(name)} already")
+            except (ValueError, RecursionError) as e:
+                wrong.append(Problem(str(path), f"line {number}: {e}", f"Expected {_EXPECTED} on each line"))
+                continue
+            prompts[name], seen[name] = text, number
+    except _TooMuch as e:
+        return {}, [*wrong, Problem(str(path), f"line {e}", f"Expected {_EXPECTED} on each line")]
+    except (OSError, UnicodeDecodeError) as e:
+        return {}, [Problem(str(path), f"not a text file in UTF-8 ({e})", f"Write {_EXPECTED} on each line")]
     if missing := sorted(set(pictures) - prompts.keys()):
         found = f"no line for {len(missing)} of {len(pictures)} pictures: {few(map(_short, missing))}"
         wrong.append(Problem(str(path), found, "Each picture needs its prompt: add them"))
     return prompts, wrong
+
+
+class _TooMuch(Exception):
+    """Reading ends: at which line, and why."""
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not empty, by their numbers, one at a time in memory."""
+    read = 0
+    with path.open(encoding="utf-8-sig") as file:
+        for number in itertools.count(1):
+            if not (line := file.readline(MOST_OF_PROMPT + 1)):
+                return
+            read += len(line)
+            if len(line) > MOST_OF_PROMPT:
+                raise _TooMuch(f"{number:,}: has more than {MOST_OF_PROMPT:,} characters, far more than a prompt")
+            if read > _MOST_OF_FILE:
+                raise _TooMuch(f"{number:,}: the file has more than {_MOST_OF_FILE:,} characters until here")
+            if line.strip():
+                yield number, line
 
 
 def _parse(line: str, endings: tuple[str, ...]) -> tuple[str, str]:

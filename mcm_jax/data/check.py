@@ -10,6 +10,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -67,8 +68,9 @@ def check(
     modalities, told = _survey(path, held_out_share)
     problems: list[Problem] = []
     names = ["train"] + ["test"] * has_split(path, "test", held_out_share)
-    prompted = base.is_text_conditional if base else any(find_captions(path / split) for split in names)
-    trees = {s: read_tree(path, s, modalities, prompted, partial, held_out_share) for s in names}
+    prompted = any(find_captions(path / split) for split in names) or (base is not None and base.is_text_conditional)
+    read = functools.partial(read_tree, path, modalities=modalities, partial=partial, held_out_share=held_out_share)
+    trees = {split: read(split, captions=prompted) for split in names}
     described = {m.name: t.classes[m.name].names for t in trees.values() for m in modalities if m.name in t.classes}
     is_borrowed = len(trees) > 1 and trees["train"].root == trees["test"].root
     report = Report(path, modalities, described, {}, trees, problems, is_borrowed)
@@ -77,7 +79,8 @@ def check(
         warnings.simplefilter("ignore")  # of Pillow, about EXIF data and large pictures: here they are rows
         for split, tree in trees.items():
             bar.set_description(f"checking {split}")
-            problems += tree.problems
+            refused = tree.problems if _needs_prompts(base) else read(split).problems
+            problems += (p if p in refused else dataclasses.replace(p, fatal=False) for p in tree.problems)
             for name in tree.names:
                 problems += _odd_name(tree.root / "image" / tree.files["image"][name])
             report.splits[split] = found = Split(len(tree.names), _counts(tree))
@@ -92,6 +95,11 @@ def check(
     refused = {p.path for p in problems if p.fatal}  # what is said of these is said in training's words
     report.problems = list(dict.fromkeys([*(p for p in told if p.path not in refused), *problems]))
     return report
+
+
+def _needs_prompts(base: Base | None) -> bool:
+    """Whether bad prompts are fatal. They are looked at anyway: another base may be trained with later."""
+    return base is None or base.is_text_conditional
 
 
 def _survey(path: pathlib.Path, held_out_share: float) -> tuple[tuple[Modality, ...], list[Problem]]:
@@ -136,11 +144,11 @@ def _examine(tree: Tree, name: str, modalities: Sequence[Modality], base: Base |
     image = tree.root / "image" / tree.files["image"][name]
     out = _Example(str(image))
 
-    def read(path: pathlib.Path, function: Callable, *args: object) -> object:
+    def read(path: pathlib.Path, function: Callable, *args: object, fatal: bool = True) -> object:
         try:
             return function(path, *args)
         except UserError as e:
-            out.problems.append(Problem.of(e, path))
+            out.problems.append(Problem.of(e, path, fatal))
             return None
 
     picture = read(image, read_image)
@@ -165,7 +173,7 @@ def _examine(tree: Tree, name: str, modalities: Sequence[Modality], base: Base |
         out.prompt = str(image), tree.prompts[name]
     elif name in tree.files.get("caption", ()):
         path = tree.root / "caption" / tree.files["caption"][name]
-        if (text := read(path, read_caption)) is not None:
+        if (text := read(path, read_caption, fatal=_needs_prompts(base))) is not None:
             out.prompt = str(path), text
     return out
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mcm_jax.errors import UserError
+from mcm_jax.files import write_atomically
 
 FILE = "classes.json"
 _KEYS = ("classes", "ignore", "ignore_color", "swap")
@@ -127,6 +128,17 @@ def read_classes(path: str | os.PathLike) -> Classes:
             swap[one] = other
     table = np.array(colors, np.uint8) if colors else None
     return Classes(names, table, ignore, swap, tuple(void) if void is not None else None)
+
+
+def write_classes(classes: Classes, root: str | os.PathLike, modality: str) -> None:
+    """Writes what :func:`read_classes` gives back, as ``MODALITY.classes.json`` in a folder. Raises OSError."""
+    entries = [{"name": name} for name in classes.names]
+    for entry, color in zip(entries, [] if classes.colors is None else classes.colors.tolist(), strict=False):
+        entry["color"] = color
+    content = {"classes": entries, "ignore": classes.ignore, "swap": dict(classes.swap)}
+    if classes.ignore_color is not None:
+        content["ignore_color"] = list(classes.ignore_color)
+    write_atomically(pathlib.Path(root) / f"{modality}.{FILE}", (json.dumps(content, indent=1) + "\n").encode())
 
 
 def labels_of_colors(pixels: np.ndarray, classes: Classes, ignore: int, source: str) -> np.ndarray:

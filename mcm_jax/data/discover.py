@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import os
 import pathlib
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 
 from mcm_jax.data.captions import find_captions
 from mcm_jax.data.classes import FILE, Classes, classes_path, read_classes
-from mcm_jax.data.folder import held_out_names, scan
+from mcm_jax.data.folder import bare_pictures, held_out_names, scan
 from mcm_jax.data.problems import few, printable, refuse
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import KINDS, PICTURES, Modality, known, open_picture
@@ -120,10 +121,12 @@ def survey(
     """
     path, said = pathlib.Path(path), said or {}
     root = path / "train"
-    if not os.path.isdir(root) and (bare := _bare(path)):
+    if not os.path.isdir(root) and (bare := bare_pictures(path)):
         raise UserError(
-            f"{path}: holds pictures in {bare}, but no pairs in {root}. Make them: python -m mcm_jax.data make {bare} "
-            f"--extract=sketch,canny"
+            f"{path}: holds pictures in {bare}, but no pairs in {root}. Make them: python -m mcm_jax.data make "
+            f"{shlex.quote(str(path))} --extract=sketch,canny"
+            + f"; or, if conditions stand beside it, move them and it into {root}"
+            * (bare != path)
         )
     files, problems = scan(root, {})
     images = files["image"]
@@ -156,14 +159,6 @@ def survey(
     held_out = -1 if (path / "test").is_dir() else len(held_out_names(images, held_out_share))
     prompts = " and ".join(str(p) for p in find_captions(root))
     return Found(str(path), len(images), held_out, tuple(findings), tuple(left_out), prompts), errors
-
-
-def _bare(path: pathlib.Path) -> pathlib.Path | None:
-    """Where a folder has pictures without a split."""
-    for folder in (path, path / "image"):
-        if os.path.isdir(folder) and any(file.lower().endswith(PICTURES) for file in os.listdir(folder)):
-            return folder
-    return None
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

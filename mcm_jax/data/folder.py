@@ -240,6 +240,14 @@ def has_split(path: str | os.PathLike, split: str, held_out_share: float) -> boo
     return len(_files(path / "train" / "image", PICTURES)[0]) >= 2
 
 
+def bare_pictures(path: str | os.PathLike) -> pathlib.Path | None:
+    """Where a folder without splits has pictures: itself, its folder ``image``, or None."""
+    for folder in (pathlib.Path(path), pathlib.Path(path, "image")):
+        if os.path.isdir(folder) and _files(folder, PICTURES)[0]:
+            return folder
+    return None
+
+
 def _fitting(classes: Classes, modality: Modality, path: pathlib.Path) -> Classes:
     if len(classes.names) != modality.channels:
         raise UserError(

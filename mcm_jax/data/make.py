@@ -3,8 +3,8 @@
 python -m mcm_jax.data make DATA --extract=sketch,canny
 
 DATA is a flat folder of pictures (and of prompts: NAME.txt beside NAME.jpg, captions.jsonl or metadata.jsonl), or has
-them in DATA/train/image (and DATA/test/image). What is done is not done again: the same command goes on after an
-interruption, and with pictures or extractors that were added.
+them in DATA/image, or in DATA/train/image (and DATA/test/image). What is done is not done again: the same command goes
+on after an interruption, and with pictures or extractors that were added.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mcm_jax.data import captions
 from mcm_jax.data.extract import EXTRACTORS, Extractor, open_extractors
+from mcm_jax.data.folder import bare_pictures
 from mcm_jax.data.problems import few
 from mcm_jax.data.reading import read_image
 from mcm_jax.errors import UserError, expect
@@ -40,11 +41,11 @@ _LINES = ("captions.jsonl", f"image/{captions.BESIDE_PICTURES}")  # in a split, 
 def make(data: str | os.PathLike, extractors: Sequence[Extractor], workers: int | None = None) -> list[str]:
     """Writes the conditions of all pictures of a folder, those that are not there yet.
 
-    Pictures that lie in DATA itself, and their prompts, are linked (copied, where links fail) into DATA/train; they
-    stay where they are.
+    Pictures that lie in DATA itself or in DATA/image, and what belongs to them, are linked (copied, where links fail)
+    into DATA/train; they stay where they are.
 
     Args:
-      data: a flat folder of pictures, or one with train/image and perhaps test/image.
+      data: a flat folder of pictures, or one laid out as a split or with train/image and perhaps test/image.
       extractors: what is extracted.
       workers: threads; None for one a core.
 
@@ -83,34 +84,46 @@ def pictures_in(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _lay_out(data: pathlib.Path) -> list[str]:
-    """Brings what lies in a flat folder to train; returns the splits that there are."""
-    flat = pictures_in(data)
+    """Brings what lies in a folder without splits to train; returns the splits that there are."""
+    bare = bare_pictures(data)
+    own = pictures_in(bare) if bare else {}
     if not any((data / split).is_dir() for split in SPLITS):
-        if not flat:
+        if not own:
             raise UserError(
-                f"{data}: found no pictures ({', '.join(PICTURES)}) there, and no {data / 'train' / 'image'}; expected "
-                f"pictures in one of these"
+                f"{data}: found no pictures ({', '.join(PICTURES)}) there, in {data / 'image'} or in "
+                f"{data / 'train' / 'image'}; expected them in one of these"
             )
         partial = data / ".train"  # all or none
         shutil.rmtree(partial, ignore_errors=True)
-        files = [("image", path) for path in flat.values()]
-        files += [(captions.FOLDER, path.with_suffix(".txt")) for path in flat.values()]
-        files += [(str(pathlib.Path(file).parent), data / pathlib.Path(file).name) for file in _LINES]
-        for folder, path in files:
-            if path.is_file():
-                (partial / folder).mkdir(parents=True, exist_ok=True)
-                _link(path, partial / folder / path.name)
+        for place, path in _belonging(data, bare, own).items():
+            (partial / place).parent.mkdir(parents=True, exist_ok=True)
+            _link(path, partial / place)
         partial.rename(data / "train")
     splits = [split for split in SPLITS if (data / split / "image").is_dir()]
     if not splits:
         raise UserError(f"{data}: has no {pathlib.Path('train', 'image')}; expected the pictures there")
     there = {name: path for split in splits for name, path in pictures_in(data / split / "image").items()}
-    if late := [name for name, path in flat.items() if name not in there or _is_older(there[name], path)]:
+    if late := [name for name, path in own.items() if name not in there or _is_older(there[name], path)]:
         print(
-            f"note: left out {len(late)} new or changed picture(s) of {data} itself ({few(late)}), since there is "
+            f"note: left out {len(late)} new or changed picture(s) of {bare} ({few(late)}), since there is "
             f"{data / splits[0] / 'image'} already: move them there"
         )
     return splits
+
+
+def _belonging(
+    data: pathlib.Path, bare: pathlib.Path, own: Mapping[str, pathlib.Path]
+) -> dict[pathlib.Path, pathlib.Path]:
+    """Where in a split what belongs, of a folder without splits: its pictures and what there is of theirs."""
+    files = {pathlib.Path("image", path.name): path for path in own.values()}
+    files |= {pathlib.Path(captions.FOLDER, p.stem + ".txt"): p.with_suffix(".txt") for p in own.values()}
+    files |= {pathlib.Path(file): bare / pathlib.Path(file).name for file in _LINES}
+    if bare != data:  # laid out as a split is
+        files |= {pathlib.Path(file): data / file for file in captions.LINES if (data / file).is_file()}
+        beside = [f for f in data.iterdir() if f.is_dir() and f != bare and not f.name.startswith(".")]
+        theirs = (path for folder in beside for path in folder.iterdir())
+        files |= {p.relative_to(data): p for p in theirs if unicodedata.normalize("NFC", p.stem) in own}
+    return {place: path for place, path in files.items() if path.is_file()}
 
 
 def _is_older(path: pathlib.Path, than: pathlib.Path) -> bool:

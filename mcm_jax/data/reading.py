@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from PIL.Image import Transpose
 
+from mcm_jax.data.captions import MOST_OF_PROMPT
 from mcm_jax.data.classes import Classes, labels_of_colors
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality, PictureBytes, cover, open_picture, read_png
@@ -91,9 +92,15 @@ def turn_of(picture: Image.Image) -> Transpose | None:
 def read_caption(path: pathlib.Path) -> str:
     """The prompt in a file. Raises UserError where it is no text of one line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MOST_OF_PROMPT + 1)
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not a text file in UTF-8 ({e}). Save it as UTF-8") from e
+    if len(text) > MOST_OF_PROMPT:
+        raise UserError(
+            f"{path}: expected one line, the prompt, found more than {MOST_OF_PROMPT:,} characters. Write one"
+        )
+    lines = text.split("\n")
     prompts = [line.strip() for line in lines if line.strip()]
     if len(prompts) != 1:
         raise UserError(f"{path}: expected one line, the prompt, found {len(prompts)}. Write one")

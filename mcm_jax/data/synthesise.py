@@ -14,11 +14,9 @@ import json
 import os
 import pathlib
 import typing
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -30,13 +28,21 @@ from mcm_jax.data.extract import open_extractors
 from mcm_jax.data.make import add_extract_argument, extract, write_png
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, lock, write_atomically
+from mcm_jax.pipeline import Pipeline
 from mcm_jax.sampling import SamplingSettings
 from mcm_jax.version import __version__
 
 RECORD = "synthesised.json"
 """In DATA: the base, the seed and the settings that its pictures were sampled with."""
 
-_OF_AN_MCM = ("guidance", "modulate", "start", "end")  # settings of sampling that mean nothing without one
+_OF_AN_MCM = (
+    "guidance",
+    "guidance_schedule",
+    "modulate",
+    "start",
+    "end",
+    "image_strength",
+)  # settings of sampling that mean nothing without one
 
 
 def synthesise(
@@ -82,47 +88,11 @@ def synthesise(
         return _sample_missing(base, out, count, seed, prompts, settings)
 
 
-def sampler_of(base: Base, settings: SamplingSettings, mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
-    """What samples from a base alone, compiled.
-
-    Args:
-      base: the frozen model.
-      settings: how to sample.
-      mesh: of the devices that share the batch.
-
-    Returns:
-      A function of the base's params, keys ``[B]``, and for a text-conditional base the contexts ``[B, L, D]`` of the
-      prompts and of the negative prompt (None for others), to images, float32 ``[B, H, W, 3]`` in about [-1, 1].
-    """
-    guided = base.is_text_conditional and settings.text_guidance != 1
-    table = settings.table(base.schedule)
-
-    @jax.jit
-    def run(params: Any, keys: jax.Array, context: jax.Array | None, negative: jax.Array | None) -> jax.Array:
-        def predict(x: jax.Array, t: jax.Array, alpha: jax.Array, sigma: jax.Array, context: Any) -> jax.Array:
-            return base.predict(params, x, t, context, (alpha, sigma))
-
-        def denoise(x: jax.Array, at: sampling.Point) -> jax.Array:
-            seen = x, at.t, at.alpha, at.sigma
-            if not guided:
-                return predict(*seen, context)
-            # One call of the base for both prompts.
-            twice = jax.tree.map(lambda *both: jnp.concatenate(both), (*seen, negative), (*seen, context))
-            eps = predict(*sharding.keep_split(twice, mesh))
-            return sampling.guide(*jnp.split(eps, 2), settings.text_guidance)
-
-        x = sampling.sample(denoise, sampling.initial_noise(keys, base.latent_shape), keys, table)
-        return sharding.keep_whole(base.decode(params, x).astype(jnp.float32), mesh)
-
-    return run
-
-
 def _sample_missing(
     base: Base, out: pathlib.Path, count: int, seed: int, prompts: Sequence[str] | None, settings: SamplingSettings
 ) -> int:
     mesh = sharding.local_mesh() if (found := sharding.mesh_of(base.params)) is None else found
-    base = dataclasses.replace(base, params=sharding.place(base.params, mesh))
-    run = sampler_of(base, settings, mesh)
+    pipeline = Pipeline(base, (), settings, mesh)
     batch_size = -(-settings.batch_size // mesh.size) * mesh.size
     images, captions = out / "train" / "image", out / "train" / "caption"
     for folder in (images, captions) if prompts else (images,):
@@ -135,13 +105,16 @@ def _sample_missing(
     with tqdm(desc="samples", total=count, initial=count - len(missing), unit=" pictures", leave=False) as progress:
         for start in starts:
             rows = np.arange(start, start + batch_size)
-            contexts, texts = (None, None), []
+            contexts, texts = {}, []
             if prompts:
                 texts, cut = [prompts[i % len(prompts)] for i in rows], {}
-                embedded = np.asarray(base.embed_text(base.params, [*texts, settings.negative_prompt], cut))
+                embedded = np.asarray(base.embed_text(pipeline.base.params, [*texts, settings.negative_prompt], cut))
                 cuts.add(texts, cut)
-                contexts = embedded[:-1], np.repeat(embedded[-1:], batch_size, axis=0)
-            values = np.asarray(run(base.params, *sharding.split_batch((keys[rows], *contexts), mesh)))
+                contexts = {
+                    "context": embedded[:-1],
+                    "negative_context": np.repeat(embedded[-1:], batch_size, axis=0),
+                }
+            values = pipeline({}, keys[rows], **contexts)
             pictures = np.round((np.clip(values, -1, 1) + 1) * 127.5).astype(np.uint8)
             for i in (i for i in rows if i < count and not files[i].exists()):
                 if prompts:  # before the picture, which says that both are there
@@ -158,7 +131,7 @@ def _check_record(
     """Notes how pictures are sampled; refuses a folder of others, which would be mixed with these."""
     how = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _OF_AN_MCM}
     if not base.is_text_conditional:
-        how = {k: v for k, v in how.items() if k not in ("text_guidance", "negative_prompt")}
+        how = {k: v for k, v in how.items() if k not in ("text_guidance", "text_rescale", "negative_prompt")}
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest() if prompts else None
     how["timesteps"] = list(settings.timesteps)  # as JSON has them
     now = {"base": base.name, "fingerprint": base.fingerprint, "seed": seed, "prompts_sha256": digest, **how}

@@ -139,7 +139,7 @@ def evaluate(
       UserError: bad input; nothing was written.
       Interrupted: Ctrl-C; the same command goes on.
     """
-    pipeline = Pipeline.from_folder(workdir, base, accept_base)
+    pipeline = Pipeline.from_folder(workdir, base=base, accept_base=accept_base)
     run = config.load(_RunSettings, assets.resolve(os.fspath(workdir)), others=True)
     wanted = run.evaluation
     changed = {"maps": maps, "seeds": seeds, "references": references, "judges": {**wanted.judges, **(judges or {})}}
@@ -151,7 +151,7 @@ def evaluate(
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; expected the name of a JSON file")
     check_writable(out.parent, "--out")
-    modalities = pipeline.modulator.modalities
+    modalities = pipeline.modalities
     held_out = HeldOut(run.data, pipeline.base.card, modalities, wanted.maps)
     of_all = judges_of(held_out, wanted.judges, wanted.references)
     is_text = pipeline.base.is_text_conditional
@@ -175,9 +175,9 @@ def evaluate(
         "judges": {judge.name: judge.how for judge in of_all},
         **({"examples": gaps} if gaps else {}),
         "data": dataclasses.asdict(run.data),
-        "mcm_parameters": parameter_count(pipeline.params),
+        "mcm_parameters": parameter_count([mcm.params for mcm in pipeline.mcms]),
         "base_parameters": parameter_count(pipeline.base.params["unet"]),
-        "mcm_step": pipeline.step,
+        "mcm_step": pipeline.mcms[0].step,
         "base": pipeline.base.name,
         "fingerprint": pipeline.base.fingerprint,
         "versions": {"mcm_jax": __version__, "jax": jax.__version__},

@@ -74,9 +74,7 @@ class Sampler:
     def __init__(self, pipeline: Pipeline, held_out: HeldOut, settings: SamplingSettings):
         self._pipeline, self._settings = pipeline, settings
         at_hand = held_out.conditions
-        self._conditions = {
-            m.name: m.resize_all(at_hand[m.name], *pipeline.grid) for m in pipeline.modulator.modalities
-        }
+        self._conditions = {m.name: m.resize_all(at_hand[m.name], *pipeline.grid) for m in pipeline.modalities}
         self._present = held_out.present
         self._captions = held_out.captions if pipeline.base.is_text_conditional else None
 

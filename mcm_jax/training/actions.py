@@ -169,7 +169,7 @@ class Control:
     def __init__(self, log: Log, *, every: int, pipeline: Pipeline, held_out: HeldOut, judges: Sequence[Judge]):
         self._log, self._every, self._pipeline, self._judges = log, every, pipeline, judges
         self._sampler = Sampler(pipeline, held_out, pipeline.settings)
-        self._row = Row("all", tuple(m.name for m in pipeline.modulator.modalities), pipeline.settings.guidance)
+        self._row = Row("all", tuple(m.name for m in pipeline.modalities), pipeline.settings.guidance)
         self._keys, self._which = sampling.sample_keys(0, len(held_out)), np.arange(len(held_out))
 
     def __call__(self, now: Moment) -> None:
@@ -177,7 +177,7 @@ class Control:
         if now.step % self._every and now.step != now.last:
             return
         with now.clock.pause(now.state):
-            self._pipeline.params = now.state.ema_params
+            self._pipeline.update(now.state.ema_params)
             images = self._sampler(self._row, self._keys, self._which)
             found: dict[str, float] = {}
             for judge in self._judges:
@@ -252,6 +252,7 @@ class Checkpoint:
                     folder = self._workdir / "best"
                     folder.mkdir(exist_ok=True)
                     config.save(self._settings, folder)
+                    self._settings.data.keep_described(self._settings.modalities.shown, folder, self._workdir)
                     save_mcm(folder, now.state.ema_params, base=self._card, step=now.step)
             self._checkpoints.save(now.state, self._meta | self._report.pending | {"best": self._best})
             if now.stopping or now.step == now.last:
@@ -278,7 +279,7 @@ class ValidationPictures:
         examples: Mapping[str, np.ndarray],
         palettes: Mapping[str, np.ndarray | None],
     ):
-        maps = [m.name for m in pipeline.modulator.modalities if m.continuous]
+        maps = [m.name for m in pipeline.modalities if m.continuous]
         self._folder, self._every, self._pipeline, self._palettes = folder, every, pipeline, palettes
         self._examples = to_float(dict(examples), maps)
 
@@ -287,14 +288,14 @@ class ValidationPictures:
         if now.step % self._every:
             return
         with now.clock.pause(now.state):
-            self._pipeline.params = now.state.ema_params
+            self._pipeline.update(now.state.ema_params)
             sheet = self._sheet()
             if distributed.is_first():
                 pictures.save_png(self._folder / f"step_{now.step:07d}.png", sheet)
 
     def _sheet(self) -> np.ndarray:
         pipeline, examples = self._pipeline, self._examples
-        modalities, count = pipeline.modulator.modalities, len(self._examples["image"])
+        modalities, count = pipeline.modalities, len(self._examples["image"])
         conditions = {m.name: m.resize_all(examples[m.name], *pipeline.grid) for m in modalities}
         prompts = list(map(str, examples["caption"])) if pipeline.base.is_text_conditional else None
         keys = sampling.sample_keys(0, count)

@@ -146,7 +146,7 @@ def _run(
 
 
 class Ahead:
-    """A training step that is compiled ahead with its first arguments, and says what it costs."""
+    """A training step that is compiled ahead with its first arguments; says so before, and what it costs after."""
 
     def __init__(self, train_step: Any, repeats: int):
         self._train_step, self._repeats, self._compiled = train_step, repeats, None
@@ -154,6 +154,7 @@ class Ahead:
     def __call__(self, *arguments: Any) -> Any:
         """Does the step."""
         if self._compiled is None:
+            print("compiling the training step, before the first one: it may take a minute", flush=True)
             self._compiled = CompiledStep(self._train_step, *arguments, repeats=self._repeats)
             print(self._compiled)
         return self._compiled(*arguments)
@@ -186,7 +187,9 @@ def take_over(
     workdir: pathlib.Path,
 ) -> None:
     """Makes a workdir that of the run that goes on from step ``at``."""
-    # Checkpoints first: without them the old config still goes on.
+    if distributed.is_first():
+        settings.data.keep_described(settings.modalities.shown, workdir)
+    # Checkpoints before the config: without them the old one still goes on.
     checkpoints.drop([step for step in checkpoints.steps() if step > (at or 0)])
     if distributed.is_first() and before != settings:
         config_lib.save(settings, workdir)

@@ -268,7 +268,8 @@ def shared_by(settings: RunSettings) -> str:
     """A short name, the same for all runs that one cache can serve.
 
     It is made of the settings that :func:`made_of` depends on, so that neither base nor data need be at hand. That
-    some of them may not matter, such as ``data.crop`` with one view, costs a cache.
+    some of them may not matter, such as ``data.crop`` with one view, or ``data.held_out_share`` while a folder is not
+    there that has a test split, costs a cache.
     """
     s = settings
     parts = [s.base, s.data, s.draws, s.modalities.shown, s.cache.dtype]
@@ -276,8 +277,7 @@ def shared_by(settings: RunSettings) -> str:
     parts += ["partial"] if s.data.partial else []
     parts += ["full resolution"] if s.mcm.conditions == "encoder" else []
     parts += [f"jitter={float(s.data.jitter)}"] if s.data.jitter else []
-    held_out = s.data.held_out_share if s.data.name == "folder" else 0
-    parts += [f"held_out_share={float(held_out)}"] if held_out else []
+    parts += [f"held_out_share={float(s.data.shares_out)}"] if s.data.shares_out else []
     return store.fingerprint({str(i): repr(part) for i, part in enumerate(parts)})[:8]
 
 

@@ -21,6 +21,7 @@ from mcm_jax.evaluation.judges import Judge, judges_of
 from mcm_jax.files import check_writable
 from mcm_jax.mcm import Modulator
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.trained import Trained
 from mcm_jax.training import feed as feeds
 from mcm_jax.training.caching import build_cache, known_card, open_cache, open_held_out
 from mcm_jax.training.feed import Feed
@@ -86,7 +87,7 @@ def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Me
             )
     more: dict[str, Any] = {}
     if base and _samples(settings):
-        more["pipeline"] = Pipeline(base, modulator, None, settings.sampling, mesh=mesh)
+        more["pipeline"] = Pipeline(base, Trained(modulator), settings.sampling, mesh)
         more["examples"] = _validation_examples(settings, card, modulator) if settings.train.validate_every else None
         more["control"] = _control(settings, card, modulator) if settings.train.evaluate_every else None
     if opened:
@@ -201,7 +202,8 @@ def _base_for_pictures(settings: RunSettings, modulator: Modulator, mesh: jax.sh
 
     All processes of a cluster have it or none: they sample together.
     """
-    shapes = Pipeline(settings.base.outline(), modulator, None, settings.sampling, mesh=mesh)
+    print("compiling the sampler of validation pictures, to know its memory: it may take a minute", flush=True)
+    shapes = Pipeline(settings.base.outline(), Trained(modulator), settings.sampling, mesh)
     needed, free = shapes.sampling_bytes(_VALIDATION_IMAGES), sharding.free_memory()
     known = [bytes_ for bytes_ in distributed.everyones(free).values() if bytes_ is not None]
     if known and needed > min(known):

@@ -5,16 +5,19 @@ diffusers' ``examples/controlnet/train_controlnet.py``. Read from local files by
 ``save_to_disk`` wrote. Images lie in them as bytes; rows that only name a file are refused, so nothing outside is read.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from PIL import ImageOps
 
+from mcm_jax.data.folder import held_out_names
 from mcm_jax.data.tfds.layout import Holds, Layout, Record, Shard, checked, plain_name, png, read_json
 from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality, PictureBytes, open_picture
@@ -28,11 +31,14 @@ _PARQUET = re.compile(r"(?P<split>[A-Za-z]+)(-\d+-of-\d+.*)?\.parquet")
 class ControlNet(Layout):
     """Image, one condition, prompt. A validation split tests where there is no test split.
 
+    Rows have no names: where neither is there, a hash of a row's place, by file and number, tells what is held out.
+
     Attributes:
       modality: what the condition is called.
       kind: of the modality.
       channels: of the modality: the condition is kept in grey with 1, in colour with 3.
       invert: whether white lines on black become black on white, as kind=lines wants them.
+      held_out_share: how many of the rows test where there is neither a test nor a validation split; 0 is none.
     """
 
     name = "controlnet"
@@ -46,11 +52,13 @@ class ControlNet(Layout):
     kind: str = "lines"
     channels: int = 1
     invert: bool = False
+    held_out_share: float = 0.1
 
     def __post_init__(self):
         expect(self.channels in (1, 3), "channels", "1 or 3", self.channels)
         expect(self.kind != "labels", "kind", "one of pictures, not of labels", self.kind)
         expect(self.modality not in ("image", "caption", "name"), "modality", "another name", self.modality)
+        expect(0 <= self.held_out_share < 1, "held_out_share", "at least 0 and below 1", self.held_out_share)
         Modality(self.modality, self.kind, self.channels)
 
     def holds(self, folder: pathlib.Path) -> Holds:
@@ -66,23 +74,31 @@ class ControlNet(Layout):
         if "train" not in found:
             raise UserError(f"{self.name}: {folder} has no train split, found {', '.join(sorted(found))}")
         chosen = {to: split for split, to in reversed(_SPLITS.items()) if split in found}
-        return {
-            to: [
-                functools.partial(self._read, chosen[to], number, file) for number, file in enumerate(found[chosen[to]])
-            ]
-            for to in dict.fromkeys(_SPLITS.values())
-            if to in chosen
+        names = {to: [_names(split, i, file) for i, file in enumerate(found[split])] for to, split in chosen.items()}
+        if "test" not in chosen:
+            all_of = itertools.chain.from_iterable(part.values() for part in names["train"])
+            held_out = held_out_names(all_of, self.held_out_share)
+            names["test"] = [{row: n for row, n in part.items() if n in held_out} for part in names["train"]]
+            names["train"] = [{row: n for row, n in part.items() if n not in held_out} for part in names["train"]]
+        files = {to: found[chosen.get(to, "train")] for to in dict.fromkeys(_SPLITS.values())}
+        shards = {
+            to: [functools.partial(self._read, *part) for part in zip(files[to], names[to], strict=True) if part[1]]
+            for to in files
         }
+        return {to: parts for to, parts in shards.items() if parts}
 
-    def _read(self, split: str, number: int, file: pathlib.Path) -> Iterator[tuple[str, Record]]:
+    def _read(self, file: pathlib.Path, names: Mapping[int, str]) -> Iterator[tuple[str, Record]]:
+        """The rows of a file that have names."""
         for row, values in enumerate(_rows(file)):
+            if row not in names:
+                continue
             source = f"{file}, row {row}"
             record: Record = {
                 "image": checked(_bytes(values["image"], f"{source}, image"), f"{source}, image"),
                 self.modality: self._condition(values["conditioning_image"], f"{source}, conditioning_image"),
                 "caption": _text(values["text"], source),
             }
-            yield f"{split}-{number:05}-{row:07}", record
+            yield names[row], record
 
     def _condition(self, value: Any, source: str) -> bytes:
         data = checked(_bytes(value, source), source)
@@ -127,12 +143,27 @@ def _get(content: Any, key: str, path: pathlib.Path) -> Any:
     return content[key]
 
 
+def _names(split: str, number: int, file: pathlib.Path) -> dict[int, str]:
+    """What the rows of a split's file are called, by their positions."""
+    return {row: f"{split}-{number:05}-{row:07}" for row in range(_count(file))}
+
+
+def _count(file: pathlib.Path) -> int:
+    import pyarrow
+    import pyarrow.parquet
+
+    with _readable(file):
+        if file.suffix == ".parquet":
+            return pyarrow.parquet.ParquetFile(file).metadata.num_rows
+        return sum(batch.num_rows for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))))
+
+
 def _rows(file: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The rows of a parquet or Arrow file, some at a time."""
     import pyarrow
     import pyarrow.parquet
 
-    try:
+    with _readable(file):
         if file.suffix == ".parquet":
             table = pyarrow.parquet.ParquetFile(file)
             _check_columns(file, table.schema_arrow.names)
@@ -144,6 +175,15 @@ def _rows(file: pathlib.Path) -> Iterator[dict[str, Any]]:
         for batch in batches:
             for start in range(0, batch.num_rows, 64):
                 yield from batch.slice(start, 64).to_pylist()
+
+
+@contextlib.contextmanager
+def _readable(file: pathlib.Path) -> Iterator[None]:
+    """Raises UserError where the block cannot read a file."""
+    import pyarrow
+
+    try:
+        yield
     except (OSError, pyarrow.ArrowException) as e:
         raise UserError(f"{file}: cannot be read ({e}). Download it again") from e
 

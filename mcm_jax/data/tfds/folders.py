@@ -5,19 +5,21 @@ import pathlib
 
 from mcm_jax.data.captions import find_captions
 from mcm_jax.data.classes import FILE, classes_path, read_classes
-from mcm_jax.data.folder import held_out_names, read_tree
+from mcm_jax.data.folder import has_split, held_out_names, read_tree
 from mcm_jax.data.problems import few, refuse
 from mcm_jax.data.reading import read_caption
 from mcm_jax.data.tfds.layout import Holds, Layout, Record, Shard, picture, shards
 from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import PICTURES, Modality, known, open_picture
 
-_SPLITS = ("train", "test")
-
 
 @dataclasses.dataclass(frozen=True)
 class PairedFolder(Layout):
-    """Pairs: whatever folders stand beside DATA/train/image become modalities, whose kinds the config says."""
+    """Pairs: whatever folders stand beside DATA/train/image become modalities, whose kinds the config says.
+
+    Attributes:
+      held_out_share: how many of the pairs test where there is no test split, by a hash of their names; 0 is none.
+    """
 
     name = "paired_folder"
     page = "docs/data.md"
@@ -25,6 +27,11 @@ class PairedFolder(Layout):
     download = """--manual_dir has train/image/NAME.jpg and one folder a modality with the same names,
         train/segmentation/NAME.png and so on, train/caption/NAME.txt where there are prompts, and perhaps the same of
         test."""
+
+    held_out_share: float = 0.1
+
+    def __post_init__(self):
+        expect(0 <= self.held_out_share < 1, "held_out_share", "at least 0 and below 1", self.held_out_share)
 
     def holds(self, folder: pathlib.Path) -> Holds:
         """The folders beside train/image, as maps with the channels of their first pictures, and classes.json."""
@@ -38,12 +45,13 @@ class PairedFolder(Layout):
         return Holds(modalities, bool(find_captions(folder / "train")), classes, certain=False)
 
     def splits(self, folder: pathlib.Path) -> dict[str, list[Shard]]:
-        """Train, and test where there is one."""
+        """Train, and test where there is one or some are held out."""
         held = self.holds(folder)
-        return {split: self._shards(folder, split, held) for split in _SPLITS if (folder / split).is_dir()}
+        found = [split for split in ("train", "test") if has_split(folder, split, self.held_out_share)]
+        return {split: self._shards(folder, split, held) for split in found}
 
     def _shards(self, folder: pathlib.Path, split: str, held: Holds) -> list[Shard]:
-        tree = read_tree(folder, split, held.modalities, held.captions)
+        tree = read_tree(folder, split, held.modalities, held.captions, held_out_share=self.held_out_share)
         refuse(tree.problems)
 
         def read(name: str) -> Record:
@@ -61,13 +69,10 @@ class Pictures(PairedFolder):
     """Pictures in one folder: image alone. With train/image and folders beside it, as for pairs, those too.
 
     Attributes:
-      held_out_share: how many of the pictures in one folder test, by a hash of their names; 0 is none.
+      held_out_share: how many of the pictures test where there is no test split, by a hash of their names; 0 is none.
     """
 
     held_out_share: float = 0.05
-
-    def __post_init__(self):
-        expect(0 <= self.held_out_share < 1, "held_out_share", "at least 0 and below 1", self.held_out_share)
 
     def holds(self, folder: pathlib.Path) -> Holds:
         """Nothing but the image, if the pictures lie in the folder itself."""

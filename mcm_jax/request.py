@@ -1,0 +1,229 @@
+"""What a call for samples asks for: checked, and one of each thing for each sample."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mcm_jax.base import Base
+from mcm_jax.base.tokenizer import Cuts
+from mcm_jax.errors import UserError, expect
+from mcm_jax.modalities import Modality
+from mcm_jax.sampling import SamplingSettings
+
+PER_SAMPLE = (
+    *("guidance", "guidance_schedule", "start", "end"),
+    *("text_guidance", "text_rescale", "negative_prompt"),
+)
+"""Fields of :class:`mcm_jax.sampling.SamplingSettings` that each sample of a batch may have its own of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """Of N samples.
+
+    Attributes:
+      values: by modality, ``[N, H, W]`` or ``[N, H, W, planes]``; null where it is not given.
+      strengths: by modality, float64 ``[N]``; 0 where it is not given or not shown.
+      windows: by modality, float32 ``[N, 2]``, shares of the steps.
+      weights: of each MCM, float32 ``[N]``.
+    """
+
+    values: Mapping[str, np.ndarray]
+    strengths: Mapping[str, np.ndarray]
+    windows: Mapping[str, np.ndarray]
+    weights: Sequence[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """What is given for places of pictures and latents.
+
+    Attributes:
+      mask: float32 ``[N, h, w, 1]`` in [0, 1].
+      known: bool ``[N, h, w, 1]``: latents all of whose pixels stay.
+      image: float32 ``[N, H, W, 3]`` in [-1, 1], or None.
+      latents: float32 ``[N, h, w, C]``, or None.
+    """
+
+    mask: np.ndarray
+    known: np.ndarray
+    image: np.ndarray | None
+    latents: np.ndarray | None
+
+
+class Rows:
+    """Rows of a few distinct arrays, not copied before they are asked for."""
+
+    def __init__(self, distinct: np.ndarray, which: np.ndarray):
+        self._distinct, self._which = distinct, which
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return self._distinct[self._which[rows]]
+
+
+def settings_of_each(settings: SamplingSettings, count: int, changes: Mapping[str, Any]) -> list[SamplingSettings]:
+    """The settings of each sample; those of :data:`PER_SAMPLE` may come as ``count`` values.
+
+    Raises:
+      UserError: an unknown field, another number of values, or one out of range.
+    """
+
+    def is_many(key: str, value: Any) -> bool:
+        depth = 1 if key == "guidance_schedule" else 0
+        return key in PER_SAMPLE and not isinstance(value, str) and _depth(value) > depth
+
+    own = {k: list(v) for k, v in changes.items() if is_many(k, v)}
+    if odd := [k for k, v in own.items() if len(v) != count]:
+        raise UserError(f"{odd[0]}: expected {count} values, one a sample, or one for all, got {len(own[odd[0]])}")
+    settings = settings.but(**{k: v for k, v in changes.items() if k not in own})
+    if not own:
+        return [settings] * count
+    return [settings.but(**dict(zip(own, row, strict=True))) for row in zip(*own.values(), strict=True)]
+
+
+def _depth(value: Any) -> int:
+    """How deep lists are nested; ragged ones, too."""
+    return 1 + max(map(_depth, value), default=0) if isinstance(value, list | tuple | np.ndarray) else 0
+
+
+def read_conditions(
+    count: int,
+    grid: tuple[int, int],
+    modalities: Sequence[Modality],
+    mcms: Sequence[str],
+    conditions: Mapping[str, np.ndarray],
+    present: Mapping[str, np.ndarray] | None,
+    strength: Mapping[str, np.ndarray | float] | None,
+    window: Mapping[str, np.ndarray | Sequence[float]] | None,
+    weights: Sequence[np.ndarray | float] | None,
+) -> Conditions:
+    """Conditions and what goes with them, see :meth:`mcm_jax.pipeline.Pipeline.__call__`.
+
+    Args:
+      count: N.
+      grid: height and width of conditions.
+      modalities: that there are.
+      mcms: names of the MCMs.
+      conditions: and the others: as they are given.
+
+    Raises:
+      UserError: a modality that is none of these, another shape, or a value out of range.
+    """
+    present, strength, window = present or {}, strength or {}, window or {}
+    if unknown := {*conditions, *strength, *window} - {m.name for m in modalities}:
+        names = ", ".join(m.name for m in modalities)
+        raise UserError(f"this MCM knows the modalities {names}, got {', '.join(sorted(unknown))}")
+    values, strengths, windows = {}, {}, {}
+    for modality in modalities:
+        name, value = modality.name, conditions.get(modality.name)
+        strengths[name] = np.zeros(count)
+        if value is not None:
+            wanted = modality.null(count, *grid).shape
+            if value.shape not in (wanted, (*wanted, 1)):
+                raise UserError(f"{name}: expected shape {list(wanted)}, got {list(value.shape)}")
+            strengths[name] += strength.get(name, 1.0)
+            positive = np.all((strengths[name] >= 0) & np.isfinite(strengths[name]))
+            expect(positive, f"strength of {name}", "at least 0", strength.get(name))
+            strengths[name] *= present.get(name, True)
+        value = modality.null(count, *grid) if value is None else np.asarray(value)
+        # Classes come in several dtypes, each of which would compile anew.
+        values[name] = value if modality.continuous else value.astype(np.int32)
+        bounds = np.asarray(window.get(name, (0, 1)), np.float32)
+        fits = bounds.shape in ((2,), (count, 2)) and np.all((bounds >= 0) & (bounds <= 1))
+        rising = fits and np.all(bounds[..., :1] <= bounds[..., 1:])
+        expect(rising, f"window of {name}", "two shares of the steps, rising, in [0, 1]", window.get(name))
+        windows[name] = np.broadcast_to(bounds, (count, 2))
+    weights = [1.0] * len(mcms) if weights is None else list(weights)
+    expect(len(weights) == len(mcms), "weights", f"{len(mcms)}, one an MCM ({', '.join(mcms)})", len(weights))
+    spread = [np.broadcast_to(np.asarray(w, np.float32), count) for w in weights]
+    expect(all(np.all((w >= 0) & np.isfinite(w)) for w in spread), "weights", "at least 0", weights)
+    return Conditions(values, strengths, windows, spread)
+
+
+def read_places(base: Base, count: int, **given: np.ndarray | None) -> Places:
+    """What is given for places, checked and brought to float32.
+
+    Args:
+      base: of the size that is sampled.
+      count: N.
+      given: ``mask``, ``image``, ``inpaint``, ``latents``, see :meth:`mcm_jax.pipeline.Pipeline.__call__`.
+
+    Raises:
+      UserError: another shape, a value out of range, or something to paint without a picture.
+    """
+    grid, size = (count, *base.latent_shape[:2]), (count, *base.image_shape[:2])
+    wanted = {"mask": grid, "image": (*size, 3), "inpaint": size, "latents": (count, *base.latent_shape)}
+    for name, value in given.items():
+        shape = wanted[name]
+        expect(value is None or np.shape(value) == shape, name, f"of shape {list(shape)}", list(np.shape(value)))
+    mask, image, inpaint, latents = (given[name] for name in wanted)
+    mask = np.ones(grid, np.float32) if mask is None else np.asarray(mask, np.float32)
+    expect(np.all((mask >= 0) & (mask <= 1)), "mask", "in [0, 1]", f"{mask.min():g}..{mask.max():g}")
+    known = np.zeros(grid, bool)
+    if inpaint is not None:
+        expect(image is not None, "image", "the picture that is painted anew in part", None)
+        anew = np.asarray(inpaint, bool)
+        known = ~anew.reshape(count, grid[1], base.factor, grid[2], base.factor).any((2, 4))
+    if image is not None:
+        image = np.asarray(image, np.float32)
+        expect(np.all(np.abs(image) <= 1), "image", "in [-1, 1]", f"{image.min():g}..{image.max():g}")
+    latents = None if latents is None else np.asarray(latents, np.float32)
+    return Places(mask[..., None], known[..., None], image, latents)
+
+
+def read_texts(
+    base: Base,
+    count: int,
+    prompts: Sequence[str] | None,
+    negatives: Sequence[str] | None,
+    context: np.ndarray | None,
+    negative_context: np.ndarray | None,
+) -> tuple[Rows | np.ndarray | None, Rows | np.ndarray | None]:
+    """What a base is told of each sample: something that gives rows of contexts ``[N, L, D]``.
+
+    Args:
+      base: which embeds the texts.
+      count: N.
+      prompts: N texts; None is the empty one for each.
+      negatives: N texts; None where there is no text guidance.
+      context: in place of prompts.
+      negative_context: in place of negatives.
+
+    Returns:
+      Of the prompts, None for an unconditional base; of the negative ones, None where there is no text guidance.
+
+    Raises:
+      UserError: a text for an unconditional base, no text, or another number or shape.
+    """
+    for name, value in (("context", context), ("negative_context", negative_context)):
+        if value is not None:
+            expect(base.is_text_conditional, name, f"none: the base {base.name!r} is unconditional", "one")
+            expect(np.ndim(value) == 3 and len(value) == count, name, f"of shape [{count}, L, D]", np.shape(value))
+    if context is not None and prompts is not None:
+        raise UserError("prompts and context are the same thing twice; give one of them")
+    if not base.is_text_conditional:
+        if prompts is not None:
+            raise UserError(f"prompts: the base {base.name!r} is unconditional, it has no text encoder")
+        return None, None
+    prompts = [""] * count if prompts is None else list(prompts)
+    if len(prompts) != count:
+        raise UserError(f"prompts: expected {count}, one a sample, got {len(prompts)}")
+    if odd := [p for p in prompts if not isinstance(p, str)]:
+        raise UserError(f"prompts: expected texts, got {odd[0]!r} ({type(odd[0]).__name__})")
+    cut: dict[str, str] = {}
+
+    def rows(texts: Sequence[str], given: np.ndarray | None) -> Rows | np.ndarray:
+        if given is not None:
+            return np.asarray(given, np.float32)
+        places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        contexts = [np.asarray(base.embed_text(base.params, [text], cut)) for text in places]
+        return Rows(np.concatenate(contexts), np.array([places[text] for text in texts]))
+
+    positive = rows(prompts, context)
+    negative = None if negatives is None else rows(negatives, negative_context)
+    cuts = Cuts()
+    cuts.add(filter(None, {*prompts, *(negatives or ())}), cut)  # nobody wrote the empty prompt
+    cuts.warn(stacklevel=4)
+    return positive, negative
