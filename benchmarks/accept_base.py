@@ -2,6 +2,7 @@
 
 python -m tools.finetune_base --method=full --out=runs/winter-full --work=runs/winter
 python -m tools.finetune_base --method=lora --out=runs/winter-lora --work=runs/winter
+python -m tools.finetune_base --method=lora --scale=0.5 --out=runs/winter-half --work=runs/winter
 python -m benchmarks.accept_base --out=benchmarks/results/accept_base.json
 
 The same held-out maps, captions and noise on each base; sampled as the shipped MCM's config says. Labels are read by
@@ -64,8 +65,7 @@ def mean_colours(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/accept_base"))
-    parser.add_argument("--full", default="runs/winter-full")
-    parser.add_argument("--lora", default="runs/winter-lora")
+    parser.add_argument("--bases", nargs="+", default=[f"runs/winter-{name}" for name in ("full", "lora", "half")])
     parser.add_argument("--maps", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--strengths", type=float, nargs="*", default=[2.5], help="of all modalities, further ones")
@@ -79,8 +79,8 @@ def main() -> None:
     reader = load_segmenter(judge)
     settings = config.load(RunSettings, assets.resolve(MCM))
     pipelines = {"original": Pipeline.from_folder(MCM)}
-    for name, path in (("full", args.full), ("lora", args.lora)):
-        pipelines[name] = Pipeline.from_folder(MCM, base=path, accept_base=True)
+    for path in args.bases:
+        pipelines[pathlib.Path(path).name] = Pipeline.from_folder(MCM, base=path, accept_base=True)
     modalities = pipelines["original"].modalities
     held_out = HeldOut(settings.data, pipelines["original"].base.card, modalities, args.maps)
     judges = judges_of(held_out, {"segmentation": str(judge), "caption": "none"})
@@ -123,8 +123,8 @@ def main() -> None:
     control = {}
     for key in ("mean_iou", "edge_f1"):
         for name in (row.name for row in chosen[1:]):
-            of = [rows[f"{base}, {name}"][key] for base in ("original", "full", "lora")]
-            most = [rows[f"autoencoder, {season}"][key] for season in ("summer", "winter", "winter")]
+            of = [rows[f"{base}, {name}"][key] for base in pipelines]
+            most = [rows[f"autoencoder, {s}"][key] for s in ("summer", *["winter"] * len(args.bases))]
             control[f"{key}, {name}"] = {
                 "absolute": [round(v - of[0], 4) for v in of[1:]],
                 "relative_to_autoencoder": [
@@ -133,7 +133,7 @@ def main() -> None:
             }
     if args.picture:
         pictures.save_png(args.picture, pictures.grid(shown, least_size=64))
-    differences = {"fine-tunes minus original, of full and lora": control}
+    differences = {f"minus original, of {', '.join(args.bases)}": control}
     common.write_report(args.out, __doc__, {**how, "rows": rows, **differences})
 
 

@@ -2,11 +2,12 @@
 
     python -m tools.finetune_base --method=full --out=runs/winter-full --work=runs/winter
     python -m tools.finetune_base --method=lora --out=runs/winter-lora --work=runs/winter
+    python -m tools.finetune_base --method=lora --scale=0.5 --out=runs/winter-half --work=runs/winter
 
 ``full`` trains every weight of the U-Net, ``lora`` products of two narrow matrices that are added to the weights of its
-convolutions and linear layers (Hu et al. 2021), and merged before saving. Autoencoder and text encoder stay. It sees
-pictures and captions only. A run that was stopped goes on from ``--work``. The recipe, with what was trained, and the
-log are saved beside the weights. About 5 minutes each on one CPU core.
+convolutions and linear layers (Hu et al. 2021), and merged before saving, at ``--scale``. Autoencoder and text encoder
+stay. It sees pictures and captions only. A run that was stopped goes on from ``--work``; a finished one only saves
+again. The recipe, with what was trained, and the log are saved beside the weights. About 5 minutes each on a CPU core.
 """
 
 import argparse
@@ -53,9 +54,10 @@ class LoRA(torch.nn.Module):
         super().__init__()
         self.down = torch.nn.Parameter(torch.randn(rank, weight[0].numel()) / weight[0].numel() ** 0.5)
         self.up = torch.nn.Parameter(torch.zeros(len(weight), rank))
+        self.scale = 1.0
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + (self.up @ self.down).reshape(weight.shape)
+        return weight + self.scale * (self.up @ self.down).reshape(weight.shape)
 
 
 def add_lora(net: torch.nn.Module, rank: int) -> list[torch.nn.Module]:
@@ -77,7 +79,7 @@ def render(path: pathlib.Path) -> tuple[torch.Tensor, list[str]]:
         return torch.from_numpy(stored["images"]).permute(0, 3, 1, 2), stored["captions"].tolist()
 
 
-def train(pipe: StableDiffusionPipeline, recipe: dict, method: str, work: pathlib.Path) -> tuple[int, list[dict]]:
+def train(pipe: StableDiffusionPipeline, recipe: dict, work: pathlib.Path) -> tuple[int, list[dict]]:
     """Trains the pipeline's U-Net in place; returns how many parameters learned, and the log."""
     images, captions = render(work / "train.npz")
     means, deviations = encode_all(pipe.vae, images, work / "latents.pt")
@@ -87,11 +89,11 @@ def train(pipe: StableDiffusionPipeline, recipe: dict, method: str, work: pathli
     torch.manual_seed(recipe["seed"])
     unet = pipe.unet.to(memory_format=torch.channels_last)
     learning, layers = [unet], []
-    if method == "lora":
+    if recipe["method"] == "lora":
         unet.requires_grad_(False)
         layers = add_lora(unet, recipe["rank"])
         learning = [layer.parametrizations["weight"][0] for layer in layers]
-    training = Training(method, recipe, learning, [], work)
+    training = Training(recipe["method"], recipe, learning, [], work)
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
 
@@ -111,6 +113,7 @@ def train(pipe: StableDiffusionPipeline, recipe: dict, method: str, work: pathli
 
     training.run(loss_fn, dict)
     for layer in layers:
+        layer.parametrizations["weight"][0].scale = recipe["scale"]
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     return sum(p.numel() for p in training.parameters), training.log
 
@@ -120,13 +123,16 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--work", type=pathlib.Path, required=True, help="may be the same for both methods")
+    parser.add_argument("--scale", type=float, default=1.0, help="of a LoRA, as it is merged")
     args = parser.parse_args()
+    if args.method == "full" and args.scale != 1:
+        parser.error("--scale goes with --method=lora")
     args.work.mkdir(parents=True, exist_ok=True)
     folder = assets.resolve(BASE)
-    recipe = RECIPE | {"method": args.method, **METHODS[args.method]}
+    recipe = RECIPE | {"method": args.method, "scale": args.scale, **METHODS[args.method]}
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    count, log = train(pipe, recipe, args.method, args.work)
+    count, log = train(pipe, recipe, args.work)
     shutil.copytree(folder, args.out, dirs_exist_ok=True)
     weights = {name: value.half().contiguous() for name, value in pipe.unet.state_dict().items()}
     save_file(weights, args.out / "unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
@@ -134,7 +140,7 @@ def main() -> None:
     (args.out / "recipe.json").write_text(json.dumps(recipe | {"parameters_trained": count}, indent=2) + "\n")
     pipe = StableDiffusionPipeline.from_pretrained(args.out, torch_dtype=torch.float32)  # what was saved
     pipe.set_progress_bar_config(disable=True)
-    save_sheet(sample(pipe, [p for p in PROMPTS for _ in range(8)]), args.work / f"samples_{args.method}.png")
+    save_sheet(sample(pipe, [p for p in PROMPTS for _ in range(8)]), args.work / f"samples_{args.out.name}.png")
 
 
 if __name__ == "__main__":
