@@ -135,9 +135,9 @@ def gaps(root: pathlib.Path, args: argparse.Namespace) -> dict:
     changes: dict[str, tuple[Callable, list[str]]] = {
         "full": (lambda data: None, []),
         "half of the conditions removed": (halved, ["--config.data.partial=True"]),
-        "half of the conditions removed, drop rate 0.1": (
+        "half of the conditions removed, drop rate 0": (
             halved,
-            ["--config.data.partial=True", "--config.modalities.drop_rate=0.1"],
+            ["--config.data.partial=True", "--config.modalities.drop_rate=0.0"],
         ),
         "10% of the label pixels unknown": (ignored, []),
     }

@@ -1,9 +1,10 @@
-"""Control against sampler and steps: mean IoU and edge F1 of the shipped MCMs, every condition given.
+"""Control and diversity of the shipped MCMs against solver and steps, modality guidance, and window.
 
 python -m benchmarks.samplers --out=benchmarks/results/samplers.json
 
-One compiled program an MCM draws everything, for the same held-out maps and the same noise. A row is kept as soon as
-it is measured: the same command goes on.
+One compiled program an MCM draws everything, every condition given, for the same held-out maps and the same noise.
+Diversity is the evaluation's: between four seeds of each of 16 maps. A row is kept as soon as it is measured: the same
+command goes on.
 """
 
 import argparse
@@ -11,11 +12,14 @@ import itertools
 import json
 import pathlib
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from benchmarks import common
 from mcm_jax import assets, config, sampling
+from mcm_jax.evaluation import diversity
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import judges_of
 from mcm_jax.evaluation.rows import Row, Sampler
@@ -24,9 +28,27 @@ from mcm_jax.pipeline import Pipeline
 from mcm_jax.samplers import SAMPLERS
 from mcm_jax.training import RunSettings
 
+SEEDS = 4
+WINDOWS = ((0, 0.25), (0, 0.5), (0, 0.75), (0.25, 0.75), (0.25, 1), (0.5, 1), (0.75, 1), (0, 1))
+
+
+def ways(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and settings of each row."""
+    if "solvers" in args.parts:
+        for name, spacing, steps in itertools.product(args.samplers, args.spacings, args.steps):
+            own = "" if spacing == "base" else spacing
+            yield f"{name} {spacing} {steps}", {"sampler": name, "steps": steps, "spacing": own}
+    if "guidance" in args.parts:
+        for guidance in (0, 0.5, 1, 1.5, 2, 3, 4):
+            yield f"guidance {guidance:g}", {"guidance": float(guidance)}
+    if "windows" in args.parts:
+        for start, end in WINDOWS:
+            yield f"window {start:g} to {end:g}", {"start": float(start), "end": float(end)}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["solvers", "guidance", "windows"])
     parser.add_argument("--workdirs", nargs="+", default=["scenes-mcm", "scenes-sd-mcm"])
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS))
     parser.add_argument("--spacings", nargs="+", default=["base"], help="base is the base's own")
@@ -42,17 +64,23 @@ def main() -> None:
         held_out = HeldOut(settings.data, pipeline.base.card, pipeline.modalities, args.maps)
         judges = judges_of(held_out, settings.evaluation.judges)
         keys, which = sampling.sample_keys(0, len(held_out)), np.arange(len(held_out))
-        for name, spacing, steps in itertools.product(args.samplers, args.spacings, args.steps):
-            key = f"{workdir} {name} {spacing} {steps}"
+        several = np.tile(np.arange(min(16, args.maps)), SEEDS)
+        for name, change in ways(args):
+            key = f"{workdir} {name}"
             if key in rows:
                 continue
-            how = settings.sampling.but(sampler=name, steps=steps, spacing="" if spacing == "base" else spacing)
+            how = settings.sampling.but(**change)
             row = Row("all", tuple(m.name for m in pipeline.modalities), how.guidance)
             calls, began = int(how.table(pipeline.base.schedule).count), time.perf_counter()
-            images = Sampler(pipeline, held_out, how)(row, keys, which)
+            sampler = Sampler(pipeline, held_out, how)
+            images = sampler(row, keys, which)
             seconds = time.perf_counter() - began
             found = {k: round(float(v), 4) for judge in judges for k, v in judge.watch(images, which).items()}
-            rows[key] = {"calls": calls, "guidance": how.guidance, **found, "seconds": round(seconds, 1)}
+            if "sampler" not in change:
+                many = sampler(row, sampling.sample_keys(1, len(several)), several)
+                found["diversity"] = round(float(diversity(many.reshape(SEEDS, -1, *many.shape[1:]))), 4)
+            said = {"calls": calls, "steps": how.steps, "guidance": how.guidance}
+            rows[key] = said | found | {"seconds": round(seconds, 1)}
             print(key, rows[key], flush=True)
             args.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(args.out, (json.dumps({"maps": args.maps, "rows": rows}, indent=2) + "\n").encode())
