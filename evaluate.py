@@ -32,8 +32,9 @@ _JUDGE = flags.DEFINE_multi_string(
 )
 # Held-out pictures are of the base's size, and none is begun with.
 _OTHERS = ("image_strength", "height", "width")
-_SETTINGS = cli.define_flags(
-    SamplingSettings, [f.name for f in dataclasses.fields(SamplingSettings) if f.name not in _OTHERS]
+_BASE, _SETTINGS = (
+    cli.define_base_flags(),
+    cli.define_flags(SamplingSettings, [f.name for f in dataclasses.fields(SamplingSettings) if f.name not in _OTHERS]),
 )
 
 
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> None:
         seed=_SEED.value,
         judges=judges,
         references=_REFERENCES.value,
+        **_BASE(),
         **_SETTINGS(),
     )
 

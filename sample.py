@@ -34,6 +34,7 @@ _ONE = (
     flags.DEFINE_integer("intermediates", None, "So many steps in intermediates.png: where and when the MCM acts"),
 )
 _PREVIEW = flags.DEFINE_integer("preview_every", 0, "Steps after which preview.png shows what is drawn now; 0: none")
+_BASE = cli.define_base_flags()
 _CONTROLS, _SETTINGS = cli.define_flags(jobs.Job, jobs.CONTROLS, ""), cli.define_flags(SamplingSettings)
 
 
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> object:
     single = ", ".join(f"--{flag.name}" for flag in _ONE)
     if given and (len(given) > 1 or conditions or one):
         raise UserError(f"--{given[0].name}: goes with no condition, no other list, no {single}")
-    controls, settings, preview = _CONTROLS(), _SETTINGS(), {"preview_every": _PREVIEW.value}
+    controls, settings, preview = _CONTROLS(), _BASE() | _SETTINGS(), {"preview_every": _PREVIEW.value}
     if _REPLAY.value:
         workdir = _WORKDIR.value if _WORKDIR.present else None
         return jobs.replay(_REPLAY.value, _OUT.value, workdir, **preview, **controls, **settings)

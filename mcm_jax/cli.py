@@ -102,6 +102,15 @@ def define_flags(
     return lambda: {name: typed(name) for name in chosen}
 
 
+def define_base_flags() -> Callable[[], dict[str, Any]]:
+    """Defines --base and --accept_base, of a script that samples with a trained MCM; returns what was typed."""
+    base = flags.DEFINE_string("base", None, "Where the MCM's base is. Default: as its config says, base.path")
+    accept = flags.DEFINE_bool(
+        "accept_base", False, "Take a base that is a fine-tune of the MCM's own: same noise schedule and latents"
+    )
+    return lambda: {"base": base.value, "accept_base": accept.value}
+
+
 def allow_only_with(flag: str, others: Sequence[str]) -> None:
     """Refuses flags that mean nothing where another one is not given."""
     for name in others:

@@ -27,6 +27,8 @@ def generate(
     show_base: bool = False,
     intermediates: int = 0,
     preview_every: int = 0,
+    base: str | None = None,
+    accept_base: bool = False,
     **changes: Any,
 ) -> np.ndarray:
     """Samples images for one set of conditions and writes them.
@@ -42,6 +44,7 @@ def generate(
       intermediates: so many steps are shown in ``intermediates.png``
         (:class:`mcm_jax.jobs.intermediates.Intermediates`); 0 for none.
       preview_every: steps after which ``preview.png`` shows the batch as it stands, while it is drawn; 0 for none.
+      base: another place of the base, or with ``accept_base`` a fine-tune of it, as :class:`mcm_jax.jobs.Drawer` has.
       changes: fields of :class:`mcm_jax.jobs.Job`, those in :data:`mcm_jax.jobs.CONTROLS`, such as ``seed``, ``prompt``
         and ``strength``; and of :class:`mcm_jax.sampling.SamplingSettings` that shall differ from the config's. None
         is as there.
@@ -57,7 +60,7 @@ def generate(
             "no condition given; pass --segmentation=PNG, --sketch=PNG, --condition=NAME=PICTURE, or several"
         )
     own = {key: changes.pop(key) for key in CONTROLS if key in changes}
-    drawer = Drawer(workdir, **changes)
+    drawer = Drawer(workdir, base, accept_base, **changes)
     drawer.check_text(own, "--")
     expect(num_samples >= 1, "num_samples", "at least 1", num_samples)
     if changes.get("batch_size") is None:
@@ -65,10 +68,10 @@ def generate(
     own["conditions"] = dict(conditions)
     jobs = [drawer.job(f"sample_{i:03d}", own | {"sample": i}) for i in range(num_samples)]
     first, settings = jobs[0], jobs[0].settings
-    base, steps = drawer.pipeline.sized(settings.height, settings.width), drawer.steps(first)
-    size = base.image_shape[:2]
+    sized, steps = drawer.pipeline.sized(settings.height, settings.width), drawer.steps(first)
+    size = sized.image_shape[:2]
     shown = [drawer.files.show(path, name, size) for name, path in sorted(conditions.items())]
-    drawer.files.check(first, base)
+    drawer.files.check(first, sized)
     look = Intermediates(intermediates, steps) if intermediates else None
 
     out = pathlib.Path(out)

@@ -63,10 +63,18 @@ class Pipeline:
         self._sizes: dict[Any, set[int]] = {}  # of batches, by what else decides the program
 
     @classmethod
-    def from_folder(cls, *folders: str | os.PathLike) -> "Pipeline":
+    def from_folder(
+        cls, *folders: str | os.PathLike, base: str | os.PathLike | None = None, accept_base: bool = False
+    ) -> "Pipeline":
         """Loads a workdir, or a shipped MCM by its name, with its base; several MCMs of one base act together.
 
         Settings of sampling are the first one's.
+
+        Args:
+          folders: of the MCMs.
+          base: where the base is, as a config's ``base.path`` says it; None is as in the first one's.
+          accept_base: also takes a base that an MCM was not trained on, a fine-tune of its own: the same noise
+            schedule and latents, other weights. With a warning.
 
         Raises:
           UserError: something is missing, corrupt, or does not belong together.
@@ -74,14 +82,15 @@ class Pipeline:
         paths = [assets.resolve(os.fspath(folder)) for folder in folders]
         found = [config_lib.load(ModelSettings, path, others=True) for path in paths]
         mesh = sharding.local_mesh(found[0].mesh)
-        base = found[0].base.load(mesh)
+        own = found[0].base
+        loaded = (own if base is None else dataclasses.replace(own, path=os.fspath(base))).load(mesh)
         mcms = []
         for folder, path, one in zip(folders, paths, found, strict=True):
-            modulator = one.mcm.modulator(one.modalities.shown, base.schedule)
-            like = jax.eval_shape(lambda m=modulator: m.init(jax.random.key(0), base.latent_shape, m.grid(base)))
-            params, step = read_mcm(path / WEIGHTS, like, base)
+            modulator = one.mcm.modulator(one.modalities.shown, loaded.schedule)
+            like = jax.eval_shape(lambda m=modulator: m.init(jax.random.key(0), loaded.latent_shape, m.grid(loaded)))
+            params, step = read_mcm(path / WEIGHTS, like, loaded, one.base if accept_base else None)
             mcms.append(Trained(modulator, params, step, os.fspath(folder)))
-        return cls(base, mcms, found[0].sampling, mesh)
+        return cls(loaded, mcms, found[0].sampling, mesh)
 
     def update(self, params: Any) -> None:
         """Takes other params for its one MCM: those of a training's moment."""

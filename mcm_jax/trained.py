@@ -1,11 +1,14 @@
 """The folder that holds a trained MCM: what is written, what is read, and what belongs together.
 
-It has ``config.json`` and ``mcm.safetensors`` (averaged params, float32; its header names the base and its
-fingerprint). A workdir is such a folder while it trains and after; the shipped MCMs are folders with nothing else.
+It has ``config.json`` and ``mcm.safetensors`` (averaged params, float32; its header names the base, its fingerprint,
+and what a fine-tune of it has in common with it). A workdir is such a folder while it trains and after; the shipped
+MCMs are folders with nothing else.
 """
 
 import dataclasses
+import hashlib
 import pathlib
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -65,8 +68,16 @@ def save_mcm(folder: pathlib.Path, params: Any, *, base: Base | BaseCard, step: 
       step: how long, for the record.
     """
     flat = {k: np.asarray(v, np.float32) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
-    metadata = {"base": base.name, "fingerprint": base.fingerprint, "step": str(step)}
+    metadata = {"base": base.name, "fingerprint": base.fingerprint, "step": str(step), **_diffusion(base)}
     write_atomically(folder / WEIGHTS, safetensors.numpy.save(flat, metadata))
+
+
+def _diffusion(base: Base | BaseCard) -> dict[str, str]:
+    """What an MCM needs its base to be, whatever its weights: a fine-tune has the same."""
+    abar = base.schedule.alphas_cumprod
+    digest = hashlib.sha256(np.asarray(abar, "<f4").tobytes()).hexdigest()
+    schedule = f"{len(abar)} timesteps, alphas_cumprod {abar[0]:.6f} to {abar[-1]:.6f}, SHA-256 {digest[:16]}"
+    return {"schedule": schedule, "latent_shape": "x".join(map(str, base.latent_shape))}
 
 
 def check_same_shapes(found: dict[str, Any], expected: dict[str, Any], source: str) -> None:
@@ -84,8 +95,21 @@ def check_same_shapes(found: dict[str, Any], expected: dict[str, Any], source: s
         raise UserError(f"{source} holds another MCM than the config describes:\n{differs}")
 
 
-def read_mcm(path: pathlib.Path, like: Any, base: Base | BaseCard) -> tuple[Any, int]:
-    """Reads params of ``like``'s structure; raises UserError where the file is not of this MCM and this base."""
+def read_mcm(
+    path: pathlib.Path, like: Any, base: Base | BaseCard, accept: BaseSettings | None = None
+) -> tuple[Any, int]:
+    """Reads the params of an MCM, and how long it was trained.
+
+    Args:
+      path: the file.
+      like: params, or shapes, of its structure.
+      base: the base that it shall work on.
+      accept: takes another base than it was trained on, with one warning, where noise schedule and latents are the
+        same; and says which base that was, which is looked at where the file is older than these in its header.
+
+    Raises:
+      UserError: the file is not of this MCM, or of another base: lists what differs.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file; train.py writes it with its first checkpoint")
     try:
@@ -95,14 +119,44 @@ def read_mcm(path: pathlib.Path, like: Any, base: Base | BaseCard) -> tuple[Any,
     except (safetensors.SafetensorError, OSError) as e:
         raise UserError(f"{path}: corrupt or cut short ({e}); export or train it again") from e
     if metadata.get("fingerprint") != base.fingerprint:
-        raise UserError(
-            f"{path} was trained on the base {metadata.get('base')!r} with fingerprint "
-            f"{str(metadata.get('fingerprint'))[:16]}, but the base {base.name!r} has {base.fingerprint[:16]}. "
-            f"Set base.path to the base that it was trained on"
-        )
+        _check_accepted(path, metadata, base, accept)
     expected = traverse_util.flatten_dict(like, sep="/")
     check_same_shapes({k: v.shape for k, v in found.items()}, {k: v.shape for k, v in expected.items()}, str(path))
     return traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in found.items()}, sep="/"), int(metadata["step"])
+
+
+def _check_accepted(
+    path: pathlib.Path, metadata: dict[str, str], base: Base | BaseCard, accept: BaseSettings | None
+) -> None:
+    """Warns of a base that an MCM was not trained on. Raises UserError unless it is accepted, and can be."""
+    found, now = metadata.get("fingerprint", ""), _diffusion(base)
+    trained_on = f"{path} was trained on the base {metadata.get('base')!r} with fingerprint {found[:16]}"
+    other = f"the base {base.name!r} has {base.fingerprint[:16]}"
+    if accept is None:
+        raise UserError(
+            f"{trained_on}, but {other}. Set base.path to the base that it was trained on; sample.py and evaluate.py "
+            f"take a fine-tune of that base with --accept_base"
+        )
+    then = {k: metadata[k] for k in now if k in metadata} or _diffusion_of(accept, found)
+    if lines := [f"  {k}: there {then[k]}, here {v}" for k, v in now.items() if then.get(k, v) != v]:
+        differs = "\n".join(lines)
+        raise UserError(f"{trained_on}; {other}, and is no fine-tune of it:\n{differs}\nTake the MCM's own base")
+    unknown = ""
+    if not then:
+        unknown = (
+            "; whether it has the same noise schedule and latents is not known, for the file does not say it, and its "
+            "own base is not where config.json says"
+        )
+    warnings.warn(f"{trained_on}; {other} and is taken for a fine-tune of it{unknown}", stacklevel=4)
+
+
+def _diffusion_of(settings: BaseSettings, fingerprint: str) -> dict[str, str]:
+    """:func:`_diffusion` of the base with this fingerprint, if settings lead to it; else nothing."""
+    try:
+        base = settings.outline() if settings.stamp() else None  # never downloaded for this alone
+    except UserError:
+        return {}
+    return _diffusion(base) if base and base.fingerprint == fingerprint else {}
 
 
 def start_from(folder: str, settings: MCMSettings, modulator: Modulator, card: BaseCard) -> Any:

@@ -96,6 +96,8 @@ def evaluate(
     seed: int = 0,
     judges: Mapping[str, str] | None = None,
     references: int | None = None,
+    base: str | None = None,
+    accept_base: bool = False,
     **changes: Any,
 ) -> dict:
     """Evaluates a trained MCM; writes ``out`` (JSON) and, beside it, ``report.md``, ``report.html`` and their pictures.
@@ -108,6 +110,8 @@ def evaluate(
       seed: of the noise.
       judges: what judges a modality, or the ``caption``, by its name, in place of the config's.
       references: training pictures that samples are compared with; None takes ``config.evaluation.references``.
+      base: another place of the base; None is the config's.
+      accept_base: whether it may be a fine-tune of the MCM's own, see :meth:`mcm_jax.pipeline.Pipeline.from_folder`.
       changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that shall differ from the config's; None is as
         there.
 
@@ -135,7 +139,7 @@ def evaluate(
       UserError: bad input; nothing was written.
       Interrupted: Ctrl-C; the same command goes on.
     """
-    pipeline = Pipeline.from_folder(workdir)
+    pipeline = Pipeline.from_folder(workdir, base=base, accept_base=accept_base)
     run = config.load(_RunSettings, assets.resolve(os.fspath(workdir)), others=True)
     wanted = run.evaluation
     changed = {"maps": maps, "seeds": seeds, "references": references, "judges": {**wanted.judges, **(judges or {})}}

@@ -36,21 +36,25 @@ class Drawer:
 
     Args:
       workdir: of a training run, or the name of a shipped MCM; or several, of MCMs of one base that act together.
+      base: another place of the base, and whether it may be a fine-tune of the MCM's own (``accept_base``): see
+        :meth:`mcm_jax.pipeline.Pipeline.from_folder`.
       changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that differ from the config's, the default of every
         job; None is as there.
 
     Raises:
-      UserError: no such MCM, MCMs of different bases, a wrong setting, or one of text for a base without.
+      UserError: no such MCM, another base, MCMs of different bases, a wrong setting, or one of text for a base without.
     """
 
-    def __init__(self, workdir: str | Sequence[str], **changes: Any):
+    def __init__(
+        self, workdir: str | Sequence[str], base: str | None = None, accept_base: bool = False, **changes: Any
+    ):
         self.workdirs = (workdir,) if isinstance(workdir, str) else tuple(workdir)
-        self.pipeline = Pipeline.from_folder(*self.workdirs)
+        self.pipeline = Pipeline.from_folder(*self.workdirs, base=base, accept_base=accept_base)
         self.settings = self.pipeline.settings.but(**changes)
         self.check_text(changes, "--")
         self.settings.check_for(self.pipeline.base.schedule)
         self.files = Files(self.pipeline)
-        self.recorder = Recorder(self.workdirs, self.pipeline)
+        self.recorder = Recorder(self.workdirs, self.pipeline, base)
         self._table = functools.lru_cache(256)(self._table_of)
         self._programs: set[Any] = set()
 

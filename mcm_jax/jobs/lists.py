@@ -135,6 +135,8 @@ def replay(
     out: str | os.PathLike,
     workdir: str | Sequence[str] | None = None,
     preview_every: int = 0,
+    base: str | None = None,
+    accept_base: bool = False,
     **changes: Any,
 ) -> None:
     """Draws a picture again from the settings that it carries, to ``OUT/NAME.png``.
@@ -144,11 +146,12 @@ def replay(
       out: folder.
       workdir: where the MCM is, or the MCMs are, if no more where they were.
       preview_every: see :meth:`Drawer.draw`.
+      base: another base than it was drawn on, as :class:`Drawer` takes it, with ``accept_base``.
       changes: what shall be otherwise: :data:`mcm_jax.jobs.CONTROLS`, or fields of
         :class:`mcm_jax.sampling.SamplingSettings`; None is as it was.
 
     Raises:
-      UserError: it carries no settings, the MCM is another one, or a condition's file is gone or changed.
+      UserError: it carries no settings, the MCM or the base is another one, or a file of it is gone or changed.
     """
     said, changes = read_record(picture), {k: v for k, v in changes.items() if v is not None}
     try:
@@ -165,7 +168,9 @@ def replay(
         place, digest = said["workdir"] if workdir is None else workdir, said["mcm_sha256"]
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{picture}: its settings are incomplete ({e}); expected a PNG that sample.py wrote") from e
-    drawer = Drawer(place, **{k: v for k, v in changes.items() if k in (*_SETTINGS, "batch_size")})
+    typed = {k: v for k, v in changes.items() if k in (*_SETTINGS, "batch_size")}
+    # What it was drawn on was accepted then.
+    drawer = Drawer(place, said.get("base_path") if base is None else base, base is None or accept_base, **typed)
     drawer.check_text(changes, "--")
     digests, found = ([d] if isinstance(d, str) else d for d in (digest, drawer.recorder.facts["mcm_sha256"]))
     if digests != found:
@@ -173,6 +178,13 @@ def replay(
         raise UserError(
             f"{picture}: was drawn by another MCM than {', '.join(drawer.workdirs)} (SHA-256 {short[0]}, there "
             f"{short[1]}); name its own with --workdir"
+        )
+    now = drawer.pipeline.base
+    if base is None and now.fingerprint != said.get("fingerprint"):
+        raise UserError(
+            f"{picture}: was drawn on the base {said.get('base')!r} with fingerprint "
+            f"{str(said.get('fingerprint'))[:16]}, but {now.name!r} has {now.fingerprint[:16]}; name its own, or one "
+            f"to draw on instead, with --base"
         )
     # What a picture does not say is the default, not the run's.
     job = drawer.job(pathlib.Path(picture).stem, given, str(picture), SamplingSettings())

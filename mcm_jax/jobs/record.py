@@ -23,7 +23,7 @@ from mcm_jax.version import __version__
 TEXT = "mcm_jax"
 """Name of the PNG text that holds a picture's settings."""
 
-_PLACE = ("workdir", "versions", "device", "file")  # where and by what, but not which picture
+_PLACE = ("workdir", "base_path", "versions", "device", "file")  # where and by what, but not which picture
 _SETTINGS = dataclasses.asdict(SamplingSettings())
 # What every picture says. Of the others it says what is not the default: they are younger than pictures that are there.
 _ALWAYS = (
@@ -38,12 +38,13 @@ class Recorder:
     Args:
       workdirs: of the MCMs.
       pipeline: base and MCMs.
+      base: where the base is, if not where the config says.
 
     Attributes:
       facts: what all its pictures say; of one MCM its folder, digest and step, of several lists of these.
     """
 
-    def __init__(self, workdirs: Sequence[str], pipeline: Pipeline):
+    def __init__(self, workdirs: Sequence[str], pipeline: Pipeline, base: str | None = None):
         self._pipeline, self._sha256 = pipeline, functools.lru_cache(4096)(sha256)
         of_each = {
             "workdir": list(workdirs),
@@ -54,6 +55,7 @@ class Recorder:
             **{key: values[0] if len(values) == 1 else values for key, values in of_each.items()},
             "base": pipeline.base.name,
             "fingerprint": pipeline.base.fingerprint,
+            **({} if base is None else {"base_path": base}),
             "device": jax.devices()[0].device_kind,
             "versions": {"mcm_jax": __version__, "jax": jax.__version__},
         }
