@@ -214,7 +214,7 @@ def test_validation_pictures_load_the_base_if_asked_and_if_it_fits(
     config, built, tmp_path, monkeypatch, capsys, free, pictures
 ):
     asking = changed(config, cache__mode="on", cache__path=str(built / "cache"), cache__load_base=True, train__steps=2)
-    asking.train.validate_every = 2
+    asking.train.validate_every, asking.sampling.height = 2, 64  # of sample.py's: these have the base's size
     monkeypatch.setattr(sharding, "free_memory", lambda: free)
     train_and_evaluate(asking, tmp_path / "run")
     assert (tmp_path / "run/validation").exists() == pictures

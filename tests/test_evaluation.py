@@ -1,5 +1,6 @@
 """The evaluation of any run: its rows, its judges, what it writes, what it refuses, and that it goes on."""
 
+import dataclasses
 import json
 import shutil
 
@@ -22,6 +23,7 @@ from mcm_jax.evaluation.judges.readers import open_reader, resize_images
 from mcm_jax.evaluation.parts import Parts
 from mcm_jax.evaluation.rows import rows_of, subsets
 from mcm_jax.modalities import Modality
+from mcm_jax.sampling import SamplingSettings
 
 OLD = tiny.ROOT / "tests/fixtures/v0_1"
 OF_SCENES = {"channels": len(CLASSES), "palette": PALETTE, "names": tuple(CLASSES)}
@@ -151,7 +153,10 @@ def workdir(tmp_path_factory, pairs):
     config = json.loads((folder / "config.json").read_text())
     config["data"] |= {"name": "folder", "path": str(pairs)}
     config["evaluation"] |= {"diversity_conditions": 2, "diversity_seeds": 2, "seeds": 2}
-    config["sampling"]["batch_size"] = 6
+    config["sampling"] |= {
+        "batch_size": 6,
+        "height": 64,
+    }  # of sample.py's pictures; those that are judged are the base's
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -164,6 +169,9 @@ def test_a_folder_of_ones_own_is_evaluated(workdir, tmp_path, monkeypatch):
     judges = {"segmentation": "scenes", "caption": f"clip:{tmp_path / 'clip'}"}
     whole = evaluate(workdir, tmp_path / "whole" / "metrics.json", judges=judges, maps=6, references=6)
     assert whole["maps"] == 6 and whole["seeds"] == 2
+    # All that decides the samples is said: what is kept of an evaluation that stopped is that of the same.
+    decides = {field.name for field in dataclasses.fields(SamplingSettings)}
+    assert decides - {"batch_size", "image_strength", "height", "width"} <= whole.keys()
     rows = ["real", "base", "shuffled", "both", "segmentation", "sketch"]
     assert list(whole["miou"]) == list(whole["edge_f1"]) == list(whole["clip_score"]) == rows
     assert all(0 <= score <= 100 for score in whole["clip_score"].values()) and any(whole["clip_score"].values())

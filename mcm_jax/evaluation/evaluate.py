@@ -145,7 +145,7 @@ def evaluate(
     changed = {"maps": maps, "seeds": seeds, "references": references, "judges": {**wanted.judges, **(judges or {})}}
     wanted = dataclasses.replace(wanted, **{k: v for k, v in changed.items() if v is not None})
     expect(0 <= seed < 2**32, "seed", "in 0..4294967295", seed)
-    settings = pipeline.settings.but(**changes)
+    settings = pipeline.settings.but(**changes).but(height=0, width=0)  # the base's size, as held-out pictures have
     settings.check_for(pipeline.base.schedule)
     out = pathlib.Path(out)
     if out.is_dir():
@@ -163,9 +163,15 @@ def evaluate(
         "text_guidance": settings.text_guidance if is_text else None,
         "modulate": settings.modulate if is_text else None,
         "negative_prompt": settings.negative_prompt if is_text else None,
+        "text_rescale": settings.text_rescale if is_text else None,
         "sampler": settings.sampler,
         "steps": settings.steps,
         "eta": settings.eta,
+        "spacing": settings.spacing,
+        "timesteps": list(settings.timesteps),
+        "start": settings.start,
+        "end": settings.end,
+        "guidance_schedule": list(settings.guidance_schedule),
         "seed": seed,
         "strengths": list(wanted.strengths),
         "diversity_of": {

@@ -21,6 +21,7 @@ from mcm_jax.evaluation.judges import Judge, judges_of
 from mcm_jax.files import check_writable
 from mcm_jax.mcm import Modulator
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.sampling import SamplingSettings
 from mcm_jax.trained import Trained
 from mcm_jax.training import feed as feeds
 from mcm_jax.training.caching import build_cache, known_card, open_cache, open_held_out
@@ -87,7 +88,7 @@ def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Me
             )
     more: dict[str, Any] = {}
     if base and _samples(settings):
-        more["pipeline"] = Pipeline(base, Trained(modulator), settings.sampling, mesh)
+        more["pipeline"] = Pipeline(base, Trained(modulator), _sampling(settings), mesh)
         more["examples"] = _validation_examples(settings, card, modulator) if settings.train.validate_every else None
         more["control"] = _control(settings, card, modulator) if settings.train.evaluate_every else None
     if opened:
@@ -197,13 +198,18 @@ def _control(settings: RunSettings, card: BaseCard, modulator: Modulator) -> tup
         return None
 
 
+def _sampling(settings: RunSettings) -> SamplingSettings:
+    """The run's, at the base's size, which validation pictures and what judges them have."""
+    return settings.sampling.but(height=0, width=0)
+
+
 def _base_for_pictures(settings: RunSettings, modulator: Modulator, mesh: jax.sharding.Mesh) -> Base | None:
     """The base, beside a training that does without it; None, and a word on why, where it does not fit.
 
     All processes of a cluster have it or none: they sample together.
     """
     print("compiling the sampler of validation pictures, to know its memory: it may take a minute", flush=True)
-    shapes = Pipeline(settings.base.outline(), Trained(modulator), settings.sampling, mesh)
+    shapes = Pipeline(settings.base.outline(), Trained(modulator), _sampling(settings), mesh)
     needed, free = shapes.sampling_bytes(_VALIDATION_IMAGES), sharding.free_memory()
     known = [bytes_ for bytes_ in distributed.everyones(free).values() if bytes_ is not None]
     if known and needed > min(known):
