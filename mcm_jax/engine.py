@@ -7,6 +7,7 @@ state is the host's to look at; it is handed on without a copy (its buffers are 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ from mcm_jax.mcm import Modulator
 from mcm_jax.samplers import Table
 from mcm_jax.sampling import Point, State
 
-_DECODED = 8 * 512 * 512
-"""Pixels that a device decodes at a time: an autoencoder's largest activations are 64 times as large as its latents."""
+_PIXELS = 8 * 512 * 512
+"""What a device's autoencoder works on at a time: its largest activations are 64 times as large as its latents."""
 
 
 class Batch(NamedTuple):
@@ -57,9 +58,11 @@ class View(NamedTuple):
     """What one call of the networks says, for people; ``[B, h, w, C]`` each.
 
     Attributes:
-      base: the base's estimate of x0, for the prompt.
-      x0: the estimate after the MCMs.
-      maps: of each MCM, gamma and nu, with the modalities that are fully shown; zeros where it rests.
+      base: the base's estimate of x0, for the prompt, without text guidance.
+      x0: that estimate after the MCMs.
+      maps: of each MCM, gamma and nu, of the subset of the modalities that counts most
+        (:func:`mcm_jax.control.subsets_of`): of those that are shown, where all strengths are 0 or 1; zeros where it
+        rests.
     """
 
     base: jax.Array
@@ -68,16 +71,16 @@ class View(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far a batch is, as a callback is told.
+    """How far a batch is, as a callback is told; what it gives it gives while the callback runs, not after.
 
     Attributes:
       step: sampling steps that are done.
       steps: of them all.
       samples: which samples of the call the batch draws.
       preview: gives the pictures as they stand, float32 ``[B, H, W, 3]``: the last estimate of x0, decoded. All
-        processes of several must ask or none.
+        processes of several must ask or none, as for `look`.
       look: gives what the networks say next, a :class:`View` in numpy with the base's and the modulated
-        estimate as pictures; costs a call of each. None after the last step.
+        estimate as pictures; costs a step and a further call of each MCM. None after the last step.
     """
 
     step: int
@@ -117,7 +120,11 @@ class Engine:
     @functools.cached_property
     def encode(self) -> Any:
         """``(base_params, pictures) -> latents``, the mean where an autoencoder has a spread."""
-        return jax.jit(self.base.encode, out_shardings=self._split)
+
+        def run(base_params, pictures):
+            return self._in_slices(functools.partial(self.base.encode, base_params), pictures, pictures.shape[1:3])
+
+        return jax.jit(run, out_shardings=self._split)
 
     @functools.cached_property
     def noise(self) -> Any:
@@ -155,29 +162,28 @@ class Engine:
 
     @functools.cached_property
     def look(self) -> Any:
-        """``(base_params, params, state, batch, table, row) -> View``: what the next call says."""
+        """``(base_params, params, state, batch, table, calls, row) -> View``: what the next call says."""
 
-        @jax.jit
-        def run(base_params, params, state, batch, table, row):
+        def run(base_params, params, state, batch, table, calls, row):
             table = Table(*(jnp.asarray(part) for part in table))
             alpha, sigma = table.alpha[row], table.sigma[row]
             x = _hold(batch, state.x, alpha, sigma)
             at = Point(*(jnp.full(len(x), part[row]) for part in (table.t, table.alpha, table.sigma)), row)
             eps = self._predict(base_params, x, at, batch.context)
-            changed, maps = eps, []
+            changed, maps = self._modulate(params, batch.controls, batch.mask, calls, x, eps, at), []
             for modulator, own, control in zip(self.modulators, params, batch.controls, strict=True):
-                scale = (control.scale[:, row][:, None, None] * batch.mask[..., 0])[..., None]
-                shown = control.subsets[:, row, 0]
                 if own is None:
                     maps.append((jnp.zeros_like(x),) * 2)
                     continue
-                modulated, *found = modulator(own, x, eps, at.t, control.conditions, shown, (at.alpha, at.sigma))
-                changed = changed + scale * (modulated - eps)
-                maps.append(tuple(jnp.where(scale != 0, part, 0.0) for part in found))
-            view = View((x - sigma * eps) / alpha, (x - sigma * changed) / alpha, tuple(maps))
-            return sharding.keep_whole(view, self.mesh)
+                most = jnp.argmax(control.weights[:, row], axis=1)
+                shown = control.subsets[jnp.arange(len(x)), row, most]
+                found = modulator(own, x, eps, at.t, control.conditions, shown, (at.alpha, at.sigma))[1:]
+                acts = control.scale[:, row, None, None, None] * batch.mask != 0
+                maps.append(tuple(jnp.where(acts, part, 0.0) for part in found))
+            return View((x - sigma * eps) / alpha, (x - sigma * changed) / alpha, tuple(maps))
 
-        return run
+        whole = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        return jax.jit(run, out_shardings=View(self._split, self._split, whole))
 
     @functools.cached_property
     def finish(self) -> Any:
@@ -186,7 +192,9 @@ class Engine:
         @jax.jit
         def run(base_params, latents, batch):
             latents = jnp.where(batch.known, batch.picture, latents)
-            return sharding.keep_whole(self._decode(base_params, latents), self.mesh)  # for each process to read
+            size = [pixels * self.base.factor for pixels in latents.shape[1:3]]
+            images = self._in_slices(functools.partial(self.base.decode, base_params), latents, size)
+            return sharding.keep_whole(images, self.mesh)  # for each process to read
 
         return run
 
@@ -213,34 +221,34 @@ class Engine:
             if callback is not None:
                 jax.block_until_ready(state)  # devices run behind: what is told is done
                 preview = functools.partial(self._pictures, base_params, batch, state.x0)
-                look = functools.partial(self._view, base_params, params, state, batch, table, row)
+                look = functools.partial(self._view, base_params, params, state, batch, table, calls, row)
                 callback(Progress(done, steps, range(len(batch.keys)), preview, look if done < steps else None))
         return self._pictures(base_params, batch, state.x)
 
     def _pictures(self, base_params: Any, batch: Batch, latents: jax.Array) -> np.ndarray:
         return np.asarray(self.finish(base_params, latents, batch), np.float32)
 
-    def _view(self, base_params: Any, params: Any, state: State, batch: Batch, table: Table, row: int) -> View:
-        view = self.look(base_params, params, state, batch, table, np.int32(row))
+    def _view(
+        self, base_params: Any, params: Any, state: State, batch: Batch, table: Table, calls: Any, row: int
+    ) -> View:
+        view = self.look(base_params, params, state, batch, table, calls, np.int32(row))
         base, x0 = (self._pictures(base_params, batch, estimate) for estimate in (view.base, view.x0))
         return View(base, x0, jax.tree.map(np.asarray, view.maps))
 
-    def _decode(self, base_params: Any, latents: jax.Array) -> jax.Array:
+    def _in_slices(self, coder: Callable[[jax.Array], jax.Array], x: jax.Array, picture: Sequence[int]) -> jax.Array:
         """A few pictures of each device at a time, where they are large: all at once would need the most memory."""
-        count, devices = len(latents), self.mesh.size
-        height, width = (latents.shape[axis + 1] * self.base.factor for axis in (0, 1))
-        size = max(1, _DECODED // (height * width))
+        count, devices = len(x), self.mesh.size
+        size = max(1, _PIXELS // math.prod(picture))
         while count // devices % size:
             size -= 1
         slices = count // devices // size
         if not self.base.is_latent or slices <= 1:
-            return self.base.decode(base_params, latents)
-        split = latents.reshape(devices, slices, size, *latents.shape[1:]).swapaxes(0, 1)
-        split = split.reshape(slices, devices * size, *latents.shape[1:])
-        decode = lambda part: self.base.decode(base_params, sharding.keep_split(part, self.mesh))  # noqa: E731
-        images = jax.lax.map(decode, split)
-        images = images.reshape(slices, devices, size, *images.shape[2:]).swapaxes(0, 1)
-        return images.reshape(count, *images.shape[3:])
+            return coder(x)
+        split = x.reshape(devices, slices, size, *x.shape[1:]).swapaxes(0, 1)
+        split = split.reshape(slices, devices * size, *x.shape[1:])
+        found = jax.lax.map(lambda part: coder(sharding.keep_split(part, self.mesh)), split)
+        found = found.reshape(slices, devices, size, *found.shape[2:]).swapaxes(0, 1)
+        return found.reshape(count, *found.shape[3:])
 
     def _predict(self, base_params: Any, x: jax.Array, at: Point, context: jax.Array | None) -> jax.Array:
         return self.base.predict(base_params, x, at.t, context, (at.alpha, at.sigma)).astype(jnp.float32)
@@ -270,7 +278,9 @@ class Engine:
         if where == "prompt_only":
             positive = modulate(x, positive, at)
         eps = sampling.guide(negative, positive, batch.text_guidance[:, None, None, None])
-        eps = sampling.rescale(eps, positive, batch.text_rescale)
+        # What the network itself predicts is eps less so much of x, times a number.
+        part = {"epsilon": 0.0, "v_prediction": at.sigma, "sample": 1 / at.sigma}[self.base.schedule.prediction_type]
+        eps = sampling.rescale(eps, positive, batch.text_rescale, jnp.reshape(part, (-1, 1, 1, 1)) * x)
         return modulate(x, eps, at) if where == "after_cfg" else eps
 
     def _twice(self, x: jax.Array) -> jax.Array:

@@ -77,7 +77,7 @@ def generate(
     out = pathlib.Path(out)
     check_writable(out, "--out")
     records = [drawer.record(job) for job in jobs]
-    total = steps * -(-num_samples // settings.batch_size) * (2 if show_base else 1)
+    total = steps * -(-num_samples // drawer.pipeline.filled(settings.batch_size)) * (2 if show_base else 1)
     with Watch(total, (num_samples, 0), out, preview_every) as watch:
 
         def tell(now: Progress) -> None:

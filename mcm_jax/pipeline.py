@@ -16,7 +16,7 @@ from mcm_jax import assets, control, pictures, sampling, sharding
 from mcm_jax import config as config_lib
 from mcm_jax.base import Base
 from mcm_jax.engine import Batch, Engine, Progress
-from mcm_jax.errors import UserError
+from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality, read_png
 from mcm_jax.request import Conditions, read_conditions, read_places, read_texts, settings_of_each
 from mcm_jax.samplers import Table
@@ -64,14 +64,19 @@ class Pipeline:
 
     @classmethod
     def from_folder(
-        cls, *folders: str | os.PathLike, base: str | os.PathLike | None = None, accept_base: bool = False
+        cls,
+        folder: str | os.PathLike,
+        *others: str | os.PathLike,
+        base: str | os.PathLike | None = None,
+        accept_base: bool = False,
     ) -> "Pipeline":
         """Loads a workdir, or a shipped MCM by its name, with its base; several MCMs of one base act together.
 
         Settings of sampling are the first one's.
 
         Args:
-          folders: of the MCMs.
+          folder: of the MCM.
+          others: of further ones.
           base: where the base is, as a config's ``base.path`` says it; None is as in the first one's.
           accept_base: also takes a base that an MCM was not trained on, a fine-tune of its own: the same noise
             schedule and latents, other weights. With a warning.
@@ -79,6 +84,7 @@ class Pipeline:
         Raises:
           UserError: something is missing, corrupt, or does not belong together.
         """
+        folders = (folder, *others)
         paths = [assets.resolve(os.fspath(folder)) for folder in folders]
         found = [config_lib.load(ModelSettings, path, others=True) for path in paths]
         mesh = sharding.local_mesh(found[0].mesh)
@@ -122,7 +128,7 @@ class Pipeline:
         Args:
           batch_size: images, over all devices.
         """
-        base, shape, batch_size = self.base, jax.ShapeDtypeStruct, self._filled(batch_size)
+        base, shape, batch_size = self.base, jax.ShapeDtypeStruct, self.filled(batch_size)
         guided, context = self._is_guided(self.settings), None
         if base.is_text_conditional:
             ids = shape((batch_size, base.tokenizer.length), jnp.int32)
@@ -156,8 +162,8 @@ class Pipeline:
             for p in plans
         )
 
-    def _filled(self, batch_size: int) -> int:
-        """The next batch size that the devices divide."""
+    def filled(self, batch_size: int) -> int:
+        """The next batch size that the devices divide: what a batch is filled up to."""
         return -(-batch_size // self.mesh.size) * self.mesh.size
 
     def _controls(
@@ -238,6 +244,7 @@ class Pipeline:
         """
         if not len(keys):
             raise UserError("no keys given: at least one sample is drawn")
+        expect(every >= 1, "every", "a number of steps, at least 1", every)
         count, each = len(keys), settings_of_each(self.settings, len(keys), changes)
         settings = each[0]
         base = self.sized(settings.height, settings.width)
@@ -248,7 +255,7 @@ class Pipeline:
         guided = any(self._is_guided(s) for s in each)
         negatives = [s.negative_prompt for s in each] if guided else None
         texts = read_texts(self.base, count, prompts, negatives, context, negative_context)
-        batch_size = self._filled(settings.batch_size)
+        batch_size = self.filled(settings.batch_size)
         self._note(batch_size, (base.latent_shape, guided, settings.modulate))
         own, images = sharding.local_rows(self.mesh, batch_size), []
         params = sharding.replicate(tuple(mcm.params for mcm in self.mcms), self.mesh)

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from mcm_jax.base import Base
 from mcm_jax.base.tokenizer import Cuts
 from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality
-from mcm_jax.sampling import SamplingSettings
+from mcm_jax.sampling import SamplingSettings, is_text
 
 PER_SAMPLE = (
     *("guidance", "guidance_schedule", "start", "end"),
@@ -27,7 +28,7 @@ class Conditions:
       values: by modality, ``[N, H, W]`` or ``[N, H, W, planes]``; null where it is not given.
       strengths: by modality, float64 ``[N]``; 0 where it is not given or not shown.
       windows: by modality, float32 ``[N, 2]``, shares of the steps.
-      weights: of each MCM, float32 ``[N]``.
+      weights: of each MCM, float64 ``[N]``.
     """
 
     values: Mapping[str, np.ndarray]
@@ -74,6 +75,7 @@ def settings_of_each(settings: SamplingSettings, count: int, changes: Mapping[st
         depth = 1 if key == "guidance_schedule" else 0
         return key in PER_SAMPLE and not isinstance(value, str) and _depth(value) > depth
 
+    changes = {k: np.asarray(v).tolist() if isinstance(v, np.ndarray | jax.Array) else v for k, v in changes.items()}
     own = {k: list(v) for k, v in changes.items() if is_many(k, v)}
     if odd := [k for k, v in own.items() if len(v) != count]:
         raise UserError(f"{odd[0]}: expected {count} values, one a sample, or one for all, got {len(own[odd[0]])}")
@@ -85,7 +87,15 @@ def settings_of_each(settings: SamplingSettings, count: int, changes: Mapping[st
 
 def _depth(value: Any) -> int:
     """How deep lists are nested; ragged ones, too."""
-    return 1 + max(map(_depth, value), default=0) if isinstance(value, list | tuple | np.ndarray) else 0
+    return 1 + max(map(_depth, value), default=0) if isinstance(value, list | tuple) else 0
+
+
+def _of_each(key: str, value: Any, count: int) -> np.ndarray:
+    """One number for all samples, or one of each: ``[count]``. Raises UserError where they are others, or below 0."""
+    found = np.asarray(value, np.float64)
+    expect(found.shape in ((), (count,)), key, f"one value, or {count}, one a sample", value)
+    expect(np.all((found >= 0) & np.isfinite(found)), key, "at least 0", value)
+    return np.broadcast_to(found, count)
 
 
 def read_conditions(
@@ -112,7 +122,7 @@ def read_conditions(
       UserError: a modality that is none of these, another shape, or a value out of range.
     """
     present, strength, window = present or {}, strength or {}, window or {}
-    if unknown := {*conditions, *strength, *window} - {m.name for m in modalities}:
+    if unknown := {*conditions, *present, *strength, *window} - {m.name for m in modalities}:
         names = ", ".join(m.name for m in modalities)
         raise UserError(f"this MCM knows the modalities {names}, got {', '.join(sorted(unknown))}")
     values, strengths, windows = {}, {}, {}
@@ -123,10 +133,8 @@ def read_conditions(
             wanted = modality.null(count, *grid).shape
             if value.shape not in (wanted, (*wanted, 1)):
                 raise UserError(f"{name}: expected shape {list(wanted)}, got {list(value.shape)}")
-            strengths[name] += strength.get(name, 1.0)
-            positive = np.all((strengths[name] >= 0) & np.isfinite(strengths[name]))
-            expect(positive, f"strength of {name}", "at least 0", strength.get(name))
-            strengths[name] *= present.get(name, True)
+            shown = _of_each(f"presence of {name}", present.get(name, True), count)
+            strengths[name] = _of_each(f"strength of {name}", strength.get(name, 1.0), count) * (shown > 0)
         value = modality.null(count, *grid) if value is None else np.asarray(value)
         # Classes come in several dtypes, each of which would compile anew.
         values[name] = value if modality.continuous else value.astype(np.int32)
@@ -137,9 +145,7 @@ def read_conditions(
         windows[name] = np.broadcast_to(bounds, (count, 2))
     weights = [1.0] * len(mcms) if weights is None else list(weights)
     expect(len(weights) == len(mcms), "weights", f"{len(mcms)}, one an MCM ({', '.join(mcms)})", len(weights))
-    spread = [np.broadcast_to(np.asarray(w, np.float32), count) for w in weights]
-    expect(all(np.all((w >= 0) & np.isfinite(w)) for w in spread), "weights", "at least 0", weights)
-    return Conditions(values, strengths, windows, spread)
+    return Conditions(values, strengths, windows, [_of_each("weights", w, count) for w in weights])
 
 
 def read_places(base: Base, count: int, **given: np.ndarray | None) -> Places:
@@ -197,10 +203,17 @@ def read_texts(
     Raises:
       UserError: a text for an unconditional base, no text, or another number or shape.
     """
-    for name, value in (("context", context), ("negative_context", negative_context)):
+    lengths = set()
+    for name, value, asked in (("context", context, True), ("negative_context", negative_context, negatives)):
         if value is not None:
             expect(base.is_text_conditional, name, f"none: the base {base.name!r} is unconditional", "one")
-            expect(np.ndim(value) == 3 and len(value) == count, name, f"of shape [{count}, L, D]", np.shape(value))
+            shape, width = np.shape(value), base.text_encoder.config.hidden_size
+            fits = len(shape) == 3 and (shape[0], shape[2]) == (count, width)
+            expect(fits, name, f"of shape [{count}, L, {width}]", list(shape))
+        if base.is_text_conditional and asked is not None:
+            lengths.add(base.tokenizer.length if value is None else np.shape(value)[1])
+    if len(lengths) > 1:
+        raise UserError(f"context and negative_context must be of one length, got {sorted(lengths)}; give both")
     if context is not None and prompts is not None:
         raise UserError("prompts and context are the same thing twice; give one of them")
     if not base.is_text_conditional:
@@ -210,7 +223,7 @@ def read_texts(
     prompts = [""] * count if prompts is None else list(prompts)
     if len(prompts) != count:
         raise UserError(f"prompts: expected {count}, one a sample, got {len(prompts)}")
-    if odd := [p for p in prompts if not isinstance(p, str)]:
+    if odd := [p for p in prompts if not is_text(p)]:
         raise UserError(f"prompts: expected texts, got {odd[0]!r} ({type(odd[0]).__name__})")
     cut: dict[str, str] = {}
 

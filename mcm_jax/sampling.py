@@ -21,6 +21,11 @@ from mcm_jax.schedules import Schedule
 MODULATE = ("after_cfg", "before_cfg", "prompt_only")
 
 
+def is_text(value: object) -> bool:
+    """Whether it is a text that UTF-8 has: JSON and command lines may hold halves of characters, which it has not."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 class Point(NamedTuple):
     """Where a call of the network stands: ``x = alpha x_0 + sigma eps``.
 
@@ -110,7 +115,7 @@ class SamplingSettings:
         expect(self.start <= self.end <= 1, "end", f"a share of the steps, in [start={self.start:g}, 1]", self.end)
         expect(0 <= self.text_guidance < float("inf"), "text_guidance", "at least 0", self.text_guidance)
         expect(0 <= self.text_rescale <= 1, "text_rescale", "in [0, 1]", self.text_rescale)
-        expect(isinstance(self.negative_prompt, str), "negative_prompt", "a text, '' for none", self.negative_prompt)
+        expect(is_text(self.negative_prompt), "negative_prompt", "a text in UTF-8, '' for none", self.negative_prompt)
         expect(self.modulate in MODULATE, "modulate", f"one of {', '.join(MODULATE)}", self.modulate)
         expect(0 < self.image_strength <= 1, "image_strength", "in (0, 1]", self.image_strength)
         expect(self.height >= 0, "height", "pixels, or 0 (the base's)", self.height)
@@ -183,16 +188,19 @@ def guide(eps: jax.Array, modulated: jax.Array, scale: float) -> jax.Array:
     return eps + scale * (modulated - eps)
 
 
-def rescale(guided: jax.Array, prompt: jax.Array, share: jax.Array) -> jax.Array:
+def rescale(guided: jax.Array, prompt: jax.Array, share: jax.Array, fixed: jax.Array) -> jax.Array:
     """Brings a guided prediction back to the prompt's spread, as far as ``share`` says (Lin et al. 2024, sec. 3.4).
 
     Args:
       guided: eps by text guidance, ``[B, H, W, C]``.
       prompt: eps for the prompt, of the same shape.
       share: ``[B]`` in [0, 1]; 0 leaves it as it is.
+      fixed: of the same shape, what of eps follows from x, so that the network does not predict it: ``sigma x`` where
+        it predicts v, ``x / sigma`` where it predicts x0, 0 where it predicts eps. The spread is that of the rest.
     """
+    guided, prompt = guided - fixed, prompt - fixed
     factor = prompt.std((1, 2, 3)) / guided.std((1, 2, 3))
-    return guided * jnp.where(share > 0, 1 + share * (factor - 1), 1.0)[:, None, None, None]
+    return fixed + guided * jnp.where(share > 0, 1 + share * (factor - 1), 1.0)[:, None, None, None]
 
 
 def slerp(a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:

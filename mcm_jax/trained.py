@@ -122,7 +122,9 @@ def read_mcm(
         _check_accepted(path, metadata, base, accept)
     expected = traverse_util.flatten_dict(like, sep="/")
     check_same_shapes({k: v.shape for k, v in found.items()}, {k: v.shape for k, v in expected.items()}, str(path))
-    return traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in found.items()}, sep="/"), int(metadata["step"])
+    return traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in found.items()}, sep="/"), int(
+        metadata.get("step", 0)
+    )
 
 
 def _check_accepted(

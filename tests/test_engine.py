@@ -15,6 +15,7 @@ from mcm_jax.control import plan
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.request import settings_of_each
 from mcm_jax.sampling import SamplingSettings
 from mcm_jax.trained import Trained
 
@@ -217,7 +218,7 @@ def test_other_sizes_are_other_buckets(both, base, keys):
 def test_the_host_sees_every_few_steps(both, conditions, keys):
     """In as many programs as without; previews end at the picture, and what is looked at is what acts."""
     told, plain = [], both(conditions, keys)
-    before = both.engine.compilations
+    before, decoders = both.engine.compilations, both.engine.finish._cache_size()
 
     def see(now):
         told.append((now.step, now.steps, now.samples, now.preview(), now.look and now.look()))
@@ -230,18 +231,34 @@ def test_the_host_sees_every_few_steps(both, conditions, keys):
     view = told[0][4]
     assert np.abs(view.x0 - found).mean() < np.abs(view.base - found).mean()
     assert (view.maps[0][0] != 0).all() and told[-1][4] is None
+    # What is looked at is what the next call estimates, whatever is asked of an MCM: one more preview says the same.
+    previews, looks = [], []
+
+    def compare(now):
+        previews.append(now.preview())
+        looks.append(now.look and now.look())
+
+    both(conditions, keys, callback=compare, strength={"sketch": [0.5, 1.5]}, weights=[0.7])
+    for view, after in zip(looks[:-1], previews[1:], strict=True):
+        _equal(np.clip(view.x0, -1, 1), after)
+        assert (view.maps[0][0] != 0).all()
+    assert both.engine.finish._cache_size() == decoders
     one = []
     both({k: v[:1] for k, v in conditions.items()}, keys[:1], callback=one.append, every=2)
     assert [now.samples for now in one] == [range(1)] * 2 and both.engine.compilations == before
 
 
 def test_large_pictures_are_decoded_in_slices(sd_path, monkeypatch):
-    """To the same pictures, by one device or two; other text branches of one batch do not matter."""
+    """To the same pictures, and encoded; other text branches of one batch do not matter."""
     base = load_base(sd_path)
     settings = SamplingSettings(steps=2, batch_size=4, text_guidance=3.0)
     keys, prompts = sampling.sample_keys(0, 4), PROMPTS * 2
-    whole = Pipeline(base, (), settings)({}, keys, prompts=prompts)
-    monkeypatch.setattr(engine_lib, "_DECODED", 32 * 32)
+    at_once = Pipeline(base, (), settings)
+    whole = at_once({}, keys, prompts=prompts)
+    image, anew = np.clip(whole, -1, 1), np.zeros((4, 32, 32), bool)
+    anew[:, 5:20, 8:] = True
+    begun = at_once({}, keys, prompts=prompts[::-1], image=image)
+    monkeypatch.setattr(engine_lib, "_PIXELS", 32 * 32)
     sliced = Pipeline(base, (), settings)
     np.testing.assert_allclose(sliced({}, keys, prompts=prompts), whole, atol=1e-4)
     context = np.asarray(base.embed_text(base.params, prompts))
@@ -252,11 +269,14 @@ def test_large_pictures_are_decoded_in_slices(sd_path, monkeypatch):
     np.testing.assert_allclose(mixed[::2], whole[::2], atol=1e-4)
     assert np.abs(mixed - whole)[1::2].max() > 1e-3
     # A picture of a latent base, painted anew in part: the rest is exact.
-    image, anew = np.clip(whole, -1, 1), np.zeros((4, 32, 32), bool)
-    anew[:, 5:20, 8:] = True
+    np.testing.assert_allclose(sliced({}, keys, prompts=prompts[::-1], image=image), begun, atol=1e-4)
     painted = sliced({}, keys, prompts=prompts[::-1], image=image, inpaint=anew)
     np.testing.assert_array_equal(painted[~anew], image[~anew])
     assert np.abs(painted - image).max() > 1e-2
+    for odd, words in (({"context": context[..., 1:]}, "context must be of shape"),
+                       ({"context": context[:, 1:]}, "of one length")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            sliced({}, keys, **odd)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +284,12 @@ def test_large_pictures_are_decoded_in_slices(sd_path, monkeypatch):
     [
         ({"weights": [1.0]}, ["weights", "2, one an MCM (mcm0, mcm1)", "got 1"]),
         ({"weights": [1.0, -1]}, ["weights", "at least 0"]),
+        ({"weights": [[1.0, 1.0, 1.0], 1.0]}, ["weights", "one value, or 2"]),
+        ({"strength": {"sketch": [1.0] * 3}}, ["strength of sketch", "one value, or 2"]),
+        ({"present": {"sketch": [True] * 3}}, ["presence of sketch", "one value, or 2"]),
+        ({"present": {"depth": True}}, ["segmentation, sketch", "depth"]),
+        ({"every": 0}, ["every", "at least 1"]),
+        ({"height": -16}, ["height", "pixels"]),
         ({"window": {"sketch": (0.5, 0.2)}}, ["window of sketch", "rising"]),
         ({"window": {"depth": (0, 1)}}, ["segmentation, sketch", "depth"]),
         ({"inpaint": np.zeros((N, 16, 16), bool)}, ["image", "painted anew"]),
@@ -280,6 +306,12 @@ def test_what_cannot_be_is_named(two, conditions, keys, how, words):
     with pytest.raises(UserError) as error:
         two(conditions, keys, **how)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_settings_of_each_sample_may_be_arrays(settings):
+    one, each = np.array(2.0), jnp.array([1.0, 2.0])
+    found = settings_of_each(settings, N, {"guidance": each, "end": one / 4, "guidance_schedule": np.array([1.0, 0.0])})
+    assert [(s.guidance, s.end, list(s.guidance_schedule)) for s in found] == [(g, 0.5, [1, 0]) for g in (1, 2)]
 
 
 def test_mcms_that_do_not_belong_together(base, mcms):

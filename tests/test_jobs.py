@@ -333,6 +333,12 @@ def test_bad_jobs_are_named_by_line_and_the_others_drawn(script, drawer, mcm, ma
         json.dumps({"sampler": "euler_a"}): "sampler must be one of",
         json.dumps({"steps": 1001}): "steps must be in 1..1000",
         json.dumps({"num_samples": 0}): "num_samples must be a whole number",
+        json.dumps({"num_samples": 2, "sample": 5}): "sample must be left out beside num_samples",
+        json.dumps({"name": "\ud800"}): "name must be a file name",
+        json.dumps({"name": "\u00e9" * 121}): "name must be of at most 240 bytes",
+        json.dumps({"prompt": "\ud800"}): "prompt: the base",
+        json.dumps({"conditions": {"sketch": "\ud800.png"}}): "conditions.sketch: ",
+        "[" * 100_000: "no JSON",
     }
     (tmp_path / "odd.jsonl").write_text("\n".join(odd))
     _, problems = jobs_lib.read_jobs(tmp_path / "odd.jsonl", drawer)

@@ -404,12 +404,23 @@ def test_a_guided_prediction_is_brought_back_to_the_prompts_spread():
     rng = np.random.default_rng(0)
     guided, prompt = (rng.normal(size=(3, *SHAPE), scale=s).astype(np.float32) for s in (4, 1))
     share = np.array([0, 0.7, 1], np.float32)
-    found = np.asarray(rescale(guided, prompt, share))
+    found = np.asarray(rescale(guided, prompt, share, jnp.zeros_like(prompt)))
     np.testing.assert_array_equal(found[0], guided[0])
     for i in (1, 2):
         theirs = rescale_noise_cfg(torch.from_numpy(guided[i : i + 1]), torch.from_numpy(prompt[i : i + 1]), share[i])
         np.testing.assert_allclose(found[i], theirs[0], atol=1e-5)
-    assert np.isfinite(rescale(jnp.zeros((3, *SHAPE)), prompt, jnp.zeros(3))).all()
+    assert np.isfinite(rescale(jnp.zeros((3, *SHAPE)), prompt, jnp.zeros(3), jnp.zeros_like(prompt))).all()
+
+
+def test_what_a_network_predicts_is_brought_back():
+    """Of v it is the spread of v, as in diffusers: that of eps hardly differs between prompts where x is noise."""
+    guided, prompt, x = (jax.random.normal(jax.random.key(i), (3, *SHAPE)) * (4, 1, 1)[i] for i in range(3))
+    alpha, sigma = jnp.array([0.01, 0.6, 0.8]), jnp.sqrt(1 - jnp.array([0.01, 0.6, 0.8]) ** 2)
+    theirs = rescale_noise_cfg(*(torch.from_numpy(np.array(v)) for v in (guided, prompt)), 0.7)
+    expected = to_eps(jnp.asarray(theirs.numpy()), x, alpha, sigma, "v_prediction")
+    seen = (to_eps(v, x, alpha, sigma, "v_prediction") for v in (guided, prompt))
+    found = rescale(*seen, jnp.full(3, 0.7), sigma[:, None, None, None] * x)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_between_two_noises_lies_noise():

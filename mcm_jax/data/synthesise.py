@@ -93,7 +93,7 @@ def _sample_missing(
 ) -> int:
     mesh = sharding.local_mesh() if (found := sharding.mesh_of(base.params)) is None else found
     pipeline = Pipeline(base, (), settings, mesh)
-    batch_size = -(-settings.batch_size // mesh.size) * mesh.size
+    batch_size = pipeline.filled(settings.batch_size)
     images, captions = out / "train" / "image", out / "train" / "caption"
     for folder in (images, captions) if prompts else (images,):
         folder.mkdir(parents=True, exist_ok=True)

@@ -183,6 +183,7 @@ class Drawer:
                 problems.append(f"{job.source}: {e}")
         todo.sort(key=lambda item: item[:2])
         size = max(1, min(self.settings.batch_size, len(jobs)))  # the same when the command goes on
+        size = self.pipeline.filled(size)
         groups = [list(group) for _, group in itertools.groupby(todo, lambda item: item[0])]
         batches = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
         steps = [self.steps(batch[0][2]) for batch in batches]

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 from mcm_jax.errors import expect
-from mcm_jax.sampling import SamplingSettings
+from mcm_jax.sampling import SamplingSettings, is_text
 
 FILES = ("mask", "image", "inpaint")
 """Fields of a job that name a picture file, beside its conditions."""
@@ -26,6 +26,8 @@ CONTROLS = (
     "variation",
 )
 """Fields of a job that a command may give all of its jobs."""
+
+_LONGEST = 240  # of the 255 bytes that file systems have for a name, which ends on .png.tmp at first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +70,10 @@ class Job:
     source: str = ""
 
     def __post_init__(self):
-        plain = re.fullmatch(r"[^/\\\0.][^/\\\0]{0,200}", self.name)
+        plain = is_text(self.name) and re.fullmatch(r"[^/\\\0.][^/\\\0]*", self.name)
         expect(bool(plain), "name", "a file name without folder and ending, not beginning with a dot", self.name)
+        expect(len(self.name.encode()) <= _LONGEST, "name", f"of at most {_LONGEST} bytes in UTF-8", self.name)
+        expect(is_text(self.prompt), "prompt", "a text in UTF-8", self.prompt)
         for key, least in (("seed", 0), ("sample", 0), ("variation_seed", -1)):
             value = getattr(self, key)
             expect(type(value) is int and least <= value < 2**32, key, "a whole number in 0..4294967295", value)

@@ -22,7 +22,7 @@ _KEYS = (*_JOB, "num_samples", *_SETTINGS)
 
 def _seed_of(seed: int | None, name: Any) -> int:
     """A seed of its own for each name: other jobs that come or go leave its picture as it is."""
-    return zlib.crc32(f"{seed or 0}/{name}".encode())
+    return zlib.crc32(f"{seed or 0}/{name}".encode(errors="surrogatepass"))
 
 
 def _jobs_of_line(
@@ -30,7 +30,7 @@ def _jobs_of_line(
 ) -> list[Job]:
     try:
         given = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"no JSON ({e}); expected one object a line") from e
     expect(isinstance(given, dict), "a line", "an object", given)
     if unknown := sorted(given.keys() - {*_KEYS}):
@@ -49,7 +49,12 @@ def _jobs_of_line(
     if count is None:
         return [drawer.job(name, given, source)]
     expect(type(count) is int and count >= 1, "num_samples", "a whole number, at least 1", count)
-    expect("sample" not in given, "sample", "left out beside num_samples, which draws samples 0, 1, ...", count)
+    expect(
+        "sample" not in given,
+        "sample",
+        "left out beside num_samples, which draws samples 0, 1, ...",
+        given.get("sample"),
+    )
     expect(isinstance(name, str), "name", "a text", name)
     return [drawer.job(f"{name}_{i:03d}", given | {"sample": i}, source) for i in range(count)]
 
