@@ -116,7 +116,7 @@ class Pipeline:
         """The base for pictures of a size, 0 for its own. Raises UserError where base or MCMs do not take it."""
         return self.base.sized(height, width, self.base.factor * max([m.modulator.multiple for m in self.mcms] or [1]))
 
-    def _is_guided(self, settings: SamplingSettings) -> bool:
+    def is_guided(self, settings: SamplingSettings) -> bool:
         """Whether the base is asked about the negative prompt, too."""
         return self.base.is_text_conditional and settings.text_guidance != 1
 
@@ -129,7 +129,7 @@ class Pipeline:
           batch_size: images, over all devices.
         """
         base, shape, batch_size = self.base, jax.ShapeDtypeStruct, self.filled(batch_size)
-        guided, context = self._is_guided(self.settings), None
+        guided, context = self.is_guided(self.settings), None
         if base.is_text_conditional:
             ids = shape((batch_size, base.tokenizer.length), jnp.int32)
             context = jax.eval_shape(base.encode_tokens, base.params, ids)
@@ -252,7 +252,7 @@ class Pipeline:
         names, grid = [mcm.name or "the MCM" for mcm in self.mcms], self.grid_for(base)
         given = read_conditions(count, grid, self.modalities, names, conditions, present, strength, window, weights)
         places = read_places(base, count, mask=mask, image=image, inpaint=inpaint, latents=latents)
-        guided = any(self._is_guided(s) for s in each)
+        guided = any(self.is_guided(s) for s in each)
         negatives = [s.negative_prompt for s in each] if guided else None
         texts = read_texts(self.base, count, prompts, negatives, context, negative_context)
         batch_size = self.filled(settings.batch_size)

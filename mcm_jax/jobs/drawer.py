@@ -227,11 +227,10 @@ class Drawer:
     def _shared(self, job: Job) -> tuple:
         """What the jobs of a batch have in common: first whether there is text guidance, then all that they must."""
         s, base = job.settings, self._base(job)
-        guided = base.is_text_conditional and s.text_guidance != 1
         begins = s.image_strength if job.image else 0.0
         same = {"height": 0, "width": 0, "batch_size": 1, "image_strength": 1.0, **_EACH}
         rest = dataclasses.astuple(dataclasses.replace(s, **same))
-        return guided, s.modulate, base.image_shape, begins, rest
+        return self.pipeline.is_guided(s), s.modulate, base.image_shape, begins, rest
 
     def _cost(self, job: Job) -> tuple:
         """What a batch of the same makes cheap."""
