@@ -55,7 +55,7 @@ class SamplingSettings:
       steps: sampling steps.
       spacing: of the steps: ``leading``, ``trailing``, ``linspace``, ``karras`` or ``exponential``; '' is the base's.
       timesteps: an own grid in place of steps and spacing, falling; empty for none.
-      eta: DDIM's share of fresh noise.
+      eta: DDIM's share of fresh noise; 0 for others.
       guidance: modality guidance scale: ``eps + guidance * (eps' - eps)``; 0 is the base alone (the MCM does not run).
       guidance_schedule: factors of the guidance over the steps, evenly spaced and linear in between: 1,0 falls to
         nothing; empty for none.
@@ -75,7 +75,7 @@ class SamplingSettings:
       batch_size: images at a time.
     """
 
-    sampler: str = "ddim"
+    sampler: str = "euler"
     steps: int = 25
     spacing: str = ""
     timesteps: tuple[float, ...] = ()
@@ -144,6 +144,8 @@ class SamplingSettings:
             spacing = spacing or schedule.solver_spacing
         known = f"one of {', '.join(SAMPLERS)}; the base's own scheduler is none of them"
         expect(sampler in SAMPLERS, "sampler", known, sampler)
+        own = "0, since no other sampler than ddim has it (ddpm, euler_ancestral and dpm++2m_sde always add noise)"
+        expect(self.eta == 0 or sampler == "ddim", "eta", own, self.eta)
         total = schedule.num_train_timesteps
         expect(self.steps <= total, "steps", f"in 1..{total} (the base's timesteps)", self.steps)
         try:

@@ -1,5 +1,6 @@
 """What a run does every n steps, each action by itself; and what is said of the compiled step."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -149,7 +150,7 @@ def small_state(step):
 def checkpointing(tmp_path, changes, **more):
     settings = tiny.settings_of(tiny.make_config("scenes-ddpm", {"train.steps": 10, **changes}))
     checkpoints = Checkpoints(tmp_path, settings.train.keep)
-    card = types.SimpleNamespace(name="tiny", fingerprint="f")
+    card = dataclasses.replace(settings.base.outline().card, name="tiny", fingerprint="f")
     told = report(tmp_path, Lines())
     return (
         Checkpoint(tmp_path, checkpoints, settings=settings, report=told, card=card, meta={"fingerprint": "f"}, **more),

@@ -149,7 +149,7 @@ def test_one_program_serves_every_way_to_sample(strong, conditions, keys, sample
     run(10, sampler="ddpm", steps=10)
     run(7, sampler="heun", steps=4, spacing="karras", guidance=2.0)
     run(4, sampler="heun", steps=4, spacing="karras", end=0.5)
-    run(5, sampler="", eta=1.0, timesteps=(900.0, 500.5, 300.0, 200.0, 100.0))
+    run(5, sampler="ddim", eta=1.0, timesteps=(900.0, 500.5, 300.0, 200.0, 100.0))
     assert counted.engine.compilations == 1
 
 

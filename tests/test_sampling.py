@@ -243,7 +243,8 @@ def test_an_own_grid_is_taken_as_it_is(sampler):
 def test_one_compiled_loop_runs_all():
     """Sampler, steps, spacing and eta are data: nothing is compiled for them."""
     (keys, x), schedule = _start(), _schedule(**LATENT)
-    ways = itertools.product(SAMPLERS, (1, 2, 13), SPACINGS, ({}, {"eta": 0.5}))
+    ways = [(s, *how, {}) for s in SAMPLERS for how in itertools.product((1, 2, 13), SPACINGS)]
+    ways += [("ddim", 13, "leading", {"eta": 0.5})]
     tables = [SamplingSettings(s, steps, spacing, **more).table(schedule) for s, steps, spacing, more in ways]
     _run(x, keys, tables[0])
     before = len(TRACED)
@@ -499,6 +500,7 @@ def test_grids_that_cannot_be(how, words):
         ({"end": float("nan")}, ["end", "nan"]),
         ({"timesteps": (5.0, 20.0)}, ["timesteps", "falling"]),
         ({"sampler": ""}, ["LMSDiscreteScheduler", "sampler", "unipc"]),
+        ({"eta": 0.5}, ["eta", "ddim", "0.5"]),
     ],
 )
 def test_settings_that_cannot_be(change, words):

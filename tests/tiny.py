@@ -39,6 +39,7 @@ OVERRIDES = {
     "train.log_every": 2,
     "train.checkpoint_every": 3,
     "train.validate_every": 3,
+    "sampling.sampler": "ddim",
     "sampling.steps": 3,
 }
 
