@@ -50,7 +50,7 @@ def mcms(base):
 
 @pytest.fixture(scope="module")
 def settings():
-    return SamplingSettings(steps=STEPS, batch_size=N)
+    return SamplingSettings(sampler="ddim", steps=STEPS, batch_size=N)
 
 
 @pytest.fixture(scope="module")
