@@ -43,8 +43,8 @@ class Words:
 
     length = 77
 
-    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """int32 ``[B, 77]``."""
+    def __call__(self, prompts: Sequence[str], cut: dict[str, str] | None = None) -> np.ndarray:
+        """int32 ``[B, 77]``; nothing is cut."""
         return np.stack([np.random.default_rng(len(p)).integers(0, 1000, 77).astype(np.int32) for p in prompts])
 
 

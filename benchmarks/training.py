@@ -38,6 +38,7 @@ def make_modulator(card, size: str, dtype: str):
     c = default.get_config()
     c.mcm.update(default.SIZES[size] | {"dtype": dtype, "x0_clip": 4.0, "conditions": "grid"})
     c.modalities.segmentation.channels = 150
+    c.data.name, c.data.path = "folder", "random-pictures"  # neither is there, nor needed
     if size == "paper":
         default.paper_form(c)
     settings = config_lib.read(RunSettings, c)
