@@ -21,8 +21,13 @@ from mcm_jax.base import Base
 from mcm_jax.base.autoencoders import AutoencoderKL, AutoencoderKLConfig
 from mcm_jax.base.clip import CLIPText, CLIPTextConfig
 from mcm_jax.base.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
+from mcm_jax.mcm import Modulator
 from mcm_jax.modalities import Modality
 from mcm_jax.schedules import Schedule
+from mcm_jax.sharding import replicate
+from mcm_jax.training import RunSettings, state, step
+from mcm_jax.training.assembly import schedule_of
+from mcm_jax.training.optimizer import make_optimizer
 
 MODALITIES = (Modality("segmentation", "labels", 150), Modality("sketch", "lines", 1))
 UNETS = {  # what each changes in diffusers' defaults, which are SD 1.5's but for two
@@ -161,6 +166,16 @@ def write_report(out: pathlib.Path | None, what: str, report: dict[str, Any], pa
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(frame, indent=2) + "\n")
+
+
+def begin_run(run: RunSettings, modulator: Modulator, base: Base, seed: int, mesh: jax.sharding.Mesh) -> list[Any]:
+    """State and compiled step of a training by a config's recipe: for benchmarks that train several side by side."""
+    t = run.train
+    optimizer = make_optimizer(t.optimizer, schedule_of(run), weight_decay=t.weight_decay, clip_norm=t.clip_norm)
+    init = jax.jit(lambda key: modulator.init(key, base.latent_shape, modulator.grid(base)))
+    params = replicate(init(jax.random.key(seed, impl="rbg")), mesh)  # compiles in a third of the time
+    how = dict(weighting=run.loss.weighting, l1=run.loss.l1, ema_decay=t.ema_decay)
+    return [state.init_state(params, optimizer), step.make_train_step(modulator, optimizer, **how)]
 
 
 LOAD = os.getloadavg()[0]  # other processes' share explains a slow run

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import pathlib
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -28,11 +27,9 @@ from mcm_jax.evaluation.judges import flatten, judges_of
 from mcm_jax.evaluation.rows import Row, Sampler
 from mcm_jax.mcm import CONDITIONS, parameter_count
 from mcm_jax.pipeline import Pipeline
-from mcm_jax.sharding import make_mesh, replicate
+from mcm_jax.sharding import make_mesh
 from mcm_jax.trained import Trained
-from mcm_jax.training import RunSettings, feed, state, step
-from mcm_jax.training.assembly import schedule_of
-from mcm_jax.training.optimizer import make_optimizer
+from mcm_jax.training import RunSettings, feed, step
 
 NUMBERS = ("miou", "class_iou.sun", "class_iou.tree", "edge_f1.f1", "edge_f1.precision", "edge_f1.recall")
 GIVEN = {"both": ("segmentation", "sketch"), "segmentation": ("segmentation",), "sketch": ("sketch",)}
@@ -75,14 +72,8 @@ def main() -> None:
     for seed in range(args.seeds):
         runs, records = {}, {}
         for name, modulator in modulators.items():
-            optimizer = make_optimizer(
-                t.optimizer, schedule_of(settings[name]), weight_decay=t.weight_decay, clip_norm=t.clip_norm
-            )
-            init = jax.jit(lambda key, m=modulator: m.init(key, base.latent_shape, m.grid(base)))
-            params = replicate(init(jax.random.key(seed, impl="rbg")), mesh)  # compiles in a third of the time
-            sizes[name] = parameter_count(params)
-            how = dict(weighting=one.loss.weighting, l1=one.loss.l1, ema_decay=t.ema_decay)
-            runs[name] = [state.init_state(params, optimizer), step.make_train_step(modulator, optimizer, **how)]
+            runs[name] = common.begin_run(settings[name], modulator, base, seed, mesh)
+            sizes[name] = parameter_count(runs[name][0].params)
             noise_step = step.make_noise_step(modulator, draws, seed=seed, drop_rate=one.modalities.drop_rate)
             records[name] = feeds[name].records(
                 noise_step, batch_size=t.batch_size, seed=seed, steps=range(args.steps), mesh=mesh

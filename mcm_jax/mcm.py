@@ -254,6 +254,10 @@ class Modulator:
         y = jnp.zeros((1, *(grid or (height, width)), total_channels(self.modalities)))
         return self.module.init(key, x, x, jnp.zeros(1, jnp.int32), y, x)["params"]
 
+    def shapes(self, base: Base | BaseCard) -> Any:
+        """What :meth:`init` gives for a base, as shapes."""
+        return jax.eval_shape(lambda: self.init(jax.random.key(0), base.latent_shape, self.grid(base)))
+
     def __call__(
         self,
         params: Any,

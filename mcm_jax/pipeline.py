@@ -93,8 +93,7 @@ class Pipeline:
         mcms = []
         for folder, path, one in zip(folders, paths, found, strict=True):
             modulator = one.mcm.modulator(one.modalities.shown, loaded.schedule)
-            like = jax.eval_shape(lambda m=modulator: m.init(jax.random.key(0), loaded.latent_shape, m.grid(loaded)))
-            params, step = read_mcm(path / WEIGHTS, like, loaded, one.base if accept_base else None)
+            params, step = read_mcm(path / WEIGHTS, modulator.shapes(loaded), loaded, one.base if accept_base else None)
             mcms.append(Trained(modulator, params, step, os.fspath(folder)))
         return cls(loaded, mcms, found[0].sampling, mesh)
 
@@ -133,10 +132,6 @@ class Pipeline:
         if base.is_text_conditional:
             ids = shape((batch_size, base.tokenizer.length), jnp.int32)
             context = jax.eval_shape(base.encode_tokens, base.params, ids)
-        like = [
-            jax.eval_shape(lambda m=m.modulator: m.init(jax.random.key(0), base.latent_shape, m.grid(base)))
-            for m in self.mcms
-        ]
         table = self.settings.table(base.schedule)
         names = [""] * len(self.mcms)
         nothing = {m.name: m.null(batch_size, *self.grid) for m in self.modalities}
@@ -149,7 +144,7 @@ class Pipeline:
         batch = batch._replace(context=context, negative=context if guided else None)
         state = jax.eval_shape(sampling.begin, noise, table)
         batch, state = jax.tree.map(lambda x: shape(x.shape, x.dtype, sharding=rows), (batch, state))
-        params = sharding.replicate(tuple(like), self.mesh)
+        params = sharding.replicate(tuple(mcm.modulator.shapes(base) for mcm in self.mcms), self.mesh)
         zero = np.int32(0)
         run = self.engine.advance(guided, self.settings.modulate)
         programs = (

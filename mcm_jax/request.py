@@ -1,6 +1,7 @@
 """What a call for samples asks for: checked, and one of each thing for each sample."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -226,17 +227,17 @@ def read_texts(
     if odd := [p for p in prompts if not is_text(p)]:
         raise UserError(f"prompts: expected texts, got {odd[0]!r} ({type(odd[0]).__name__})")
     cut: dict[str, str] = {}
+    embed = functools.cache(lambda text: np.asarray(base.embed_text(base.params, [text], cut)))
 
     def rows(texts: Sequence[str], given: np.ndarray | None) -> Rows | np.ndarray:
         if given is not None:
             return np.asarray(given, np.float32)
         places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        contexts = [np.asarray(base.embed_text(base.params, [text], cut)) for text in places]
-        return Rows(np.concatenate(contexts), np.array([places[text] for text in texts]))
+        return Rows(np.concatenate([embed(text) for text in places]), np.array([places[text] for text in texts]))
 
     positive = rows(prompts, context)
     negative = None if negatives is None else rows(negatives, negative_context)
     cuts = Cuts()
-    cuts.add(filter(None, {*prompts, *(negatives or ())}), cut)  # nobody wrote the empty prompt
+    cuts.add(filter(None, dict.fromkeys([*prompts, *(negatives or ())])), cut)  # nobody wrote the empty prompt
     cuts.warn(stacklevel=4)
     return positive, negative

@@ -11,7 +11,6 @@ import pathlib
 import warnings
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -195,10 +194,7 @@ def start_from(folder: str, settings: MCMSettings, modulator: Modulator, card: B
             f"{odd[0].kind} of {odd[0].channels}. Give it another name here, so that it starts anew"
         )
     trained = found.mcm.modulator(found.modalities.shown, card.schedule)
-    like, wanted = (
-        jax.eval_shape(lambda m=m: m.init(jax.random.key(0), card.latent_shape, m.grid(card)))
-        for m in (trained, modulator)
-    )
+    like, wanted = trained.shapes(card), modulator.shapes(card)
     params, _ = read_mcm(path / WEIGHTS, like, card)
     first = ("encoder", "down_0", "conv") if "encoder" in params else ("unet", "conv_in")
     flat = traverse_util.flatten_dict(params)
