@@ -16,6 +16,9 @@ from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.jobs import CONTROLS, TEXT, Drawer, Job
 from mcm_jax.jobs.intermediates import Intermediates
 from mcm_jax.jobs.watch import Watch
+from mcm_jax.request import check_shown
+
+_WAY_OUT = "take less guidance and strength, or float32"
 
 
 def generate(
@@ -53,7 +56,7 @@ def generate(
       The samples, float32 ``[num_samples, H, W, 3]``.
 
     Raises:
-      UserError: bad input, or samples that came out as NaN; no sample was written.
+      UserError: bad input: no sample was written; or some samples came out as NaN: the others were.
     """
     if not conditions:
         raise UserError(
@@ -66,6 +69,7 @@ def generate(
     if changes.get("batch_size") is None:
         own["batch_size"] = min(num_samples, drawer.settings.batch_size)
     own["conditions"] = dict(conditions)
+    check_shown(conditions, strength=own.get("strength"), window=own.get("window"))
     jobs = [drawer.job(f"sample_{i:03d}", own | {"sample": i}) for i in range(num_samples)]
     first, settings = jobs[0], jobs[0].settings
     sized, steps = drawer.pipeline.sized(settings.height, settings.width), drawer.steps(first)
@@ -86,15 +90,14 @@ def generate(
                 look(now)
 
         images = drawer.sample(jobs, tell=tell, every=1 if look else watch.every)
-        if odd := [job.name for job, image in zip(jobs, images, strict=True) if not np.isfinite(image).all()]:
-            raise UserError(
-                f"{', '.join(odd)} of seed {first.seed} came out as NaN, nothing was written; take less guidance and "
-                f"strength, or float32"
-            )
-        watch.drawn(num_samples)
+        fine = np.isfinite(images).all((1, 2, 3))
+        odd = ", ".join(job.name for job, is_fine in zip(jobs, fine, strict=True) if not is_fine)
+        if not fine.any():
+            raise UserError(f"{odd} of seed {first.seed} came out as NaN, nothing was written; {_WAY_OUT}")
+        watch.drawn(int(fine.sum()))
         alone = drawer.sample([_alone(job) for job in jobs], tell=watch, every=watch.every) if show_base else None
 
-    values = pictures.to_uint8(images)
+    values = pictures.to_uint8(np.nan_to_num(images, nan=-1.0, posinf=1.0, neginf=-1.0))  # black
     strip = np.concatenate([*shown, values])
     columns = min(len(strip), 9)
     rows = pictures.rows_of(strip, columns)
@@ -112,8 +115,9 @@ def generate(
     try:
         for earlier in (*out.glob("sample_*.png"), out / "intermediates.png"):  # of another run into this folder
             earlier.unlink(missing_ok=True)
-        for job, image, said in zip(jobs, values, records, strict=True):
-            pictures.save_png(out / f"{job.name}.png", image, {TEXT: json.dumps(said)})
+        for job, image, said, is_fine in zip(jobs, values, records, fine, strict=True):
+            if is_fine:
+                pictures.save_png(out / f"{job.name}.png", image, {TEXT: json.dumps(said)})
         pictures.save_png(out / "grid.png", pictures.grid(rows))
         if look:
             pictures.save_png(out / "intermediates.png", look.picture(drawer.workdirs))
@@ -121,7 +125,9 @@ def generate(
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror or e}); take another --out") from e
     more = ", intermediates.png" if look else ""
-    print(f"{num_samples} samples, grid.png{more} and samples.json are in {out}")
+    print(f"{fine.sum()} samples, grid.png{more} and samples.json are in {out}")
+    if odd:
+        raise UserError(f"{odd} of seed {first.seed} came out as NaN, black in grid.png and not written; {_WAY_OUT}")
     return images
 
 

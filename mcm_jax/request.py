@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,6 +99,13 @@ def _of_each(key: str, value: Any, count: int) -> np.ndarray:
     return np.broadcast_to(found, count)
 
 
+def check_shown(conditions: Collection[str], **given: Mapping[str, Any] | None) -> None:
+    """Raises UserError where something is given of a modality that has no condition: it would do nothing."""
+    for key, values in given.items():
+        if idle := sorted((values or {}).keys() - set(conditions)):
+            raise UserError(f"{key}: given of {', '.join(idle)}, of which there is no condition")
+
+
 def read_conditions(
     count: int,
     grid: tuple[int, int],
@@ -126,6 +133,7 @@ def read_conditions(
     if unknown := {*conditions, *present, *strength, *window} - {m.name for m in modalities}:
         names = ", ".join(m.name for m in modalities)
         raise UserError(f"this MCM knows the modalities {names}, got {', '.join(sorted(unknown))}")
+    check_shown(conditions, present=present, strength=strength, window=window)
     values, strengths, windows = {}, {}, {}
     for modality in modalities:
         name, value = modality.name, conditions.get(modality.name)

@@ -16,7 +16,9 @@ import tiny
 from PIL import Image
 from safetensors.numpy import load_file
 
+from mcm_jax import jobs
 from mcm_jax.cache import store
+from mcm_jax.errors import UserError
 from mcm_jax.generate import generate
 from mcm_jax.training import assembly, train_and_evaluate
 from mcm_jax.training.checkpoints import Checkpoints
@@ -397,6 +399,24 @@ def test_a_second_run_into_a_folder_replaces_the_first(trained, maps, tmp_path):
     for count in (3, 1):
         generate(str(trained.workdir), sketch, tmp_path, num_samples=count, seed=7)
     assert [p.name for p in sorted(tmp_path.glob("sample_*"))] == ["sample_000.png"]
+
+
+def test_a_sample_that_is_nan_is_named_and_the_others_are_written(trained, maps, tmp_path, monkeypatch):
+    whole = jobs.Drawer.sample
+
+    def second_is_nan(self, *args, **how):
+        images = whole(self, *args, **how)
+        images[1, 0, 0] = np.nan
+        return images
+
+    monkeypatch.setattr(jobs.Drawer, "sample", second_is_nan)
+    with pytest.raises(UserError, match=r"sample_001 of seed 7 came out as NaN, black in grid.png and not written"):
+        generate(str(trained.workdir), {"sketch": str(maps / "sketch.png")}, tmp_path, num_samples=3, seed=7)
+    assert [p.name for p in sorted(tmp_path.glob("sample_*"))] == ["sample_000.png", "sample_002.png"]
+    assert (tmp_path / "grid.png").exists() and (tmp_path / "samples.json").exists()
+    idle = {"strength": {"segmentation": 0.5}}
+    with pytest.raises(UserError, match="strength: given of segmentation, of which there is no condition"):
+        generate(str(trained.workdir), {"sketch": str(maps / "sketch.png")}, tmp_path, num_samples=1, **idle)
 
 
 def test_a_sketch_that_looks_inverted_is_pointed_out(trained, maps, tmp_path):

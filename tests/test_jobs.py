@@ -298,6 +298,8 @@ def test_bad_jobs_are_named_by_line_and_the_others_drawn(script, drawer, mcm, ma
         json.dumps({"conditions": {"sketch": "absent.png"}}): "no such file",
         json.dumps({"conditions": {"sketch": "text.png"}}): "not a picture",
         json.dumps({"conditions": sketch, "strength": {"sketch": -1}}): "strength.sketch must be at least 0",
+        json.dumps({"conditions": sketch, "strength": {"segmentation": 1}}): "of which there is no condition",
+        json.dumps({"conditions": sketch, "num_samples": 10**9}): "num_samples must be a whole number in 1..100000",
         json.dumps({"conditions": sketch, "guidance": "2"}): "guidance must be a number",
         json.dumps({"conditions": sketch, "start": 0.6, "end": 0.5}): "end must be",
         json.dumps({"conditions": sketch, "prompt": "a lake"}): "unconditional",

@@ -13,11 +13,13 @@ from mcm_jax.errors import UserError, expect
 from mcm_jax.jobs.drawer import Drawer
 from mcm_jax.jobs.job import FILES, Job
 from mcm_jax.jobs.record import read_record, sha256
+from mcm_jax.request import check_shown
 from mcm_jax.sampling import SamplingSettings
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(SamplingSettings) if f.name != "batch_size")
 _JOB = tuple(f.name for f in dataclasses.fields(Job) if f.name not in ("settings", "source"))
 _KEYS = (*_JOB, "num_samples", *_SETTINGS)
+_MOST = 100_000  # pictures of a line
 
 
 def _seed_of(seed: int | None, name: Any) -> int:
@@ -45,10 +47,12 @@ def _jobs_of_line(
     given |= {key: there(given[key]) for key in FILES if key in given}
     if isinstance(conditions := given.get("conditions"), dict):
         given["conditions"] = {modality: there(path) for modality, path in conditions.items()}
+        controls = {k: given[k] for k in ("strength", "window") if isinstance(given.get(k), dict)}
+        check_shown(conditions, **controls)
     given = {**default, "seed": _seed_of(default.get("seed"), name), **given}
     if count is None:
         return [drawer.job(name, given, source)]
-    expect(type(count) is int and count >= 1, "num_samples", "a whole number, at least 1", count)
+    expect(type(count) is int and 1 <= count <= _MOST, "num_samples", f"a whole number in 1..{_MOST}", count)
     expect(
         "sample" not in given,
         "sample",

@@ -40,7 +40,7 @@ class Watch:
     def __init__(self, steps: int, pictures: tuple[int, int], out: pathlib.Path, preview_every: int = 0):
         expect(preview_every >= 0, "preview_every", "steps, or 0 (none)", preview_every)
         (self.total, self.done), self.preview_every, self.path = pictures, preview_every, out / PREVIEW
-        self.every, self.step = math.gcd(max(steps // 50, 1), preview_every), 0
+        self.every, self.step, self._shows = math.gcd(max(steps // 50, 1), preview_every), 0, False
         self.bar = tqdm(total=steps, unit=" steps", dynamic_ncols=True, disable=not steps)
         self.drawn(0)
 
@@ -49,7 +49,7 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        if self.preview_every:
+        if self._shows:
             self.path.unlink(missing_ok=True)
 
     def __call__(self, now: Progress) -> None:
@@ -59,6 +59,7 @@ class Watch:
             images = pictures.to_uint8(np.nan_to_num(now.preview()))
             columns = min(8, math.isqrt(len(images) - 1) + 1)
             write_picture(self.path, pictures.grid(pictures.rows_of(images, columns)))
+            self._shows = True
 
     def skip(self, steps: int) -> None:
         """Leaves out a batch."""

@@ -1,0 +1,157 @@
+"""The paper's experiments, as far as they run here: prompts that say little, one map under several prompts, few pairs.
+
+python -m benchmarks.experiments --parts prompts styles --out=benchmarks/results/experiments.json
+python -m benchmarks.experiments --parts pairs --out=benchmarks/results/experiments.json
+
+* ``prompts``: the shipped MCM of scenes-sd with each held-out map's own caption, with a vague prompt, with the empty
+  one, and with the caption of another map: mean IoU, edge F1 and, of the captions' facts, how many are followed.
+* ``styles``: one map under five prompts, and the base alone under them, four seeds: docs/experiments.png.
+* ``pairs``: MCMs trained on 50 to 4,000 pairs, equal steps, judged on the same held-out maps; two seeds.
+
+Same noise in every row. A part that is done is kept in --out; the same command goes on.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks import common
+from benchmarks.peers import run
+from benchmarks.peers.methods import make_method
+from mcm_jax import config, pictures, sampling
+from mcm_jax.assets import resolve
+from mcm_jax.evaluation import diversity
+from mcm_jax.evaluation.held_out import HeldOut
+from mcm_jax.evaluation.judges import flatten, judges_of
+from mcm_jax.evaluation.rows import subsets
+from mcm_jax.pipeline import Pipeline
+from mcm_jax.training import RunSettings
+
+NUMBERS = ("miou", "edge_f1.f1", "facts.all")
+VAGUE = ("a picture", "a landscape", "nature", "something beautiful")
+STYLES = ("by day", "at dawn", "at sunset", "at night")
+
+
+def numbers_of(judges: Sequence[Any], images: np.ndarray, which: np.ndarray) -> dict[str, float]:
+    """Of every judge, those that are defined."""
+    found: dict[str, Any] = {}
+    for judge in judges:
+        found |= flatten(judge(np.clip(images, -1, 1), which).numbers)
+    return {k: round(float(v), 4) for k, v in found.items() if not isinstance(v, str)}
+
+
+def prompts(args: argparse.Namespace) -> dict[str, Any]:
+    pipeline = Pipeline.from_folder(args.mcm)
+    settings = config.load(RunSettings, resolve(args.mcm))
+    held_out = HeldOut(settings.data, pipeline.base.card, pipeline.modalities, args.maps)
+    judges = judges_of(held_out, {})
+    count, which = len(held_out), np.arange(len(held_out))
+    keys = sampling.sample_keys(0, count)
+    maps = {m.name: m.resize_all(held_out.conditions[m.name], *pipeline.grid) for m in pipeline.modalities}
+    told = {
+        "own caption": held_out.captions,
+        "vague": [VAGUE[i % len(VAGUE)] for i in range(count)],
+        "empty": [""] * count,
+        "another's caption": held_out.captions[1:] + held_out.captions[:1],
+    }
+    rows: dict[str, dict[str, float]] = {}
+    for words, texts in told.items():
+        for given, names in {**subsets(list(maps)), "base": ()}.items():
+            shown = {name: maps[name] for name in names}
+            guidance = pipeline.settings.guidance if names else 0.0
+            images = pipeline(shown, keys, prompts=texts, guidance=guidance)
+            found = numbers_of(judges, images, which)
+            rows[f"{given}, {words}"] = {k: v for k, v in found.items() if not k.startswith("class_iou")}
+            print(f"{given}, {words}", rows[f"{given}, {words}"], flush=True)
+    return {"mcm": args.mcm, "maps": count, "rows": rows}
+
+
+def styles(args: argparse.Namespace) -> dict[str, Any]:
+    pipeline = Pipeline.from_folder(args.mcm)
+    settings = config.load(RunSettings, resolve(args.mcm))
+    held_out = HeldOut(settings.data, pipeline.base.card, pipeline.modalities, args.map + 1)
+    caption = held_out.captions[args.map]
+    time = next((words for words in ("by day", *STYLES) if words in caption), None)
+    texts = [caption.replace(time, words) if time else f"{caption} {words}" for words in STYLES] + [""]
+    maps = {m.name: held_out.conditions[m.name][args.map : args.map + 1] for m in pipeline.modalities}
+    grid = {m.name: m.resize_all(maps[m.name], *pipeline.grid) for m in pipeline.modalities}
+    seeds, sheet, spread = 4, [], {}
+    keys = sampling.sample_keys(0, seeds)
+    for guidance in (pipeline.settings.guidance, 0.0):
+        drawn = []
+        for text in texts:
+            given = {name: np.repeat(values, seeds, 0) for name, values in grid.items()}
+            images = np.clip(pipeline(given, keys, prompts=[text] * seeds, guidance=guidance), -1, 1)
+            drawn.append(images)
+            name = "base alone" if guidance == 0 else "both"
+            spread[f"{name}, {text or 'empty'}"] = round(float(diversity(images[:, None])), 4)
+        for seed in range(seeds if guidance else 1):
+            sheet.append(pictures.to_uint8(np.stack([images[seed] for images in drawn])))
+    shown = [
+        np.repeat(pictures.show(m, maps[m.name], settings.data.palette(m.name), np.ones(1, bool)), len(texts), 0)
+        for m in pipeline.modalities
+    ]
+    file = pathlib.Path("docs/experiments.png")
+    pictures.save_png(file, pictures.grid([*shown, *sheet]))
+    return {"prompts": texts, "diversity_over_seeds": spread, "picture": str(file)}
+
+
+def pairs(args: argparse.Namespace, found: dict[str, Any], keep: Any) -> dict[str, Any]:
+    found.setdefault("rows", {})
+    found |= {"method": args.method, "steps": args.steps, "rate": args.rate, "maps": args.maps}
+    for config_name in args.configs:
+        for count in args.pairs:
+            key = f"{config_name}, {count} pairs"
+            if key in found["rows"]:
+                continue
+            world = run.open_world(config_name, pairs=count, select=1, report=args.maps - 1, references=0)
+            method = make_method(args.method, world.base, world.modalities, world.run.mcm)
+            trainer = run.Trainer(args.method, world, method, args.steps, args.batch_size)
+            draw, row = run.Drawer(world, method, args.sampling_steps), {}
+            for seed in range(args.seeds):
+                params, _ = trainer(args.rate, seed)
+                for given, numbers in run.judged(world, draw, params, np.arange(len(world.held_out))).items():
+                    for number in NUMBERS:
+                        if number in numbers:
+                            row.setdefault(f"{given}.{number}", []).append(numbers[number])
+            found["rows"][key] = row
+            print(key, row, flush=True)
+            keep(found)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=("prompts", "styles", "pairs"), default=["prompts", "styles"])
+    parser.add_argument("--mcm", default="scenes-sd-mcm")
+    parser.add_argument("--maps", type=int, default=128)
+    parser.add_argument("--map", type=int, default=1, help="of styles: which held-out one")
+    parser.add_argument("--configs", nargs="+", default=["scenes", "scenes_sd"], help="of pairs, as the next ones")
+    parser.add_argument("--method", default="mcm-small")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[50, 200, 1_000, 4_000])
+    parser.add_argument("--steps", type=int, default=1_000)
+    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--sampling_steps", type=int, default=16)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    args = parser.parse_args()
+    report = json.loads(args.out.read_text())["parts"] if args.out.exists() else {}
+
+    def keep(part: str, found: dict[str, Any]) -> None:
+        report[part] = found
+        common.write_report(args.out, __doc__, {"parts": report})
+
+    for part in args.parts:
+        if part == "pairs":
+            pairs(args, report.get(part, {}), lambda found: keep("pairs", found))
+        elif part not in report:
+            keep(part, {"prompts": prompts, "styles": styles}[part](args))
+
+
+if __name__ == "__main__":
+    main()

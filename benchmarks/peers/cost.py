@@ -1,0 +1,157 @@
+"""What each method costs: a training step, a sampling step, memory; side by side in one process.
+
+python -m benchmarks.peers.cost --config=scenes_sd --out=benchmarks/results/peers_cost_scenes_sd.json
+python -m benchmarks.peers.cost --size=sd15 --dtype=bfloat16 --batch=8 --methods mcm-paper ... --out=...   # a GPU
+
+Rounds alternate between the methods; seconds are medians, ratios medians of the rounds' ratios. FLOPs are XLA's count
+of the programs as they are written, memory the compiler's for a training step, arguments and all. An MCM's step reads
+its prediction from a cache; one that asks the base for it, ``online``, costs that much more, and the cache itself one
+prediction a draw.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import common
+from benchmarks.peers import run
+from benchmarks.peers.methods import METHODS, Given, make_method
+from mcm_jax.config import read
+from mcm_jax.mcm import MCMSettings, parameter_count
+from mcm_jax.sharding import make_mesh, place
+from mcm_jax.training import RunSettings, state
+from mcm_jax.training.compiled import CompiledStep
+from mcm_jax.training.optimizer import make_optimizer, make_schedule
+
+
+def given_for(base: Any, modalities: Any, grid: tuple[int, int], batch: int, seed: int = 0) -> Given:
+    """Random latents and conditions."""
+    rng = np.random.default_rng(seed)
+    conditions = {}
+    for m in modalities:
+        if m.kind == "labels":
+            conditions[m.name] = jnp.asarray(rng.integers(0, m.channels, (batch, *grid)), jnp.int32)
+        else:
+            conditions[m.name] = jnp.asarray(rng.random((batch, *grid)), jnp.float32)
+    context = None
+    if base.is_text_conditional:
+        width = base.unet.config.cross_attention_dim
+        context = jnp.asarray(rng.standard_normal((batch, 77, width)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((batch, *base.latent_shape)), jnp.float32)
+    t = jnp.asarray(rng.integers(0, base.schedule.num_train_timesteps, batch), jnp.int32)
+    return Given(x, t, conditions, jnp.ones((batch, len(modalities)), bool), context)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="scenes_sd", help="a file in configs/, of a shipped base")
+    parser.add_argument("--size", choices=tuple(common.UNETS), help="a base with random weights in place of --config's")
+    parser.add_argument("--dtype", default="float32", help="of --size's networks")
+    parser.add_argument("--methods", nargs="+", default=[m for m in run.DEFAULT if m != "judge"], choices=METHODS)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=pathlib.Path)
+    args = parser.parse_args()
+    mesh = make_mesh()
+    settings = read(RunSettings, importlib.import_module(f"configs.{args.config}").get_config())
+    if args.size:
+        base, modalities, mcm = common.make_base(args.size, args.dtype), common.MODALITIES, MCMSettings(x0_clip=4.0)
+        mcm = dataclasses.replace(mcm, dtype=args.dtype)
+        base = dataclasses.replace(base, params=place(base.params, mesh))
+    else:
+        base, modalities, mcm = settings.base.load(mesh), settings.modalities.shown, settings.mcm
+    optimizer = make_optimizer(
+        "adamw",
+        make_schedule("constant", steps=100, learning_rate=1.0, warmup_steps=0, decay_steps=1),
+        weight_decay=0.0,
+        clip_norm=1.0,
+    )
+    whole = base.card.unet_parameters
+    predict = jax.jit(base.predict)
+    rows: dict[str, dict[str, Any]] = {}
+    training, sampling = {}, {}
+    for name in args.methods:
+        method = make_method(name, base, modalities, mcm)
+        given = given_for(base, modalities, method.grid, args.batch)
+        params = jax.jit(method.init)(jax.random.key(0))
+        rows[name] = {"parameters": parameter_count(params), "share": round(parameter_count(params) / whole, 4)}
+        drawn = jax.jit(lambda params, base_params, given, method=method: method(params, base_params, given))
+        sampling[name] = lambda drawn=drawn, params=params, given=given: drawn(params, base.params, given)
+        rows[name]["sampling_gflops"] = round(common.flops(drawn, params, base.params, given) / 1e9, 3)
+        if name == "judge":
+            continue
+        record = {
+            "x_t": given.x_t,
+            "t": given.t,
+            "noise": given.x_t[::-1],
+            "importance": jnp.ones(args.batch),
+            "conditions": given.conditions,
+            "present": given.present,
+            "eps": given.x_t if method.needs_eps else given.context,
+        }
+        train_step = run.make_step(method, optimizer, base.schedule, "v", 0.99)
+        rate = jnp.float32(1e-5)
+        base_params = run.frozen_params(method, base)
+        now = state.init_state(params, optimizer)
+        rows[name]["training_gflops"] = round(common.flops(train_step, now, base_params, record, rate) / 1e9, 3)
+        compiled = CompiledStep(train_step, now, base_params, record, rate)
+        run.check_memory(name, compiled.bytes, run.available_memory())
+        rows[name]["training_mib"] = round(compiled.bytes / 2**20)
+        training[name] = [compiled, now, base_params, record, rate]
+
+    given = given_for(base, modalities, base.latent_shape[:2], args.batch)
+
+    def step(name: str, online: bool = False) -> None:
+        compiled, now, base_params, record, rate = training[name]
+        if online:
+            record = record | {"eps": predict(base.params, record["x_t"], record["t"], given.context)}
+        training[name][1], loss = compiled(now, base_params, record, rate)
+        jax.block_until_ready(loss)
+
+    alone = lambda: predict(base.params, given.x_t, given.t, given.context)  # noqa: E731
+    calls = {f"train {name}": lambda name=name: step(name) for name in training}
+    calls |= {f"online {name}": lambda name=name: step(name, True) for name in training if name.startswith("mcm-")}
+    calls |= {f"sample {name}": call for name, call in sampling.items()} | {"base": alone}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(args.rounds):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - began)
+    ratio = lambda a, b: common.median([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])  # noqa: E731
+    for name in args.methods:
+        row = rows[name]
+        row["sampling_seconds"] = common.median(seconds[f"sample {name}"])
+        row["sampling_over_base"] = ratio(f"sample {name}", "base")
+        if name in training:
+            row["training_seconds"] = common.median(seconds[f"train {name}"])
+            row["training_images_per_second"] = round(args.batch / row["training_seconds"], 1)
+            row["training_over_base"] = ratio(f"train {name}", "base")
+        if f"online {name}" in calls:
+            row["online_seconds"] = common.median(seconds[f"online {name}"])
+            row["online_images_per_second"] = round(args.batch / row["online_seconds"], 1)
+    flops = common.flops(base.predict, base.params, given.x_t, given.t, given.context)
+    report = {k: v for k, v in vars(args).items() if k not in ("out", "methods")} | {
+        "base": {
+            "name": base.name,
+            "parameters": whole,
+            "gflops": round(flops / 1e9, 3),
+            "seconds": common.median(seconds["base"]),
+        },
+        "rows": rows,
+        "process": common.peak_memory(),
+    }
+    common.write_report(args.out, __doc__, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The cells of :mod:`.run` as one table: each method at its best rate, means over seeds with 95% intervals.
+
+python -m benchmarks.peers.table --config=scenes_sd --steps=500 --workdir=runs/peers \
+    --out=benchmarks/results/peers_scenes_sd.json
+
+A cell that is not there is named, and never filled.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from benchmarks import common
+from benchmarks.peers import run
+from mcm_jax.evaluation.evaluate import interval
+
+SHOWN = {"miou": "mean IoU", "edge_f1.f1": "edge F1", "kid": "KID", "diversity": "diversity"}
+
+
+def read_cells(folder: pathlib.Path) -> tuple[dict[tuple[float, int], dict], dict[tuple[float, int], dict]]:
+    """Trainings and reports of a method, by rate and seed."""
+    cells, reports = {}, {}
+    for file in sorted(folder.glob("*.json")):
+        found = json.loads(file.read_text())
+        (reports if file.name.endswith(".report.json") else cells)[found["rate"], found["seed"]] = found
+    return cells, reports
+
+
+def row_of(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
+    """What is known of a method, and which cells are missing."""
+    cells, reports = read_cells(folder)
+    swept = {rate: cell["score"] for (rate, seed), cell in cells.items() if seed == 0}
+    if not swept:
+        return {"missing": ["all"]}
+    best = max(swept, key=swept.get)
+    missing = [f"rate {rate:.3g}" for rate in (best / 2, 2 * best) if not any(np.isclose(rate, r) for r in swept)]
+    missing += [f"rate {best:.3g}, seed {s}" for s in range(seeds) if (best, s) not in reports]
+    row = {
+        "rate": best,
+        "rates": {f"{rate:.3g}": score for rate, score in sorted(swept.items())},
+        "parameters": cells[best, 0]["parameters"],
+        "weighting": cells[best, 0].get("weighting"),
+        "seconds": [cells[best, s].get("seconds") for s in range(seeds) if (best, s) in cells],
+        "missing": missing,
+    }
+    there = [reports[best, s]["rows"] for s in range(seeds) if (best, s) in reports]
+    for given in there[0] if there else ():
+        row[given] = {}
+        for number in there[0][given]:
+            values = [rows[given][number] for rows in there if number in rows[given]]
+            spread = round(interval(values), 4) if len(values) > 1 else None
+            row[given][number] = {"mean": round(float(np.mean(values)), 4), "interval": spread, "seeds": len(values)}
+    return row
+
+
+def markdown(rows: dict[str, dict]) -> str:
+    """For people; the first subset is everything."""
+    subsets = next(([k for k in row if isinstance(row[k], dict) and k != "rates"] for row in rows.values()), [])
+    titles = ["method", "parameters", "rate", *(f"IoU, {given}" for given in subsets)]
+    titles += [f"{name}, {subsets[0]}" for key, name in SHOWN.items() if key != "miou"] if subsets else []
+    lines = [f"| {' | '.join(titles)} |", f"| {' | '.join(['---'] * len(titles))} |"]
+
+    def number(row: dict, given: str, key: str) -> str:
+        found = row.get(given, {}).get(key)
+        if found is None:
+            return "-"
+        return f"{found['mean']:.3f}" + ("" if found["interval"] is None else f" +- {found['interval']:.3f}")
+
+    for name, row in rows.items():
+        if "rate" not in row:
+            lines.append(f"| {name} | {' | '.join(['-'] * (len(titles) - 1))} |")
+            continue
+        values = [f"{row['parameters']:,}", f"{row['rate']:.3g}", *(number(row, given, "miou") for given in subsets)]
+        values += [number(row, subsets[0], key) for key in SHOWN if key != "miou"] if subsets else []
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = run.arguments()
+    parser.description = __doc__
+    parser.add_argument("--out", type=pathlib.Path)
+    args = parser.parse_args()
+    about = run.folder_of(args, "settings.json")
+    if not about.exists():
+        raise SystemExit(f"{about.parent}: nothing was run there yet; python -m benchmarks.peers.run comes first")
+    rows = {name: row_of(run.folder_of(args, name), args.seeds) for name in args.methods}
+    report = {"config": args.config, "steps": args.steps, "settings": json.loads(about.read_text()), "rows": rows}
+    common.write_report(args.out, __doc__, report)
+    print(markdown(rows))
+    for name, row in rows.items():
+        if row["missing"]:
+            print(f"{name}: missing {'; '.join(row['missing'])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""The peers in benchmarks/peers: equal to diffusers' where it has them, the base itself where nothing is trained."""
+
+import dataclasses
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import traverse_util
+
+from benchmarks.peers import methods, nets, run, unet
+from benchmarks.peers.methods import Given
+from mcm_jax import assets
+from mcm_jax.base import Base
+from mcm_jax.base.unet2d import UNet2D, UNet2DConfig
+from mcm_jax.base.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
+from mcm_jax.base.weights import params_from_torch
+from mcm_jax.errors import UserError
+from mcm_jax.evaluation.segmenter import load_segmenter
+from mcm_jax.modalities import Modality
+from mcm_jax.schedules import Schedule
+
+pytestmark = pytest.mark.slow
+
+SCHEDULE = Schedule.from_config({"_class_name": "DDPMScheduler"})
+MODALITIES = (Modality("segmentation", "labels", 6), Modality("sketch", "lines", 1))
+DOWN, CROSS_DOWN, UP, CROSS_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
+TINY = {
+    "block_out_channels": (8, 16),
+    "down_block_types": (CROSS_DOWN, DOWN),
+    "up_block_types": (UP, CROSS_UP),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 6,
+    "attention_head_dim": 2,
+}
+# label -> (config, height and width, the condition's size over the latents', the condition's channels)
+CONFIGS = {
+    "two levels, 1/4": (TINY, (8, 12), 4, 3),
+    "uneven widths, heads of each level, 1/8": (
+        TINY
+        | {"block_out_channels": (12, 8, 20), "attention_head_dim": (3, 2, 4), "layers_per_block": 2}
+        | {"down_block_types": (CROSS_DOWN, CROSS_DOWN, DOWN), "up_block_types": (UP, CROSS_UP, CROSS_UP)},
+        (8, 4),
+        8,
+        9,
+    ),
+    "linear projection, pixels": (TINY | {"use_linear_projection": True, "block_out_channels": (8, 12)}, (4, 8), 1, 2),
+}
+
+
+def nchw(a):
+    return torch.from_numpy(np.asarray(a).transpose(0, 3, 1, 2).copy())
+
+
+def close(ours, theirs):
+    theirs = theirs.detach().numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1, np.abs(theirs).max()), rtol=0)
+
+
+def arrays_of(net):
+    return {name: value.detach().numpy() for name, value in net.state_dict().items()}
+
+
+def randomised(net):
+    """Zero convolutions, too: else nothing would be compared."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape) * 0.1 + (p.ndim == 1))
+    return net.eval()
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=str)
+def pair(request):
+    """diffusers' U-Net and ours, with what both are asked."""
+    config, (height, width), factor, channels = CONFIGS[request.param]
+    torch.manual_seed(0)
+    theirs = randomised(diffusers.UNet2DConditionModel(**config))
+    ours = UNet2DCondition(UNet2DConditionConfig.from_dict(config))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, height, width, 4)).astype(np.float32)
+    context = rng.standard_normal((2, 5, 6)).astype(np.float32)
+    condition = rng.random((2, factor * height, factor * width, channels)).astype(np.float32)
+    shapes = jax.eval_shape(ours.init, jax.random.key(0), x, jnp.zeros(2, jnp.int32), context)["params"]
+    params = params_from_torch(arrays_of(theirs), shapes, np.float32)
+    return theirs, ours, params, (x, np.array([3, 700], np.int32), context), condition, factor
+
+
+def asked(arguments):
+    x, t, context = arguments
+    return {"sample": nchw(x), "timestep": torch.from_numpy(t), "encoder_hidden_states": torch.from_numpy(context)}
+
+
+def test_controlnet_is_diffusers(pair):
+    theirs, ours, params, arguments, condition, factor = pair
+    widths = nets._HINT[: factor.bit_length()]
+    hint = {"conditioning_channels": condition.shape[-1], "conditioning_embedding_out_channels": widths}
+    control = diffusers.ControlNetModel(
+        **{k: v for k, v in theirs.config.items() if k in diffusers.ControlNetModel.__init__.__annotations__} | hint
+    )
+    randomised(control)
+    stored = traverse_util.flatten_dict(params_of_controlnet(control, ours, params, condition, arguments), sep="/")
+    ours_params = traverse_util.unflatten_dict(stored, sep="/")
+    with torch.no_grad():
+        down, middle = control(**asked(arguments), controlnet_cond=nchw(condition), return_dict=False)
+        whole = theirs(
+            **asked(arguments), down_block_additional_residuals=down, mid_block_additional_residual=middle
+        ).sample
+
+    @jax.jit
+    def run_ours(params, control_params, condition, *arguments):
+        embedding = nets.Hint(ours.config.block_out_channels[0], factor.bit_length() - 1)
+        hint = embedding.apply({"params": control_params["controlnet_cond_embedding"]}, condition)
+        skips, middle = unet.encode(ours, control_params["copy"], *arguments, hint=hint)
+        zeros = [control_params[f"controlnet_down_blocks_{i}"] for i in range(len(skips))]
+        residuals = [nets.zero_convolution(p, s) for p, s in zip(zeros, skips, strict=True)]
+        middle = nets.zero_convolution(control_params["controlnet_mid_block"], middle)
+        return residuals, middle, unet.forward(ours, params, *arguments, residuals=residuals, middle=middle)
+
+    residuals, middle_, whole_ = run_ours(params, ours_params, condition, *arguments)
+    assert len(residuals) == len(down)
+    for one, other in zip([*residuals, middle_, whole_], [*down, middle, whole], strict=True):
+        close(one, other)
+
+
+def params_of_controlnet(control, ours, unet_params, condition, arguments):
+    """diffusers' weights by our names."""
+    tensors = arrays_of(control)
+    own = {k: v for k, v in tensors.items() if k.startswith("controlnet_")}
+    kept = {n: p for n, p in unet_params.items() if not n.startswith(("up_", "conv_norm_out", "conv_out"))}
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), kept)
+    copy = params_from_torch({k: v for k, v in tensors.items() if k not in own}, shapes, np.float32)
+    embedding = nets.Hint(ours.config.block_out_channels[0], int(np.log2(condition.shape[1] // arguments[0].shape[1])))
+    hint = jax.eval_shape(embedding.init, jax.random.key(0), condition)["params"]
+    expected = {"controlnet_cond_embedding": hint}
+    for name, value in own.items():
+        parts = name.split(".")
+        if parts[0] == "controlnet_down_blocks" and parts[2] == "weight":
+            c = value.shape[0]
+            expected[f"controlnet_down_blocks_{parts[1]}"] = _convolution(c)
+    expected["controlnet_mid_block"] = _convolution(tensors["controlnet_mid_block.bias"].shape[0])
+    return {"copy": copy} | params_from_torch(own, expected, np.float32)
+
+
+def _convolution(c):
+    shape = jax.ShapeDtypeStruct
+    return {"kernel": shape((1, 1, c, c), jnp.float32), "bias": shape((c,), jnp.float32)}
+
+
+def test_adapter_is_diffusers(pair):
+    theirs, ours, params, arguments, condition, factor = pair
+    widths = ours.config.block_out_channels
+    adapter = diffusers.T2IAdapter(
+        in_channels=condition.shape[-1], channels=list(widths), downscale_factor=factor, adapter_type="full_adapter"
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        features = adapter(nchw(condition))
+        # diffusers consumes the list
+        whole = theirs(**asked(arguments), down_intrablock_additional_residuals=[f.clone() for f in features]).sample
+    net = nets.Adapter(tuple(widths), factor)
+    flat = {name.removeprefix("adapter.").replace(".", "_"): value for name, value in arrays_of(adapter).items()}
+    mine = {}
+    for name, value in flat.items():
+        module, _, leaf = name.rpartition("_")
+        mine.setdefault(module, {})[{"weight": "kernel"}.get(leaf, leaf)] = (
+            value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+        )
+    found, whole_ = jax.jit(
+        lambda params, own, condition, *arguments: (
+            net.apply({"params": own}, condition),
+            unet.forward(ours, params, *arguments, features=net.apply({"params": own}, condition)),
+        )
+    )(params, mine, condition, *arguments)
+    for one, other in zip([*found, whole_], [*features, whole], strict=True):
+        close(one, other)
+
+
+def base_of(text):
+    """A base with random weights: pixels without text, or as if they were latents with it."""
+    key, context = jax.random.key(0), None
+    if text:
+        config = TINY | {"in_channels": 3, "out_channels": 3}
+        net, context = UNet2DCondition(UNet2DConditionConfig.from_dict(config)), jnp.ones((2, 3, 6))
+    else:
+        net = UNet2D(
+            UNet2DConfig(
+                block_out_channels=(8, 12),
+                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+                layers_per_block=1,
+                norm_num_groups=4,
+                attention_head_dim=4,
+            )
+        )
+    shape = (8, 16, 3)
+    more = () if context is None else (context,)
+    params = jax.jit(net.init)(key, jnp.zeros((2, *shape)), jnp.zeros(2, jnp.int32), *more)["params"]
+    encoder = object() if text else None  # no prompt is embedded here
+    base = Base("random", {"unet": params}, net, SCHEDULE, shape, shape, "0" * 64, text_encoder=encoder)
+    rng = np.random.default_rng(0)
+    conditions = {
+        "segmentation": rng.integers(0, 6, (2, 8, 16)).astype(np.int32),
+        "sketch": rng.random((2, 8, 16)).astype(np.float32),
+    }
+    x = rng.standard_normal((2, *shape)).astype(np.float32)
+    return base, Given(x, jnp.array([5, 800]), conditions, jnp.array([[True, True], [True, False]]), context)
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        (methods.FullFineTuning, False),
+        (methods.LoRA, True),
+        (methods.ControlNet, False),
+        (methods.ControlNet, True),
+    ],
+)
+def test_untrained_it_is_the_base_and_learns(kind, text):
+    base, given = base_of(text)
+    method = kind(base, MODALITIES)
+    params = jax.jit(method.init)(jax.random.key(0))
+    expected = jax.jit(base.predict)(base.params, given.x_t, given.t, given.context)
+
+    @jax.jit
+    def both(params, given):
+        call = lambda p: method(p, base.params, given)  # noqa: E731
+        return call(params), jax.grad(lambda p: jnp.square(call(p) - 1).mean())(params)
+
+    eps, gradient = both(params, given)
+    np.testing.assert_allclose(eps, expected, atol=1e-5)
+    # Two steps of descent: behind zeros, the first moves the zeros alone.
+    params = jax.tree.map(lambda p, g: p - 0.3 * g, params, gradient)
+    params = jax.tree.map(lambda p, g: p - 0.3 * g, params, both(params, given)[1])
+    other = {k: v[:, ::-1] for k, v in given.conditions.items()}
+    changed = both(params, given)[0] - both(params, given._replace(conditions=other))[0]
+    assert float(jnp.abs(changed[0]).max()) > 1e-6
+    hidden = given._replace(present=jnp.zeros((2, 2), bool))
+    still = both(params, hidden)[0] - both(params, hidden._replace(conditions=other))[0]
+    np.testing.assert_allclose(still, 0, atol=1e-7)
+
+
+def test_full_fine_tuning_is_a_widened_first_convolution():
+    base, given = base_of(False)
+    method = methods.FullFineTuning(base, MODALITIES)
+    params = jax.jit(method.init)(jax.random.key(0))
+    kernel = jax.random.normal(jax.random.key(1), params["seen"]["conv_in"]["kernel"].shape) * 0.1
+    params["seen"]["conv_in"]["kernel"] = kernel
+    config = dict(vars(base.unet.config)) | {"in_channels": 3 + kernel.shape[2]}
+    wide = UNet2D(UNet2DConfig(**config))
+    own = jax.tree.map(jnp.asarray, params["unet"])
+    own["conv_in"] = own["conv_in"] | {"kernel": jnp.concatenate([own["conv_in"]["kernel"], kernel], 2)}
+    channels = methods.stack(MODALITIES, given.conditions, given.present)
+    expected = jax.jit(wide.apply)({"params": own}, jnp.concatenate([given.x_t, channels], -1), given.t)
+    np.testing.assert_allclose(jax.jit(method)(params, base.params, given), expected, atol=1e-5)
+
+
+def test_judge_leads_to_the_labels():
+    base, given = base_of(False)
+    net = load_segmenter(assets.resolve("scenes-segmenter"))
+    shape = (32, 32, 3)
+    x = np.random.default_rng(1).standard_normal((2, *shape)).astype(np.float32)
+    labels = np.random.default_rng(2).integers(0, 6, (2, 32, 32)).astype(np.int32)
+    base = dataclasses.replace(base, latent_shape=shape, image_shape=shape)
+    conditions = {"segmentation": labels, "sketch": np.zeros((2, 32, 32), np.float32)}
+    given = Given(x, jnp.array([300, 300]), conditions, jnp.array([[True, True], [False, True]]))
+    method = methods.JudgeGuidance(base, MODALITIES, net, "segmentation")
+
+    @jax.jit
+    def likelihood(eps):
+        alpha, sigma = SCHEDULE.alpha(given.t), SCHEDULE.sigma(given.t)
+        x0 = methods.estimate_x0(given.x_t, eps, alpha, sigma, 1e9)
+        return method.log_likelihood(x0, jnp.asarray(labels))
+
+    eps = jax.jit(base.predict)(base.params, given.x_t, given.t)
+    guided = jax.jit(method)({"scale": jnp.float32(0.01)}, base.params, given)
+    before, after = likelihood(eps), likelihood(guided)
+    assert after[0] > before[0]
+    np.testing.assert_allclose(guided[1], eps[1], atol=1e-5)  # it was shown no labels
+
+
+def test_refusals():
+    base, _ = base_of(False)
+    with pytest.raises(UserError, match=r"knows UNet2DModel and UNet2DConditionModel; the\s+base 'random' has a Other"):
+        methods.ControlNet(dataclasses.replace(base, unet=type("Other", (), {})()), MODALITIES)
+    net = load_segmenter(assets.resolve("scenes-segmenter"))
+    with pytest.raises(UserError, match="a net of 6 classes; the data has segmentation .5."):
+        methods.JudgeGuidance(base, (Modality("segmentation", "labels", 5),), net, "segmentation")
+    with pytest.raises(UserError, match=r"full: a training step takes 3.00 GiB, and 2.00 GiB are left"):
+        run.check_memory("full", 3 * 2**30, 2 * 2**30)
+
+
+def test_best_rate_climbs_to_where_both_neighbours_are_worse():
+    tried = []
+
+    def measure(rate):
+        tried.append(rate)
+        return -abs(np.log2(rate / 8e-3))
+
+    assert run.best_rate(measure, 1e-3) == 8e-3
+    assert sorted(tried) == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
