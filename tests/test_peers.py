@@ -1,6 +1,7 @@
 """The peers in benchmarks/peers: equal to diffusers' where it has them, the base itself where nothing is trained."""
 
 import dataclasses
+import json
 
 import diffusers
 import jax
@@ -10,7 +11,7 @@ import pytest
 import torch
 from flax import traverse_util
 
-from benchmarks.peers import methods, nets, run, unet
+from benchmarks.peers import methods, nets, run, table, unet
 from benchmarks.peers.methods import Given
 from mcm_jax import assets
 from mcm_jax.base import Base
@@ -49,6 +50,11 @@ CONFIGS = {
     ),
     "linear projection, pixels": (TINY | {"use_linear_projection": True, "block_out_channels": (8, 12)}, (4, 8), 1, 2),
 }
+
+
+def quick(function):
+    """``jax.jit`` that compiles tiny nets faster: LLVM's costly passes buy nothing here."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def nchw(a):
@@ -109,7 +115,7 @@ def test_controlnet_is_diffusers(pair):
             **asked(arguments), down_block_additional_residuals=down, mid_block_additional_residual=middle
         ).sample
 
-    @jax.jit
+    @quick
     def run_ours(params, control_params, condition, *arguments):
         embedding = nets.Hint(ours.config.block_out_channels[0], factor.bit_length() - 1)
         hint = embedding.apply({"params": control_params["controlnet_cond_embedding"]}, condition)
@@ -168,7 +174,7 @@ def test_adapter_is_diffusers(pair):
         mine.setdefault(module, {})[{"weight": "kernel"}.get(leaf, leaf)] = (
             value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
         )
-    found, whole_ = jax.jit(
+    found, whole_ = quick(
         lambda params, own, condition, *arguments: (
             net.apply({"params": own}, condition),
             unet.forward(ours, params, *arguments, features=net.apply({"params": own}, condition)),
@@ -197,7 +203,7 @@ def base_of(text):
         )
     shape = (8, 16, 3)
     more = () if context is None else (context,)
-    params = jax.jit(net.init)(key, jnp.zeros((2, *shape)), jnp.zeros(2, jnp.int32), *more)["params"]
+    params = quick(net.init)(key, jnp.zeros((2, *shape)), jnp.zeros(2, jnp.int32), *more)["params"]
     encoder = object() if text else None  # no prompt is embedded here
     base = Base("random", {"unet": params}, net, SCHEDULE, shape, shape, "0" * 64, text_encoder=encoder)
     rng = np.random.default_rng(0)
@@ -213,7 +219,7 @@ def base_of(text):
     "kind, text",
     [
         (methods.FullFineTuning, False),
-        (methods.LoRA, True),
+        (methods.LoRA, False),
         (methods.ControlNet, False),
         (methods.ControlNet, True),
     ],
@@ -221,10 +227,10 @@ def base_of(text):
 def test_untrained_it_is_the_base_and_learns(kind, text):
     base, given = base_of(text)
     method = kind(base, MODALITIES)
-    params = jax.jit(method.init)(jax.random.key(0))
-    expected = jax.jit(base.predict)(base.params, given.x_t, given.t, given.context)
+    params = quick(method.init)(jax.random.key(0))
+    expected = quick(base.predict)(base.params, given.x_t, given.t, given.context)
 
-    @jax.jit
+    @quick
     def both(params, given):
         call = lambda p: method(p, base.params, given)  # noqa: E731
         return call(params), jax.grad(lambda p: jnp.square(call(p) - 1).mean())(params)
@@ -245,7 +251,7 @@ def test_untrained_it_is_the_base_and_learns(kind, text):
 def test_full_fine_tuning_is_a_widened_first_convolution():
     base, given = base_of(False)
     method = methods.FullFineTuning(base, MODALITIES)
-    params = jax.jit(method.init)(jax.random.key(0))
+    params = quick(method.init)(jax.random.key(0))
     kernel = jax.random.normal(jax.random.key(1), params["seen"]["conv_in"]["kernel"].shape) * 0.1
     params["seen"]["conv_in"]["kernel"] = kernel
     config = dict(vars(base.unet.config)) | {"in_channels": 3 + kernel.shape[2]}
@@ -253,8 +259,8 @@ def test_full_fine_tuning_is_a_widened_first_convolution():
     own = jax.tree.map(jnp.asarray, params["unet"])
     own["conv_in"] = own["conv_in"] | {"kernel": jnp.concatenate([own["conv_in"]["kernel"], kernel], 2)}
     channels = methods.stack(MODALITIES, given.conditions, given.present)
-    expected = jax.jit(wide.apply)({"params": own}, jnp.concatenate([given.x_t, channels], -1), given.t)
-    np.testing.assert_allclose(jax.jit(method)(params, base.params, given), expected, atol=1e-5)
+    expected = quick(wide.apply)({"params": own}, jnp.concatenate([given.x_t, channels], -1), given.t)
+    np.testing.assert_allclose(quick(method)(params, base.params, given), expected, atol=1e-5)
 
 
 def test_judge_leads_to_the_labels():
@@ -268,14 +274,14 @@ def test_judge_leads_to_the_labels():
     given = Given(x, jnp.array([300, 300]), conditions, jnp.array([[True, True], [False, True]]))
     method = methods.JudgeGuidance(base, MODALITIES, net, "segmentation")
 
-    @jax.jit
+    @quick
     def likelihood(eps):
         alpha, sigma = SCHEDULE.alpha(given.t), SCHEDULE.sigma(given.t)
         x0 = methods.estimate_x0(given.x_t, eps, alpha, sigma, 1e9)
         return method.log_likelihood(x0, jnp.asarray(labels))
 
-    eps = jax.jit(base.predict)(base.params, given.x_t, given.t)
-    guided = jax.jit(method)({"scale": jnp.float32(0.01)}, base.params, given)
+    eps = quick(base.predict)(base.params, given.x_t, given.t)
+    guided = quick(method)({"scale": jnp.float32(0.01)}, base.params, given)
     before, after = likelihood(eps), likelihood(guided)
     assert after[0] > before[0]
     np.testing.assert_allclose(guided[1], eps[1], atol=1e-5)  # it was shown no labels
@@ -301,3 +307,26 @@ def test_best_rate_climbs_to_where_both_neighbours_are_worse():
 
     assert run.best_rate(measure, 1e-3) == 8e-3
     assert sorted(tried) == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
+
+
+def test_a_table_names_what_is_missing_and_never_fills_it(tmp_path):
+    def write(rate, seed, score, miou=None):
+        cell = {"rate": rate, "seed": seed, "score": score, "parameters": 5, "seconds": 1.0}
+        (tmp_path / f"rate={rate:.3g},seed={seed}.json").write_text(json.dumps(cell))
+        if miou is not None:
+            report = {"rate": rate, "seed": seed, "rows": {"both": {"miou": miou}}}
+            (tmp_path / f"rate={rate:.3g},seed={seed}.report.json").write_text(json.dumps(report))
+
+    assert table.row_of(tmp_path, 3) == {"missing": ["all"]}
+    write(1e-3, 0, 0.5)
+    write(2e-3, 0, 0.7, 0.71)
+    row = table.row_of(tmp_path, 3)
+    assert row["missing"] == ["rate 0.004", "rate 0.002, seed 1", "rate 0.002, seed 2"]
+    assert row["both"]["miou"] == {"mean": 0.71, "interval": None, "seeds": 1}
+    write(4e-3, 0, 0.6)
+    write(2e-3, 1, 0.7, 0.73)
+    row = table.row_of(tmp_path, 2)
+    assert row["missing"] == [] and row["rate"] == 2e-3
+    assert row["both"]["miou"]["mean"] == pytest.approx(0.72) and row["both"]["miou"]["interval"] > 0.02
+    text = table.markdown({"mcm-tiny": row, "full": table.row_of(tmp_path / "full", 2)})
+    assert "| mcm-tiny | 5 | 0.002 | 0.720 +- " in text and "| full | - |" in text
