@@ -3,8 +3,9 @@
 python -m benchmarks.experiments --parts prompts styles --out=benchmarks/results/experiments.json
 python -m benchmarks.experiments --parts pairs --out=benchmarks/results/experiments.json
 
-* ``prompts``: the shipped MCM of scenes-sd with each held-out map's own caption, with a vague prompt, with the empty
-  one, and with the caption of another map: mean IoU, edge F1 and, of the captions' facts, how many are followed.
+* ``prompts``: the shipped MCM of scenes-sd with each held-out map's own caption, with a vague prompt, with words that
+  the base does not know (also without text guidance), with the empty prompt, and with the caption of another map: mean
+  IoU, edge F1 and, of the own captions' facts, how many the pictures show.
 * ``styles``: one map under five prompts, and the base alone under them, four seeds: docs/experiments.png.
 * ``pairs``: MCMs trained on 50 to 4,000 pairs, equal steps, judged on the same held-out maps; two seeds.
 
@@ -14,7 +15,7 @@ Same noise in every row. A part that is done is kept in --out; the same command 
 import argparse
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,9 @@ from mcm_jax.evaluation.rows import subsets
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.training import RunSettings
 
-NUMBERS = ("miou", "edge_f1.f1", "facts.all")
-VAGUE = ("a picture", "a landscape", "nature", "something beautiful")
+NUMBERS = ("miou", "edge_f1.f1", "facts.mean")
+VAGUE = ("a mountain", "a mountain meadow", "a mountain lake", "mountain")  # words that the base knows
+STRANGE = ("a picture", "a landscape", "nature", "something beautiful")  # words that it does not
 STYLES = ("by day", "at dawn", "at sunset", "at night")
 
 
@@ -52,18 +54,21 @@ def prompts(args: argparse.Namespace) -> dict[str, Any]:
     count, which = len(held_out), np.arange(len(held_out))
     keys = sampling.sample_keys(0, count)
     maps = {m.name: m.resize_all(held_out.conditions[m.name], *pipeline.grid) for m in pipeline.modalities}
+    strange, text_guidance = [STRANGE[i % len(STRANGE)] for i in range(count)], pipeline.settings.text_guidance
     told = {
-        "own caption": held_out.captions,
-        "vague": [VAGUE[i % len(VAGUE)] for i in range(count)],
-        "empty": [""] * count,
-        "another's caption": held_out.captions[1:] + held_out.captions[:1],
+        "own caption": (held_out.captions, text_guidance),
+        "vague": ([VAGUE[i % len(VAGUE)] for i in range(count)], text_guidance),
+        "empty": ([""] * count, text_guidance),
+        "unknown words": (strange, text_guidance),
+        "unknown words, text guidance 1": (strange, 1.0),
+        "another's caption": (held_out.captions[1:] + held_out.captions[:1], text_guidance),
     }
     rows: dict[str, dict[str, float]] = {}
-    for words, texts in told.items():
+    for words, (texts, scale) in told.items():
         for given, names in {**subsets(list(maps)), "base": ()}.items():
             shown = {name: maps[name] for name in names}
             guidance = pipeline.settings.guidance if names else 0.0
-            images = pipeline(shown, keys, prompts=texts, guidance=guidance)
+            images = pipeline(shown, keys, prompts=texts, guidance=guidance, text_guidance=scale)
             found = numbers_of(judges, images, which)
             rows[f"{given}, {words}"] = {k: v for k, v in found.items() if not k.startswith("class_iou")}
             print(f"{given}, {words}", rows[f"{given}, {words}"], flush=True)
@@ -75,7 +80,7 @@ def styles(args: argparse.Namespace) -> dict[str, Any]:
     settings = config.load(RunSettings, resolve(args.mcm))
     held_out = HeldOut(settings.data, pipeline.base.card, pipeline.modalities, args.map + 1)
     caption = held_out.captions[args.map]
-    time = next((words for words in ("by day", *STYLES) if words in caption), None)
+    time = next((words for words in STYLES if words in caption), None)
     texts = [caption.replace(time, words) if time else f"{caption} {words}" for words in STYLES] + [""]
     maps = {m.name: held_out.conditions[m.name][args.map : args.map + 1] for m in pipeline.modalities}
     grid = {m.name: m.resize_all(maps[m.name], *pipeline.grid) for m in pipeline.modalities}
@@ -100,9 +105,12 @@ def styles(args: argparse.Namespace) -> dict[str, Any]:
     return {"prompts": texts, "diversity_over_seeds": spread, "picture": str(file)}
 
 
-def pairs(args: argparse.Namespace, found: dict[str, Any], keep: Any) -> dict[str, Any]:
-    found.setdefault("rows", {})
-    found |= {"method": args.method, "steps": args.steps, "rate": args.rate, "maps": args.maps}
+def pairs(args: argparse.Namespace, found: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+    keys = ("method", "steps", "rate", "seeds", "maps", "batch_size", "sampling_steps")
+    how = {key: getattr(args, key) for key in keys}
+    if found and found["how"] != how:
+        raise SystemExit(f"{args.out} holds pairs of {found['how']}, not of {how}; take another --out")
+    found = {"rows": {}, "how": how} | found
     for config_name in args.configs:
         for count in args.pairs:
             key = f"{config_name}, {count} pairs"
@@ -114,14 +122,14 @@ def pairs(args: argparse.Namespace, found: dict[str, Any], keep: Any) -> dict[st
             draw, row = run.Drawer(world, method, args.sampling_steps), {}
             for seed in range(args.seeds):
                 params, _ = trainer(args.rate, seed)
-                for given, numbers in run.judged(world, draw, params, np.arange(len(world.held_out))).items():
+                which = np.arange(len(world.held_out))
+                for given, numbers in run.judged(world, draw, params, which, seed).items():
                     for number in NUMBERS:
                         if number in numbers:
                             row.setdefault(f"{given}.{number}", []).append(numbers[number])
             found["rows"][key] = row
             print(key, row, flush=True)
             keep(found)
-    return found
 
 
 def main() -> None:

@@ -8,22 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import torch
 from flax import traverse_util
 
 from benchmarks.peers import methods, nets, run, table, unet
 from benchmarks.peers.methods import Given
-from mcm_jax import assets
+from mcm_jax import assets, sampling
 from mcm_jax.base import Base
 from mcm_jax.base.unet2d import UNet2D, UNet2DConfig
 from mcm_jax.base.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
 from mcm_jax.base.weights import params_from_torch
 from mcm_jax.errors import UserError
+from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.segmenter import load_segmenter
 from mcm_jax.modalities import Modality
+from mcm_jax.pipeline import Pipeline
 from mcm_jax.schedules import Schedule
+from mcm_jax.sharding import make_mesh
+from mcm_jax.trained import Trained
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 SCHEDULE = Schedule.from_config({"_class_name": "DDPMScheduler"})
 MODALITIES = (Modality("segmentation", "labels", 6), Modality("sketch", "lines", 1))
@@ -50,11 +55,6 @@ CONFIGS = {
     ),
     "linear projection, pixels": (TINY | {"use_linear_projection": True, "block_out_channels": (8, 12)}, (4, 8), 1, 2),
 }
-
-
-def quick(function):
-    """``jax.jit`` that compiles tiny nets faster: LLVM's costly passes buy nothing here."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def nchw(a):
@@ -115,7 +115,7 @@ def test_controlnet_is_diffusers(pair):
             **asked(arguments), down_block_additional_residuals=down, mid_block_additional_residual=middle
         ).sample
 
-    @quick
+    @jax.jit
     def run_ours(params, control_params, condition, *arguments):
         embedding = nets.Hint(ours.config.block_out_channels[0], factor.bit_length() - 1)
         hint = embedding.apply({"params": control_params["controlnet_cond_embedding"]}, condition)
@@ -174,7 +174,7 @@ def test_adapter_is_diffusers(pair):
         mine.setdefault(module, {})[{"weight": "kernel"}.get(leaf, leaf)] = (
             value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
         )
-    found, whole_ = quick(
+    found, whole_ = jax.jit(
         lambda params, own, condition, *arguments: (
             net.apply({"params": own}, condition),
             unet.forward(ours, params, *arguments, features=net.apply({"params": own}, condition)),
@@ -203,7 +203,7 @@ def base_of(text):
         )
     shape = (8, 16, 3)
     more = () if context is None else (context,)
-    params = quick(net.init)(key, jnp.zeros((2, *shape)), jnp.zeros(2, jnp.int32), *more)["params"]
+    params = jax.jit(net.init)(key, jnp.zeros((2, *shape)), jnp.zeros(2, jnp.int32), *more)["params"]
     encoder = object() if text else None  # no prompt is embedded here
     base = Base("random", {"unet": params}, net, SCHEDULE, shape, shape, "0" * 64, text_encoder=encoder)
     rng = np.random.default_rng(0)
@@ -227,12 +227,12 @@ def base_of(text):
 def test_untrained_it_is_the_base_and_learns(kind, text):
     base, given = base_of(text)
     method = kind(base, MODALITIES)
-    params = quick(method.init)(jax.random.key(0))
-    expected = quick(base.predict)(base.params, given.x_t, given.t, given.context)
+    params = jax.jit(method.init)(jax.random.key(0), base.params)
+    expected = jax.jit(base.predict)(base.params, given.x_t, given.t, given.context)
 
-    @quick
+    @jax.jit
     def both(params, given):
-        call = lambda p: method(p, base.params, given)  # noqa: E731
+        call = lambda p: method(p, base.params, given, method.prepare(p, base.params, given))  # noqa: E731
         return call(params), jax.grad(lambda p: jnp.square(call(p) - 1).mean())(params)
 
     eps, gradient = both(params, given)
@@ -251,7 +251,7 @@ def test_untrained_it_is_the_base_and_learns(kind, text):
 def test_full_fine_tuning_is_a_widened_first_convolution():
     base, given = base_of(False)
     method = methods.FullFineTuning(base, MODALITIES)
-    params = quick(method.init)(jax.random.key(0))
+    params = jax.jit(method.init)(jax.random.key(0), base.params)
     kernel = jax.random.normal(jax.random.key(1), params["seen"]["conv_in"]["kernel"].shape) * 0.1
     params["seen"]["conv_in"]["kernel"] = kernel
     config = dict(vars(base.unet.config)) | {"in_channels": 3 + kernel.shape[2]}
@@ -259,8 +259,9 @@ def test_full_fine_tuning_is_a_widened_first_convolution():
     own = jax.tree.map(jnp.asarray, params["unet"])
     own["conv_in"] = own["conv_in"] | {"kernel": jnp.concatenate([own["conv_in"]["kernel"], kernel], 2)}
     channels = methods.stack(MODALITIES, given.conditions, given.present)
-    expected = quick(wide.apply)({"params": own}, jnp.concatenate([given.x_t, channels], -1), given.t)
-    np.testing.assert_allclose(quick(method)(params, base.params, given), expected, atol=1e-5)
+    expected = jax.jit(wide.apply)({"params": own}, jnp.concatenate([given.x_t, channels], -1), given.t)
+    prepared = method.prepare(params, base.params, given)
+    np.testing.assert_allclose(jax.jit(method.__call__)(params, base.params, given, prepared), expected, atol=1e-5)
 
 
 def test_judge_leads_to_the_labels():
@@ -274,27 +275,51 @@ def test_judge_leads_to_the_labels():
     given = Given(x, jnp.array([300, 300]), conditions, jnp.array([[True, True], [False, True]]))
     method = methods.JudgeGuidance(base, MODALITIES, net, "segmentation")
 
-    @quick
+    @jax.jit
     def likelihood(eps):
         alpha, sigma = SCHEDULE.alpha(given.t), SCHEDULE.sigma(given.t)
         x0 = methods.estimate_x0(given.x_t, eps, alpha, sigma, 1e9)
         return method.log_likelihood(x0, jnp.asarray(labels))
 
-    eps = quick(base.predict)(base.params, given.x_t, given.t)
-    guided = quick(method)({"scale": jnp.float32(0.01)}, base.params, given)
+    eps = jax.jit(base.predict)(base.params, given.x_t, given.t)
+    guided = jax.jit(method.__call__)({"scale": jnp.float32(0.01)}, base.params, given, None)
     before, after = likelihood(eps), likelihood(guided)
     assert after[0] > before[0]
     np.testing.assert_allclose(guided[1], eps[1], atol=1e-5)  # it was shown no labels
 
 
+def test_samples_are_those_of_the_pipeline(sd_path):
+    """Every method is sampled as the shipped MCMs are, text guidance and all."""
+    changes = {"mcm.x0_clip": 4.0, "sampling.text_guidance": 3.0, "sampling.batch_size": 2, "sampling.sampler": "euler"}
+    settings = tiny.settings_of(tiny.make_config(sd_path, changes))
+    mesh = make_mesh()
+    base = settings.base.load(mesh)
+    modalities = settings.modalities.shown
+    held_out = HeldOut(settings.data, base.card, modalities, 3)
+    world = run.World(settings, base, mesh, held_out, [], 1)
+    modulator = settings.mcm.modulator(modalities, base.schedule)
+    method = methods.Modulation(base, modulator)
+    params = jax.jit(method.init)(jax.random.key(0), base.params)
+    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    keys = sampling.sample_keys(4, 3)
+    found = run.Drawer(world, method, 3)(params, ("sketch",), np.arange(3), keys)
+    pipeline = Pipeline(base, Trained(modulator, params), settings.sampling.but(steps=3, guidance=1.0), mesh)
+    sketch = next(m for m in modalities if m.name == "sketch")
+    maps = {"sketch": sketch.resize_all(held_out.conditions["sketch"], *pipeline.grid)}
+    expected = np.clip(pipeline(maps, keys, prompts=held_out.captions), -1, 1)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    alone = np.clip(pipeline(maps, keys, prompts=held_out.captions, guidance=0.0), -1, 1)
+    assert np.abs(found - alone).max() > 1e-2
+
+
 def test_refusals():
     base, _ = base_of(False)
-    with pytest.raises(UserError, match=r"knows UNet2DModel and UNet2DConditionModel; the\s+base 'random' has a Other"):
+    with pytest.raises(UserError, match=r"the peer 'controlnet' reaches into .* the base 'random' has a Other"):
         methods.ControlNet(dataclasses.replace(base, unet=type("Other", (), {})()), MODALITIES)
     net = load_segmenter(assets.resolve("scenes-segmenter"))
     with pytest.raises(UserError, match="a net of 6 classes; the data has segmentation .5."):
         methods.JudgeGuidance(base, (Modality("segmentation", "labels", 5),), net, "segmentation")
-    with pytest.raises(UserError, match=r"full: a training step takes 3.00 GiB, and 2.00 GiB are left"):
+    with pytest.raises(UserError, match=r"full: a training step takes 3.00 GiB, and there are 2.00 GiB"):
         run.check_memory("full", 3 * 2**30, 2 * 2**30)
 
 
@@ -307,6 +332,9 @@ def test_best_rate_climbs_to_where_both_neighbours_are_worse():
 
     assert run.best_rate(measure, 1e-3) == 8e-3
     assert sorted(tried) == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
+    # Where all diverge, downwards.
+    assert run.best_rate(lambda rate: -1.0 if rate > 1e-4 else -rate, 1e-3) < 1e-4
+    assert run.score({"both": {"miou": 0.5}, "sketch": {}}) == -1.0
 
 
 def test_a_table_names_what_is_missing_and_never_fills_it(tmp_path):
@@ -329,4 +357,4 @@ def test_a_table_names_what_is_missing_and_never_fills_it(tmp_path):
     assert row["missing"] == [] and row["rate"] == 2e-3
     assert row["both"]["miou"]["mean"] == pytest.approx(0.72) and row["both"]["miou"]["interval"] > 0.02
     text = table.markdown({"mcm-tiny": row, "full": table.row_of(tmp_path / "full", 2)})
-    assert "| mcm-tiny | 5 | 0.002 | 0.720 +- " in text and "| full | - |" in text
+    assert "| mcm-tiny | 5 | 0.002 | 0.720 +- " in text and "| full | - |" in text and text.endswith("| all |")

@@ -6,19 +6,17 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
 from benchmarks.peers import nets, unet
 from configs import default
-from mcm_jax import assets
+from mcm_jax import assets, sampling
 from mcm_jax.base import Base
-from mcm_jax.base.blocks import conv3x3
 from mcm_jax.errors import UserError
 from mcm_jax.evaluation.segmenter import Segmenter, load_segmenter
-from mcm_jax.mcm import ConditionEncoder, MCMSettings, Modulator, estimate_x0
+from mcm_jax.mcm import MCMSettings, Modulator, estimate_x0
 from mcm_jax.modalities import Modality, stack, total_channels
 from mcm_jax.predictions import to_eps
 
@@ -28,14 +26,12 @@ SIZES = default.SIZES | {
     "wide": dict(channels=40, multipliers=(1, 1), attention=(0, 0)) | _PLAIN,  # as many parameters as medium
 }
 # What an MCM may be otherwise: the paper's inputs, shift and loss; called again on its own corrected prediction;
-# trained to be followed by a judge, too.
-FORMS = ("", "-paper", "-twice", "-judged")
+# trained to be followed by a judge, too; a trained one that learns what it says with guidance.
+FORMS = ("", "-paper", "-twice", "-judged", "-distilled")
+INSIDE = ("full", "controlnet", "adapter", "lora")
 METHODS = (
     *(f"mcm-{size}{form}" for form in FORMS for size in SIZES),
-    "full",
-    "controlnet",
-    "adapter",
-    "lora",
+    *(f"{name}{weighting}" for weighting in ("", "-eps") for name in INSIDE),
     "judge",
 )
 
@@ -51,6 +47,7 @@ class Given(NamedTuple):
       context: of the prompts ``[B, L, D]``; None for an unconditional base.
       level: alpha and sigma ``[B]``; None are the schedule's at t.
       eps: the base's own prediction, where it is at hand.
+      negative: of the negative prompts, for a method that takes text guidance upon itself.
     """
 
     x_t: jax.Array
@@ -60,6 +57,7 @@ class Given(NamedTuple):
     context: jax.Array | None = None
     level: tuple[jax.Array, jax.Array] | None = None
     eps: jax.Array | None = None
+    negative: jax.Array | None = None
 
 
 class Method(Protocol):
@@ -67,17 +65,23 @@ class Method(Protocol):
 
     Attributes:
       needs_eps: whether it works on the base's prediction and needs no gradient through the base.
+      guides_text: whether it takes text guidance upon itself; others are asked for both prompts.
       grid: height and width at which it takes the conditions.
     """
 
     needs_eps: bool
+    guides_text: bool
     grid: tuple[int, int]
 
-    def init(self, key: jax.Array) -> Any:
+    def init(self, key: jax.Array, base_params: Any) -> Any:
         """What is trained, as it is at first: a pytree."""
         ...
 
-    def __call__(self, params: Any, base_params: Any, given: Given) -> jax.Array:
+    def prepare(self, params: Any, base_params: Any, given: Given) -> Any:
+        """What does not depend on x_t and t: made once a picture."""
+        ...
+
+    def __call__(self, params: Any, base_params: Any, given: Given, prepared: Any) -> jax.Array:
         """The noise under control, ``[B, H, W, C]``."""
         ...
 
@@ -89,15 +93,19 @@ class Modulation:
     base: Base
     modulator: Modulator
     needs_eps = True
+    guides_text = False
 
     @property
     def grid(self) -> tuple[int, int]:
         return self.modulator.grid(self.base)
 
-    def init(self, key: jax.Array) -> Any:
+    def init(self, key: jax.Array, base_params: Any) -> Any:
         return self.modulator.init(key, self.base.latent_shape, self.grid)
 
-    def __call__(self, params: Any, base_params: Any, given: Given) -> jax.Array:
+    def prepare(self, params: Any, base_params: Any, given: Given) -> None:
+        return None
+
+    def __call__(self, params: Any, base_params: Any, given: Given, prepared: None) -> jax.Array:
         eps = given.eps
         if eps is None:
             eps = self.base.predict(base_params, given.x_t, given.t, given.context, given.level)
@@ -107,9 +115,9 @@ class Modulation:
 class Twice(Modulation):
     """An MCM that sees its own corrected prediction, and the x0 of it, and corrects it once more; one set of params."""
 
-    def __call__(self, params: Any, base_params: Any, given: Given) -> jax.Array:
-        once = super().__call__(params, base_params, given)
-        return super().__call__(params, base_params, given._replace(eps=once))
+    def __call__(self, params: Any, base_params: Any, given: Given, prepared: None) -> jax.Array:
+        once = super().__call__(params, base_params, given, prepared)
+        return super().__call__(params, base_params, given._replace(eps=once), prepared)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,13 +136,33 @@ class Judged(Modulation):
 
     def penalty(self, base_params: Any, given: Given, eps: jax.Array) -> jax.Array:
         """Of each example ``[B]``; 0 where it is shown no labels."""
-        schedule, labels = self.base.schedule, given.conditions[self.judge.labels]
+        schedule, judge = self.base.schedule, self.judge
         alpha, sigma = schedule.alpha(given.t), schedule.sigma(given.t)
         x0 = estimate_x0(given.x_t, eps, alpha, sigma, self.modulator.x0_clip)
-        factor = max(labels.shape[1] // self.judge.grid[0], 1)
-        likelihood = self.judge.log_likelihood(self.base.decode(base_params, x0), labels[:, ::factor, ::factor])
-        shown = given.present[:, [m.name for m in self.judge.modalities].index(self.judge.labels)]
-        return -self.strength * jnp.square(alpha) * jnp.where(shown, likelihood, 0.0) / math.prod(self.judge.grid)
+        factor = given.conditions[judge.labels].shape[1] // judge.grid[0]
+        labels = given.conditions[judge.labels][:, factor // 2 :: factor, factor // 2 :: factor]
+        likelihood = judge.log_likelihood(self.base.decode(base_params, x0), labels) / math.prod(judge.grid)
+        return -self.strength * jnp.square(alpha) * jnp.where(judge.shown(given), likelihood, 0.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Distilled(Modulation):
+    """A trained MCM that goes on to learn what it says itself with modality guidance: ``eps + s (eps'_teacher - eps)``.
+
+    Attributes:
+      teacher: its params, with which it begins.
+      guidance: s.
+    """
+
+    teacher: Any
+    guidance: float = 1.5
+
+    def init(self, key: jax.Array, base_params: Any) -> Any:
+        return jax.tree.map(jnp.asarray, self.teacher)
+
+    def target(self, given: Given) -> jax.Array:
+        """What is learnt in the place of the noise."""
+        return given.eps + self.guidance * (self(self.teacher, {}, given, None) - given.eps)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,10 +171,12 @@ class _Inside:
 
     base: Base
     modalities: tuple[Modality, ...]
+    name = ""
     needs_eps = False
+    guides_text = False
 
     def __post_init__(self):
-        unet.check_supported(self.base, type(self).__name__)
+        unet.check_supported(self.base, self.name)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -159,6 +189,9 @@ class _Inside:
     def _example(self) -> jax.Array:
         return jnp.zeros((1, *self.grid, total_channels(self.modalities)))
 
+    def _channels(self, given: Given) -> jax.Array:
+        return stack(self.modalities, given.conditions, given.present)
+
     def _arguments(self, given: Given) -> tuple[jax.Array, ...]:
         return (given.x_t, given.t) if given.context is None else (given.x_t, given.t, given.context)
 
@@ -169,36 +202,28 @@ class _Inside:
         return to_eps(prediction, given.x_t, alpha, sigma, schedule.prediction_type)
 
 
-class _Seen(nn.Module):
-    """Conditions as further channels of the base's first convolution, which ignores them at first.
-
-    The strided convolutions before it, for a latent base, are those of the MCM (:class:`ConditionEncoder`).
-    """
-
-    width: int
-    halvings: int
-    encoder_width: int = 16
-
-    @nn.compact
-    def __call__(self, conditions: jax.Array) -> jax.Array:
-        h = ConditionEncoder(self.encoder_width, self.halvings, name="encoder")(conditions)
-        return conv3x3(self.width, jnp.float32, "conv_in", kernel_init=nn.initializers.zeros, use_bias=False)(h)
+def _trainable(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
 
 
 class FullFineTuning(_Inside):
     """Every parameter of the base's U-Net is trained; conditions are concatenated to its input."""
 
+    name = "full"
+
     @property
-    def _seen(self) -> _Seen:
-        return _Seen(unet.widths_of(self.base)[0], self._halvings)
+    def _seen(self) -> nets.Seen:
+        return nets.Seen(unet.widths_of(self.base)[0], self._halvings, self.base.unet.dtype)
 
-    def init(self, key: jax.Array) -> Any:
-        copy = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), self.base.params["unet"])
-        return {"unet": copy, "seen": self._seen.init(key, self._example())["params"]}
+    def init(self, key: jax.Array, base_params: Any) -> Any:
+        return {"unet": _trainable(base_params["unet"]), "seen": self._seen.init(key, self._example())["params"]}
 
-    def __call__(self, params: Any, base_params: Any, given: Given) -> jax.Array:
-        channels = stack(self.modalities, given.conditions, given.present)
-        return self._eps(given, params["unet"], hint=self._seen.apply({"params": params["seen"]}, channels))
+    def prepare(self, params: Any, base_params: Any, given: Given) -> Any:
+        return params["unet"], self._seen.apply({"params": params["seen"]}, self._channels(given))
+
+    def __call__(self, params: Any, base_params: Any, given: Given, prepared: Any) -> jax.Array:
+        net, hint = prepared
+        return self._eps(given, net, hint=hint)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -210,24 +235,24 @@ class LoRA(FullFineTuning):
     """
 
     rank: int = 8
+    name = "lora"
 
-    def init(self, key: jax.Array) -> Any:
-        low = {}
-        keys = iter(jax.random.split(key, 1_000))
-        for path, kernel in traverse_util.flatten_dict(self.base.params["unet"], sep="/").items():
+    def init(self, key: jax.Array, base_params: Any) -> Any:
+        low, seen_key = {}, jax.random.fold_in(key, 0)
+        for i, (path, kernel) in enumerate(traverse_util.flatten_dict(base_params["unet"], sep="/").items()):
             if path.endswith("/kernel"):
                 inputs, outputs = math.prod(kernel.shape[:-1]), kernel.shape[-1]
                 rank = min(self.rank, inputs, outputs)
-                down = jax.random.normal(next(keys), (inputs, rank)) / math.sqrt(inputs)
+                down = jax.random.normal(jax.random.fold_in(key, i + 1), (inputs, rank)) / math.sqrt(inputs)
                 low[path] = {"down": down, "up": jnp.zeros((rank, outputs))}
-        return {"low": low, "seen": self._seen.init(next(keys), self._example())["params"]}
+        return {"low": low, "seen": self._seen.init(seen_key, self._example())["params"]}
 
-    def __call__(self, params: Any, base_params: Any, given: Given) -> jax.Array:
+    def prepare(self, params: Any, base_params: Any, given: Given) -> Any:
         flat = dict(traverse_util.flatten_dict(base_params["unet"], sep="/"))
         for path, low in params["low"].items():
-            flat[path] = flat[path] + (low["down"] @ low["up"]).reshape(flat[path].shape)
-        changed = traverse_util.unflatten_dict(flat, sep="/")
-        return super().__call__({"unet": changed, "seen": params["seen"]}, base_params, given)
+            flat[path] = flat[path] + (low["down"] @ low["up"]).reshape(flat[path].shape).astype(flat[path].dtype)
+        changed = {"unet": traverse_util.unflatten_dict(flat, sep="/"), "seen": params["seen"]}
+        return super().prepare(changed, base_params, given)
 
 
 class ControlNet(_Inside):
@@ -236,118 +261,147 @@ class ControlNet(_Inside):
     Zhang et al. 2023, sec. 3; its forward pass is diffusers' ``ControlNetModel``'s (tests/test_peers.py).
     """
 
+    name = "controlnet"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self._halvings > nets.MOST_HALVINGS:
+            most = 2**nets.MOST_HALVINGS
+            raise UserError(
+                f"the peer 'controlnet' takes latents of at most 1/{most} of the pictures; those of the base "
+                f"{self.base.name!r} are of 1/{self.base.factor}"
+            )
+
     @property
     def _hint(self) -> nets.Hint:
-        if self._halvings > 3:
-            raise UserError(f"controlnet: the base {self.base.name!r} has latents of 1/{self.base.factor}, at most 1/8")
-        return nets.Hint(unet.widths_of(self.base)[0], self._halvings)
+        return nets.Hint(unet.widths_of(self.base)[0], self._halvings, self.base.unet.dtype)
 
-    def init(self, key: jax.Array) -> Any:
-        original = self.base.params["unet"]
-        kept = [name for name in original if name.startswith(("conv_in", "time_", "down_blocks_", "mid_block"))]
-        copy = {name: jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), original[name]) for name in kept}
-        hint = self._hint
-        x = jnp.zeros((1, *self.base.latent_shape))
-        more = ()
+    def init(self, key: jax.Array, base_params: Any) -> Any:
+        kept = ("conv_in", "time_", "down_blocks_", "mid_block")
+        copy = _trainable({name: p for name, p in base_params["unet"].items() if name.startswith(kept)})
+        x, more = jnp.zeros((1, *self.base.latent_shape)), ()
         if self.base.is_text_conditional:
             more = (jnp.zeros((1, 1, self.base.unet.config.cross_attention_dim)),)
-        skips, middle = jax.eval_shape(
-            lambda p: unet.encode(self.base.unet, p, x, jnp.zeros(1, jnp.int32), *more), copy
-        )
+        encode = functools.partial(unet.encode, self.base.unet)
+        skips, middle = jax.eval_shape(encode, copy, x, jnp.zeros(1, jnp.int32), *more)
         zeros = lambda c: {"kernel": jnp.zeros((1, 1, c, c)), "bias": jnp.zeros(c)}  # noqa: E731
         return {
             "copy": copy,
-            "controlnet_cond_embedding": hint.init(key, self._example())["params"],
+            "controlnet_cond_embedding": self._hint.init(key, self._example())["params"],
             "controlnet_down_blocks": [zeros(s.shape[-1]) for s in skips],
             "controlnet_mid_block": zeros(middle.shape[-1]),
         }
 
-    def residuals(self, params: Any, given: Given) -> tuple[list[jax.Array], jax.Array]:
-        """What is added to the base's skips, the finest first, and to its middle block's result."""
-        channels = stack(self.modalities, given.conditions, given.present)
-        hint = self._hint.apply({"params": params["controlnet_cond_embedding"]}, channels)
-        skips, middle = unet.encode(self.base.unet, params["copy"], *self._arguments(given), hint=hint)
-        down = map(nets.zero_convolution, params["controlnet_down_blocks"], skips)
-        return list(down), nets.zero_convolution(params["controlnet_mid_block"], middle)
+    def prepare(self, params: Any, base_params: Any, given: Given) -> jax.Array:
+        return self._hint.apply({"params": params["controlnet_cond_embedding"]}, self._channels(given))
 
-    def __call__(self, params: Any, base_params: Any, given: Given) -> jax.Array:
-        residuals, middle = self.residuals(params, given)
+    def __call__(self, params: Any, base_params: Any, given: Given, prepared: jax.Array) -> jax.Array:
+        skips, middle = unet.encode(self.base.unet, params["copy"], *self._arguments(given), hint=prepared)
+        residuals = list(map(nets.zero_convolution, params["controlnet_down_blocks"], skips))
+        middle = nets.zero_convolution(params["controlnet_mid_block"], middle)
         return self._eps(given, base_params["unet"], residuals=residuals, middle=middle)
 
 
 class Adapter(_Inside):
     """Features of the conditions alone, added to the base's encoder at each level (T2I-Adapter, Mou et al. 2023)."""
 
+    name = "adapter"
+
     @property
     def _net(self) -> nets.Adapter:
-        return nets.Adapter(unet.widths_of(self.base), self.base.factor)
+        return nets.Adapter(unet.widths_of(self.base), self.base.factor, self.base.unet.dtype)
 
-    def init(self, key: jax.Array) -> Any:
+    def init(self, key: jax.Array, base_params: Any) -> Any:
         return self._net.init(key, self._example())["params"]
 
-    def __call__(self, params: Any, base_params: Any, given: Given) -> jax.Array:
-        channels = stack(self.modalities, given.conditions, given.present)
-        features = self._net.apply({"params": params}, channels)
-        return self._eps(given, base_params["unet"], features=features)
+    def prepare(self, params: Any, base_params: Any, given: Given) -> list[jax.Array]:
+        return self._net.apply({"params": params}, self._channels(given))
+
+    def __call__(self, params: Any, base_params: Any, given: Given, prepared: list[jax.Array]) -> jax.Array:
+        return self._eps(given, base_params["unet"], features=prepared)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class JudgeGuidance:
     """No training: ``eps' = eps + scale sigma grad CE(labels of x0_hat, labels)`` by x_t (Bansal et al. 2023, eq. 6).
 
-    The judge is a segmentation net, so labels are followed and nothing else: a sketch has no judge with a gradient.
-    Where the same net judges the samples, this is the best that guiding by a judge can be.
+    Of the text-guided eps. The judge is a segmentation net, so labels are followed and nothing else: a sketch has no
+    judge with a gradient. Their recurrence and backward guidance are left out. Where the same net judges the samples,
+    this is the best that guiding by a judge can be.
 
     Attributes:
       judge: the net, with its weights.
       labels: the modality that it finds.
+      text_guidance: of the base's prediction, where there is a negative context.
     """
 
     base: Base
     modalities: tuple[Modality, ...]
     judge: Segmenter
     labels: str
+    text_guidance: float = 1.0
     needs_eps = False
+    guides_text = True
 
     def __post_init__(self):
-        unet.check_supported(self.base, "judge")
         known = {m.name: m for m in self.modalities}
         if self.labels not in known or known[self.labels].channels != len(self.judge.classes):
             raise UserError(
                 f"the peer 'judge' follows {self.labels!r} by a net of {len(self.judge.classes)} classes; the data has "
-                f"{', '.join(f'{m.name} ({m.channels})' for m in self.modalities)}"
+                f"{', '.join(f'{m.name} ({m.channels})' for m in self.modalities)}; name another net with --guide"
+            )
+        if any(size % own for size, own in zip(self.base.image_shape, self.grid, strict=False)):
+            height, width = self.grid
+            raise UserError(
+                f"the peer 'judge' reads pictures of {height}x{width}, or of whole multiples; the base "
+                f"{self.base.name!r} makes {self.base.image_shape[0]}x{self.base.image_shape[1]}"
             )
 
     @property
     def grid(self) -> tuple[int, int]:
         return self.judge.config["height"], self.judge.config["width"]
 
-    def init(self, key: jax.Array) -> Any:
+    def init(self, key: jax.Array, base_params: Any) -> Any:
         """The scale of the gradient, which is swept in place of a learning rate, and not trained."""
         return {"scale": jnp.ones(())}
+
+    def prepare(self, params: Any, base_params: Any, given: Given) -> None:
+        return None
+
+    def shown(self, given: Given) -> jax.Array:
+        """Which examples are shown their labels, bool ``[B]``."""
+        return given.present[:, [m.name for m in self.modalities].index(self.labels)]
 
     def log_likelihood(self, pictures: jax.Array, labels: jax.Array) -> jax.Array:
         """Of labels ``[B, h, w]`` in pictures ``[B, H, W, 3]``, H a multiple of h: sums over the labels, ``[B]``."""
         batch, (height, width) = len(pictures), self.grid
         parts = pictures.reshape(batch, height, pictures.shape[1] // height, width, pictures.shape[2] // width, 3)
         logits = self.judge.net.apply({"params": self.judge.params}, jnp.clip(parts.mean((2, 4)), -1, 1))
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None].astype(jnp.int32), axis=-1)
-        return picked[..., 0].sum((1, 2))
+        known = (labels >= 0) & (labels < logits.shape[-1])  # others are unknown
+        which = jnp.where(known, labels, 0).astype(jnp.int32)[..., None]
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), which, axis=-1)[..., 0]
+        return jnp.where(known, picked, 0.0).sum((1, 2))
 
-    def __call__(self, params: Any, base_params: Any, given: Given) -> jax.Array:
+    def _predict(self, base_params: Any, given: Given, x_t: jax.Array) -> jax.Array:
+        if given.negative is None:
+            return self.base.predict(base_params, x_t, given.t, given.context, given.level)
+        x, t, level = jax.tree.map(lambda a: jnp.concatenate([a, a]), (x_t, given.t, given.level))
+        eps = self.base.predict(base_params, x, t, jnp.concatenate([given.negative, given.context]), level)
+        return sampling.guide(*jnp.split(eps, 2), self.text_guidance)
+
+    def __call__(self, params: Any, base_params: Any, given: Given, prepared: None) -> jax.Array:
         schedule = self.base.schedule
         alpha, sigma = given.level or (schedule.alpha(given.t), schedule.sigma(given.t))
-        shown = given.present[:, [m.name for m in self.modalities].index(self.labels)]
 
         def likelihood(x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
-            eps = self.base.predict(base_params, x_t, given.t, given.context, given.level)
+            eps = self._predict(base_params, given, x_t)
             x0 = estimate_x0(x_t, eps, alpha, sigma, jnp.inf)
             found = self.log_likelihood(self.base.decode(base_params, x0), given.conditions[self.labels])
             return found.sum(), eps
 
         gradient, eps = jax.grad(likelihood, has_aux=True)(given.x_t)
         step = params["scale"] * sigma[:, None, None, None] * gradient
-        return eps - jnp.where(shown[:, None, None, None], step, 0.0)
+        return eps - jnp.where(self.shown(given)[:, None, None, None], step, 0.0)
 
 
 def make_method(
@@ -357,6 +411,8 @@ def make_method(
     mcm: MCMSettings,
     *,
     guide: str = "scenes-segmenter",
+    text_guidance: float = 1.0,
+    teacher: Any = None,
 ) -> Method:
     """A method by its name.
 
@@ -366,17 +422,25 @@ def make_method(
       modalities: conditions.
       mcm: what an MCM is but for its size.
       guide: the net of ``judge`` and ``-judged``, an asset's name or a folder.
+      text_guidance: of ``judge``.
+      teacher: params of ``-distilled``: of the MCM without.
+
+    Raises:
+      UserError: the base, the pictures' size or the labels are such that the method does not take.
     """
-    judge = functools.partial(JudgeGuidance, base, modalities, labels="segmentation")
-    if name.startswith("mcm-"):
-        size, _, form = name.removeprefix("mcm-").partition("-")
-        mcm = dataclasses.replace(mcm, **SIZES[size])
-        if form == "paper":
-            mcm = dataclasses.replace(mcm, inputs=("x_t", "eps"), shift_space="eps", conditions="grid")
-        modulator = mcm.modulator(modalities, base.schedule)
-        if form == "judged":
-            return Judged(base, modulator, judge(judge=load_segmenter(assets.resolve(guide))))
-        return (Twice if form == "twice" else Modulation)(base, modulator)
+    judge = functools.partial(JudgeGuidance, base, modalities, labels="segmentation", text_guidance=text_guidance)
     if name == "judge":
         return judge(judge=load_segmenter(assets.resolve(guide)))
-    return {"full": FullFineTuning, "controlnet": ControlNet, "adapter": Adapter, "lora": LoRA}[name](base, modalities)
+    if not name.startswith("mcm-"):
+        kinds = {kind.name: kind for kind in (FullFineTuning, ControlNet, Adapter, LoRA)}
+        return kinds[name.removesuffix("-eps")](base, modalities)
+    size, _, form = name.removeprefix("mcm-").partition("-")
+    mcm = dataclasses.replace(mcm, **SIZES[size])
+    if form == "paper":
+        mcm = dataclasses.replace(mcm, inputs=("x_t", "eps"), shift_space="eps", conditions="grid")
+    modulator = mcm.modulator(modalities, base.schedule)
+    if form == "judged":
+        return Judged(base, modulator, judge(judge=load_segmenter(assets.resolve(guide))))
+    if form == "distilled":
+        return Distilled(base, modulator, teacher)
+    return (Twice if form == "twice" else Modulation)(base, modulator)

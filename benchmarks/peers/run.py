@@ -14,6 +14,7 @@ done: the same command goes on.
 import argparse
 import dataclasses
 import functools
+import hashlib
 import importlib
 import json
 import pathlib
@@ -28,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import common
-from benchmarks.peers.methods import METHODS, Given, Judged, Method, make_method
+from benchmarks.peers.methods import METHODS, Distilled, Given, Judged, Method, make_method
 from mcm_jax import losses, sampling, sharding
 from mcm_jax.base import Base
 from mcm_jax.config import read
@@ -49,10 +50,12 @@ from mcm_jax.training.optimizer import make_optimizer, make_schedule
 
 DEFAULT = (
     *("mcm-tiny", "mcm-slim", "mcm-medium", "mcm-tiny-paper", "mcm-slim-paper", "mcm-medium-paper"),
-    *("full", "controlnet", "adapter", "lora", "judge"),
+    *("full", "full-eps", "controlnet", "controlnet-eps", "adapter", "lora", "judge"),
 )
-FIRST = {"judge": 0.1} | dict.fromkeys(("full", "controlnet", "lora"), 5e-4)  # else 2e-3; the sweep finds the best
+# Where a sweep of rates begins, else at 2e-3.
+FIRST = {"judge": 0.1} | {name: 5e-4 for name in METHODS if name.startswith(("full", "controlnet"))}
 SEEDS_OF_DIVERSITY = 4
+REFUSED = "refused.txt"
 
 
 @dataclasses.dataclass
@@ -97,17 +100,21 @@ def open_world(config: str, *, pairs: int, select: int, report: int, references:
     mesh = make_mesh()
     base = run.base.load(mesh)
     held_out = HeldOut(run.data, base.card, run.modalities.shown, select + report)
+    if run.loss.l1:
+        raise UserError(f"{config}: loss.l1 is {run.loss.l1:g}; the peers have no scale and shift that it pulls, so 0")
     if len(held_out) <= select:
         raise UserError(f"{config}: {len(held_out)} held-out maps, of which --select={select} leaves none to report on")
     return World(run, base, mesh, held_out, judges_of(held_out, {}, references), select)
 
 
 def weighting_of(name: str, world: World) -> str:
-    """Of the loss: the paper's form has its own, all others the config's."""
-    return "eps" if name.endswith("-paper") else world.run.loss.weighting
+    """Of the loss: the paper's form of an MCM, and the peers as they were published, have eps; others the config's."""
+    return "eps" if name.endswith(("-paper", "-eps")) else world.run.loss.weighting
 
 
-def make_step(method: Method, optimizer: Any, schedule: Schedule, weighting: str, ema_decay: float) -> Any:
+def make_step(
+    method: Method, optimizer: Any, schedule: Schedule, weighting: str, ema_decay: float, snr_gamma: float = 5.0
+) -> Any:
     """``(state, base_params, record, rate) -> (state, loss)``, jitted; the state is donated.
 
     Every update of the optimizer is multiplied by the rate: one program serves all rates.
@@ -118,13 +125,14 @@ def make_step(method: Method, optimizer: Any, schedule: Schedule, weighting: str
         now: state.TrainState, base_params: Any, record: dict, rate: jax.Array
     ) -> tuple[state.TrainState, jax.Array]:
         t = record["t"]
-        weight = losses.weight(weighting, schedule.alpha(t), schedule.sigma(t))
+        weight = losses.weight(weighting, schedule.alpha(t), schedule.sigma(t), snr_gamma)
 
         def loss_of(params: Any) -> jax.Array:
             told = {"eps" if method.needs_eps else "context": record["eps"]}
             given = Given(record["x_t"], t, record["conditions"], record["present"], **told)
-            eps = method(params, base_params, given)
-            loss = weight * losses.prediction_error(eps, record["noise"])
+            eps = method(params, base_params, given, method.prepare(params, base_params, given))
+            target = method.target(given) if isinstance(method, Distilled) else record["noise"]
+            loss = weight * losses.prediction_error(eps, target)
             if isinstance(method, Judged):
                 loss = loss + method.penalty(base_params, given, eps)
             return (record["importance"] * loss).mean()
@@ -166,22 +174,31 @@ def records_of(method: Method, world: World, seed: int, steps: int, batch_size: 
     return source.records(noise_step, batch_size=batch_size, seed=seed, steps=range(steps), mesh=world.mesh)
 
 
-def available_memory() -> int | None:
-    """Bytes that the first device, or on a CPU the machine, has left; None where it does not tell."""
-    if stats := jax.local_devices()[0].memory_stats():
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    file = pathlib.Path("/proc/meminfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-
-
 def check_memory(name: str, needed: int | None, available: int | None) -> None:
     """Raises UserError where a step's memory, by the compiler's count, is more than there is."""
     if needed and available and needed > available:
         raise UserError(
-            f"{name}: a training step takes {needed / 2**30:.2f} GiB, and {available / 2**30:.2f} GiB are left; take a "
-            f"smaller --batch_size, or a method that needs no gradient through the base (mcm-*)"
+            f"{name}: a training step takes {needed / 2**30:.2f} GiB, and there are {available / 2**30:.2f} GiB; take "
+            f"a smaller --batch_size, or a method that needs no gradient through the base (mcm-*)"
         )
+
+
+def compile_step(
+    name: str, train_step: Any, method: Method, optimizer: Any, base: Base, record: dict, rate: jax.Array
+) -> CompiledStep:
+    """The training step, compiled before anything of it is in memory.
+
+    Raises:
+      UserError: the device's memory does not hold it: says how much it takes.
+    """
+    begin = lambda key, base_params: state.init_state(method.init(key, base_params), optimizer)  # noqa: E731
+    shapes = jax.eval_shape(begin, jax.random.key(0), base.params)
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rate.sharding), shapes)
+    own = frozen_params(method, base)
+    compiled = CompiledStep(train_step, shapes, own, record, rate)
+    free, there = sharding.free_memory(), sum(leaf.nbytes for leaf in jax.tree.leaves((own, record)))
+    check_memory(name, compiled.bytes, None if free is None else free + there)
+    return compiled
 
 
 class Trainer:
@@ -201,27 +218,29 @@ class Trainer:
     def __call__(self, rate: float, seed: int) -> tuple[Any, dict[str, Any]]:
         """Averaged params, and what there is to say of the training."""
         world, method, steps, t = self._world, self._method, self._steps, self._world.run.train
-        params = sharding.replicate(jax.jit(method.init)(jax.random.key(seed)), world.mesh)
-        said: dict[str, Any] = {"parameters": parameter_count(params), "rate": rate, "steps": steps, "seed": seed}
+        init = jax.jit(method.init)
+        begin = lambda: sharding.replicate(init(jax.random.key(seed), world.base.params), world.mesh)  # noqa: E731
+        said: dict[str, Any] = {"rate": rate, "steps": steps, "seed": seed, "parameters": 0}
         if self._name == "judge":
-            return jax.tree.map(lambda p: p * rate, params), said | {"parameters": 0}
+            return jax.tree.map(lambda p: p * rate, begin()), said
         warmup = min(t.warmup_steps, steps // 10)
         schedule = make_schedule("cosine", steps=steps, learning_rate=1.0, warmup_steps=warmup, decay_steps=1)
         optimizer = make_optimizer("adamw", schedule, weight_decay=t.weight_decay, clip_norm=t.clip_norm)
-        now, weighting = state.init_state(params, optimizer), weighting_of(self._name, world)
-        base_params, found = frozen_params(method, world.base), []
+        weighting, gamma = weighting_of(self._name, world), world.run.loss.snr_gamma
+        base_params, found, now = frozen_params(method, world.base), [], None
+        speed = sharding.replicate(jnp.float32(rate), world.mesh)
         records = records_of(method, world, seed, steps, self._batch_size)
         for record in tqdm(records, total=steps, desc=f"{self._name} {rate:.3g} {seed}"):
             if self._compiled is None:
-                train_step = make_step(method, optimizer, world.base.schedule, weighting, t.ema_decay)
-                self._compiled = CompiledStep(train_step, now, base_params, record, jnp.float32(rate))
-                check_memory(self._name, self._compiled.bytes, available_memory())
-            if not found:
-                began = time.perf_counter()
-            now, loss = self._compiled(now, base_params, record, jnp.float32(rate))
+                train_step = make_step(method, optimizer, world.base.schedule, weighting, t.ema_decay, gamma)
+                self._compiled = compile_step(self._name, train_step, method, optimizer, world.base, record, speed)
+            if now is None:
+                now, began = state.init_state(begin(), optimizer), time.perf_counter()
+            now, loss = self._compiled(now, base_params, record, speed)
             found.append(loss)
         curve = np.asarray(jax.device_get(found))
         said |= {
+            "parameters": parameter_count(now.params),
             "seconds": round(time.perf_counter() - began, 1),
             "loss_of_the_last_tenth": round(float(curve[-max(1, steps // 10) :].mean()), 5),
             "step_bytes": self._compiled.bytes,
@@ -249,13 +268,19 @@ class Drawer:
 
         @jax.jit
         def run(params, base_params, keys, conditions, present, context, negative):
+            twice = (conditions, present)
+            if guided and not method.guides_text:
+                twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), twice)
+            prepared = method.prepare(params, base_params, Given(None, None, *twice))
+
             def denoise(x, at):
-                parts = [x, at.t, conditions, present, context, (at.alpha, at.sigma)]
-                if not guided:
-                    return method(params, base_params, Given(*parts))
-                twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), [*parts[:4], None, parts[5]])
-                twice[4] = jnp.concatenate([negative, context])
-                eps = method(params, base_params, Given(*twice))
+                level = at.alpha, at.sigma
+                if not guided or method.guides_text:
+                    given = Given(x, at.t, *twice, context, level, negative=negative if guided else None)
+                    return method(params, base_params, given, prepared)
+                x, t, level = jax.tree.map(lambda a: jnp.concatenate([a, a]), (x, at.t, level))
+                given = Given(x, t, *twice, jnp.concatenate([negative, context]), level)
+                eps = method(params, base_params, given, prepared)
                 return sampling.guide(*jnp.split(eps, 2), settings.text_guidance)
 
             noise = sampling.initial_noise(keys, base.latent_shape)
@@ -272,7 +297,8 @@ class Drawer:
         for start in range(0, len(which), size):
             rows = np.arange(start, start + size) % len(which)  # the last batch is filled up
             maps = {name: values[which[rows]] for name, values in self._maps.items()}
-            shown = np.tile([[m.name in given for m in world.modalities]], (size, 1))
+            has = [world.held_out.present[m.name][which[rows]] & (m.name in given) for m in world.modalities]
+            shown = np.stack(has, 1)
             texts = [None, None]
             if self._captions is not None:
                 told = [self._captions[i] for i in which[rows]]
@@ -286,11 +312,17 @@ class Drawer:
 def judged(
     world: World, draw: Drawer, params: Any, which: np.ndarray, seed: int = 0, whole: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Numbers of each subset of the modalities; mean IoU and F1 alone unless the `whole` is asked for."""
-    found = {}
+    """Numbers of each subset of the modalities, none where a picture is not finite.
+
+    Mean IoU and F1 alone unless the `whole` is asked for.
+    """
+    found: dict[str, dict[str, float]] = {}
     names = [m.name for m in world.modalities]
     for row, given in subsets(names).items():
         images = draw(params, given, which, sampling.sample_keys(2 * seed, len(which)))
+        found[row] = {}
+        if not np.isfinite(images).all():  # which judges refuse
+            continue
         numbers: dict[str, Any] = {}
         for judge in world.judges:
             if whole or judge.conditional:
@@ -298,14 +330,15 @@ def judged(
         if whole and len(given) == len(names):
             few = np.tile(which[:16], SEEDS_OF_DIVERSITY)
             many = draw(params, given, few, sampling.sample_keys(2 * seed + 1, len(few)))
-            numbers["diversity"] = float(diversity(many.reshape(SEEDS_OF_DIVERSITY, -1, *many.shape[1:])))
+            if np.isfinite(many).all():
+                numbers["diversity"] = float(diversity(many.reshape(SEEDS_OF_DIVERSITY, -1, *many.shape[1:])))
         found[row] = {k: round(float(v), 5) for k, v in numbers.items() if not isinstance(v, str)}
     return found
 
 
 def score(rows: dict[str, dict[str, float]]) -> float:
-    """What rates are chosen by: mean IoU, mean over the subsets."""
-    values = [row["miou"] for row in rows.values()]
+    """What rates are chosen by: mean IoU, mean over the subsets; -1 where one has none."""
+    values = [row.get("miou", np.nan) for row in rows.values()]
     return float(np.mean(values)) if np.isfinite(values).all() else -1.0
 
 
@@ -333,13 +366,14 @@ class Cells:
         if file.exists():
             return json.loads(file.read_text())
         params, said = self.train(rate, seed)
-        said["select"] = judged(self.world, self.draw, params, np.arange(self.world.select))
-        said["score"] = round(score(said["select"]), 5)
+        if seed == 0:
+            said["select"] = judged(self.world, self.draw, params, np.arange(self.world.select))
+            said["score"] = round(score(said["select"]), 5)
         self.folder.mkdir(parents=True, exist_ok=True)
         stored = flax.serialization.to_bytes(jax.device_get(params))
         write_atomically(self._file(rate, seed, "msgpack"), stored)
         write_atomically(file, (json.dumps(said | {"commit": common.COMMIT}, indent=2) + "\n").encode())
-        numbers = {row: {k: found.get(k) for k in ("miou", "edge_f1.f1")} for row, found in said["select"].items()}
+        numbers = {row: found.get("miou") for row, found in said.get("select", {}).items()}
         print(self.name, {k: said.get(k) for k in ("rate", "seed", "score", "seconds")}, numbers, flush=True)
         return said
 
@@ -348,36 +382,34 @@ class Cells:
         file = self._file(rate, seed, "report.json")
         if file.exists():
             return
-        empty = jax.eval_shape(method.init, jax.random.key(0))
+        empty = jax.eval_shape(method.init, jax.random.key(0), self.world.base.params)
         stored = flax.serialization.from_bytes(empty, self._file(rate, seed, "msgpack").read_bytes())
         params = sharding.replicate(stored, self.world.mesh)
         which = np.arange(self.world.select, len(self.world.held_out))
         rows = judged(self.world, self.draw, params, which, seed, whole=True)
         write_atomically(file, (json.dumps({"rate": rate, "seed": seed, "rows": rows}, indent=2) + "\n").encode())
-        print(self.name, "report", {row: found["miou"] for row, found in rows.items()}, flush=True)
+        print(self.name, "report", {row: found.get("miou") for row, found in rows.items()}, flush=True)
 
     def _file(self, rate: float, seed: int, suffix: str) -> pathlib.Path:
         return self.folder / f"rate={rate:.3g},seed={seed}.{suffix}"
 
 
-def best_rate(measure: Callable[[float], float], first: float, factor: float = 2.0, most: int = 7) -> float:
-    """The rate whose neighbours, a factor above and below, are both worse; at most so many are tried."""
+def best_rate(measure: Callable[[float], float], first: float, factor: float = 2.0, most: int = 12) -> float:
+    """The rate whose neighbours, a factor above and below, are no better; says so where so many tries find none.
+
+    Of equals, as diverged ones are, the lowest.
+    """
     scores: dict[int, float] = {}
-
-    def at(i: int) -> float:
-        if i not in scores:
-            scores[i] = measure(first * factor**i)
-        return scores[i]
-
-    best = 0
-    while len(scores) < most:
+    best, tried = 0, None
+    while best != tried and len(scores) < most:
+        tried = best
         for i in (best, best + 1, best - 1):
-            at(i)
-        better = max(scores, key=scores.get)
-        if better == best:
-            break
-        best = better
-    return first * factor ** max(scores, key=scores.get)
+            if i not in scores:
+                scores[i] = measure(first * factor**i)
+        best = max(scores, key=lambda i: (scores[i], -i))
+    if not {best - 1, best + 1} <= scores.keys():
+        print(f"{len(scores)} rates tried, and {first * factor**best:.3g} is at the end of them", flush=True)
+    return first * factor**best
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -396,35 +428,73 @@ def folder_of(args: argparse.Namespace, name: str) -> pathlib.Path:
     return args.workdir / args.config / f"steps={args.steps}" / name
 
 
+def teacher_of(args: argparse.Namespace, name: str, world: World) -> Any:
+    """Params of a method's cell that is best on the maps that rates are chosen by."""
+    cells = [json.loads(f.read_text()) for f in folder_of(args, name).glob("rate=*.json") if "report" not in f.name]
+    if not cells:
+        raise UserError(f"{name}-distilled learns of {name}, of which there is no training; add it to --methods")
+    best = max(cells, key=lambda cell: cell["score"])
+    file = folder_of(args, name) / f"rate={best['rate']:.3g},seed={best['seed']}.msgpack"
+    shapes = make_method(name, world.base, world.modalities, world.run.mcm).modulator.shapes(world.base)
+    return flax.serialization.from_bytes(shapes, file.read_bytes())
+
+
+def fingerprint() -> str:
+    """SHA-256 of this package: cells of other code are no part of one sweep."""
+    files = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+    own = [file.read_bytes() for file in files if file.name in ("run.py", "methods.py", "nets.py", "unet.py")]
+    return hashlib.sha256(b"".join(own)).hexdigest()[:16]
+
+
+def check_settings(file: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Writes what all cells of a folder share; raises UserError where it holds others: what differs."""
+    now = json.loads(json.dumps(settings))
+    if file.exists() and (before := json.loads(file.read_text())) != now:
+        keys = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+        said = "; ".join(f"{k}: {str(before.get(k))[:80]} there, {str(now.get(k))[:80]} now" for k in keys)
+        raise UserError(f"{file.parent} holds cells of other settings ({said}); take another --workdir")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, (json.dumps(now, indent=2) + "\n").encode())
+
+
 def main() -> None:
     parser = arguments()
     parser.description = __doc__
-    parser.add_argument("--pairs", type=int, default=1_500)
+    parser.add_argument("--pairs", type=int, default=1_500, help="of a drawn data set; others are taken whole")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--select", type=int, default=64, help="held-out maps that rates are chosen by")
     parser.add_argument("--report", type=int, default=128, help="other held-out maps, for what is reported")
-    parser.add_argument("--references", type=int, default=1_000, help="training pictures for FID and KID")
+    parser.add_argument("--references", type=int, default=1_000, help="training pictures for KID")
     parser.add_argument("--sampling_steps", type=int, default=16)
-    parser.add_argument("--guide", default="scenes-segmenter", help="the net of the method judge: an asset or a folder")
+    parser.add_argument("--guide", help="the net of judge and -judged, a folder; default: the data set's own, shipped")
     args = parser.parse_args()
-    fixed = ("pairs", "batch_size", "select", "report", "references", "sampling_steps", "guide")
-    about = args.workdir / args.config / f"steps={args.steps}" / "settings.json"
-    settings = {key: getattr(args, key) for key in fixed}
-    if about.exists() and (before := json.loads(about.read_text())) != settings:
-        differ = ", ".join(f"{k}: {before.get(k)} there, {v} now" for k, v in settings.items() if before.get(k) != v)
-        raise SystemExit(f"{about.parent} holds other runs ({differ}); take another --workdir")
-    world = open_world(args.config, **{k: settings[k] for k in ("pairs", "select", "report", "references")})
-    about.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(about, (json.dumps(settings, indent=2) + "\n").encode())
+    fixed = {k: getattr(args, k) for k in ("pairs", "batch_size", "select", "report", "references", "sampling_steps")}
+    world = open_world(args.config, **{k: fixed[k] for k in ("pairs", "select", "report", "references")})
+    guide = args.guide or f"{world.run.data.name}-segmenter"
+    settings = fixed | {"guide": guide, "base": world.base.fingerprint, "code": fingerprint()}
+    settings |= {"held_out": len(world.held_out), "config": dataclasses.asdict(world.run)}
+    check_settings(folder_of(args, "settings.json"), settings)
     common.use_compilation_cache(args.workdir)
+    refused = {}
     for name in args.methods:
-        method = make_method(name, world.base, world.modalities, world.run.mcm, guide=args.guide)
-        trainer = Trainer(name, world, method, args.steps, args.batch_size)
-        cells = Cells(folder_of(args, name), name, world, trainer, Drawer(world, method, args.sampling_steps))
-        rate = best_rate(lambda rate, cells=cells: cells.cell(rate, 0)["score"], FIRST.get(name, 2e-3))
-        for seed in range(args.seeds):
-            cells.cell(rate, seed)
-            cells.report(rate, seed, method)
+        folder = folder_of(args, name)
+        try:
+            given = {"guide": guide, "text_guidance": world.run.sampling.text_guidance}
+            if name.endswith("-distilled"):
+                given["teacher"] = teacher_of(args, name.removesuffix("-distilled"), world)
+            method = make_method(name, world.base, world.modalities, world.run.mcm, **given)
+            trainer = Trainer(name, world, method, args.steps, args.batch_size)
+            cells = Cells(folder, name, world, trainer, Drawer(world, method, args.sampling_steps))
+            rate = best_rate(lambda rate, cells=cells: cells.cell(rate, 0)["score"], FIRST.get(name, 2e-3))
+            for seed in range(args.seeds):
+                cells.cell(rate, seed)
+                cells.report(rate, seed, method)
+        except UserError as e:  # the others go on
+            refused[name] = str(e)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / REFUSED, f"{e}\n".encode())
+    if refused:
+        raise SystemExit("\n".join(f"{name}: {why}" for name, why in refused.items()))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ def row_of(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
     """What is known of a method, and which cells are missing."""
     cells, reports = read_cells(folder)
     swept = {rate: cell["score"] for (rate, seed), cell in cells.items() if seed == 0}
+    refused = folder / run.REFUSED
     if not swept:
-        return {"missing": ["all"]}
+        return {"missing": [f"all: {refused.read_text().strip()}" if refused.exists() else "all"]}
     best = max(swept, key=swept.get)
     missing = [f"rate {rate:.3g}" for rate in (best / 2, 2 * best) if not any(np.isclose(rate, r) for r in swept)]
     missing += [f"rate {best:.3g}, seed {s}" for s in range(seeds) if (best, s) not in reports]
@@ -42,13 +43,14 @@ def row_of(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
         "rates": {f"{rate:.3g}": score for rate, score in sorted(swept.items())},
         "parameters": cells[best, 0]["parameters"],
         "weighting": cells[best, 0].get("weighting"),
+        "commits": sorted({cell["commit"] for cell in cells.values() if "commit" in cell}),
         "seconds": [cells[best, s].get("seconds") for s in range(seeds) if (best, s) in cells],
         "missing": missing,
     }
     there = [reports[best, s]["rows"] for s in range(seeds) if (best, s) in reports]
     for given in there[0] if there else ():
         row[given] = {}
-        for number in there[0][given]:
+        for number in dict.fromkeys(key for rows in there for key in rows[given]):
             values = [rows[given][number] for rows in there if number in rows[given]]
             spread = round(interval(values), 4) if len(values) > 1 else None
             row[given][number] = {"mean": round(float(np.mean(values)), 4), "interval": spread, "seeds": len(values)}
@@ -57,9 +59,11 @@ def row_of(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
 
 def markdown(rows: dict[str, dict]) -> str:
     """For people; the first subset is everything."""
-    subsets = next(([k for k in row if isinstance(row[k], dict) and k != "rates"] for row in rows.values()), [])
+    keys = ([k for k, v in row.items() if isinstance(v, dict) and k != "rates"] for row in rows.values())
+    subsets = next(filter(None, keys), [])
     titles = ["method", "parameters", "rate", *(f"IoU, {given}" for given in subsets)]
     titles += [f"{name}, {subsets[0]}" for key, name in SHOWN.items() if key != "miou"] if subsets else []
+    titles.append("missing")
     lines = [f"| {' | '.join(titles)} |", f"| {' | '.join(['---'] * len(titles))} |"]
 
     def number(row: dict, given: str, key: str) -> str:
@@ -70,10 +74,11 @@ def markdown(rows: dict[str, dict]) -> str:
 
     for name, row in rows.items():
         if "rate" not in row:
-            lines.append(f"| {name} | {' | '.join(['-'] * (len(titles) - 1))} |")
+            lines.append(f"| {name} | {' | '.join(['-'] * (len(titles) - 2))} | {'; '.join(row['missing'])} |")
             continue
         values = [f"{row['parameters']:,}", f"{row['rate']:.3g}", *(number(row, given, "miou") for given in subsets)]
         values += [number(row, subsets[0], key) for key in SHOWN if key != "miou"] if subsets else []
+        values.append("; ".join(row["missing"]) or "nothing")
         lines.append(f"| {name} | {' | '.join(values)} |")
     return "\n".join(lines)
 
@@ -90,9 +95,6 @@ def main() -> None:
     report = {"config": args.config, "steps": args.steps, "settings": json.loads(about.read_text()), "rows": rows}
     common.write_report(args.out, __doc__, report)
     print(markdown(rows))
-    for name, row in rows.items():
-        if row["missing"]:
-            print(f"{name}: missing {'; '.join(row['missing'])}")
 
 
 if __name__ == "__main__":

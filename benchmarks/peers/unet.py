@@ -5,7 +5,6 @@ diffusers' names, so what is added where can be said by them. Both :class:`mcm_j
 :class:`mcm_jax.base.unet2d_condition.UNet2DCondition` work so.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,16 +14,17 @@ import jax
 from mcm_jax.base import Base
 from mcm_jax.errors import UserError
 
-_LAST = re.compile(r"(attentions|resnets)_(\d+)$")
-
 
 def check_supported(base: Base, method: str) -> None:
     """Raises UserError where a base's U-Net is of another kind than those whose parts are known here."""
-    if type(base.unet).__name__ not in ("UNet2D", "UNet2DCondition"):
+    found = type(base.unet).__name__
+    if found not in ("UNet2D", "UNet2DCondition"):
         raise UserError(
             f"the peer {method!r} reaches into the base's U-Net and knows UNet2DModel and UNet2DConditionModel; the "
-            f"base {base.name!r} has a {type(base.unet).__name__}. Of the methods here mcm-* take any base"
+            f"base {base.name!r} has a {found}. Of the methods here mcm-* take any base"
         )
+    if base.unet.config.mid_block_type is None:
+        raise UserError(f"the peer {method!r} needs a middle block; the base {base.name!r} has none")
 
 
 def widths_of(base: Base) -> tuple[int, ...]:
@@ -41,7 +41,7 @@ def forward(
     middle: jax.Array | None = None,
     features: Sequence[jax.Array] = (),
 ) -> jax.Array:
-    """The U-Net's prediction with additions.
+    """The U-Net's prediction with additions, which are brought to the U-Net's dtype.
 
     Args:
       unet: of the base.
@@ -63,14 +63,14 @@ def forward(
         if residuals and path[0].startswith("up_blocks_") and len(path) == 1:
             skips = kwargs["skips"]
             taken = [left.pop() for _ in skips][::-1]
-            kwargs = kwargs | {"skips": [s + r for s, r in zip(skips, taken, strict=True)]}
+            kwargs = kwargs | {"skips": [s + r.astype(s.dtype) for s, r in zip(skips, taken, strict=True)]}
         out = call(*args, **kwargs)
         if path == ("conv_in",) and hint is not None:
-            out = out + hint
+            out = out + hint.astype(out.dtype)
         if path == ("mid_block",) and middle is not None:
-            out = out + middle
+            out = out + middle.astype(out.dtype)
         if features and len(path) == 2 and path[0].startswith("down_blocks_") and _is_last(module.parent, path[1]):
-            out = out + features[int(path[0].rpartition("_")[2])]
+            out = out + features[int(path[0].rpartition("_")[2])].astype(out.dtype)
         return out
 
     return _with(add, unet, params, *arguments)
@@ -101,7 +101,7 @@ def encode(
             return args[0]
         out = call(*args, **kwargs)
         if path[0] == "conv_in":
-            out = out if hint is None else out + hint
+            out = out if hint is None else out + hint.astype(out.dtype)
             skips.append(out)
         elif path[0].startswith("down_blocks_"):
             skips.extend(out[1])
@@ -110,7 +110,7 @@ def encode(
         return out
 
     _with(note, unet, params, *arguments)
-    return skips, middle[0] if middle else skips[-1]
+    return skips, middle[0]
 
 
 def _with(change: Callable, unet: Any, params: Any, *arguments: jax.Array) -> Any:
@@ -125,5 +125,4 @@ def _with(change: Callable, unet: Any, params: Any, *arguments: jax.Array) -> An
 
 def _is_last(level: Any, name: str) -> bool:
     """Whether a part is the last block of a level on the way down: its last attention, or residual block."""
-    kind, number = _LAST.match(name).groups() if _LAST.match(name) else ("", "-1")
-    return kind == ("resnets" if level.attention is None else "attentions") and int(number) == level.layers - 1
+    return name == f"{'resnets' if level.attention is None else 'attentions'}_{level.layers - 1}"
