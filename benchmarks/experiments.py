@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
-from benchmarks.peers import run
 from benchmarks.peers.methods import make_method
+from benchmarks.peers.train import Trainer
+from benchmarks.peers.world import Drawer, judged, open_world
 from mcm_jax import config, pictures, sampling
 from mcm_jax.assets import resolve
 from mcm_jax.evaluation import diversity
@@ -116,14 +117,14 @@ def pairs(args: argparse.Namespace, found: dict[str, Any], keep: Callable[[dict[
             key = f"{config_name}, {count} pairs"
             if key in found["rows"]:
                 continue
-            world = run.open_world(config_name, pairs=count, select=1, report=args.maps - 1, references=0)
+            world = open_world(config_name, pairs=count, select=1, report=args.maps - 1, references=0)
             method = make_method(args.method, world.base, world.modalities, world.run.mcm)
-            trainer = run.Trainer(args.method, world, method, args.steps, args.batch_size)
-            draw, row = run.Drawer(world, method, args.sampling_steps), {}
+            trainer = Trainer(args.method, world, method, args.steps, args.batch_size)
+            draw, row = Drawer(world, method, args.sampling_steps), {}
             for seed in range(args.seeds):
                 params, _ = trainer(args.rate, seed)
                 which = np.arange(len(world.held_out))
-                for given, numbers in run.judged(world, draw, params, which, seed).items():
+                for given, numbers in judged(world, draw, params, which, seed).items():
                     for number in NUMBERS:
                         if number in numbers:
                             row.setdefault(f"{given}.{number}", []).append(numbers[number])

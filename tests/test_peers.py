@@ -12,7 +12,7 @@ import tiny
 import torch
 from flax import traverse_util
 
-from benchmarks.peers import methods, nets, run, table, unet
+from benchmarks.peers import methods, nets, run, table, train, unet, world
 from benchmarks.peers.methods import Given
 from mcm_jax import assets, sampling
 from mcm_jax.base import Base
@@ -296,20 +296,22 @@ def test_samples_are_those_of_the_pipeline(sd_path):
     base = settings.base.load(mesh)
     modalities = settings.modalities.shown
     held_out = HeldOut(settings.data, base.card, modalities, 3)
-    world = run.World(settings, base, mesh, held_out, [], 1)
+    shared = world.World(settings, base, mesh, held_out, [], 1)
     modulator = settings.mcm.modulator(modalities, base.schedule)
     method = methods.Modulation(base, modulator)
     params = jax.jit(method.init)(jax.random.key(0), base.params)
     params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params)
     keys = sampling.sample_keys(4, 3)
-    found = run.Drawer(world, method, 3)(params, ("sketch",), np.arange(3), keys)
+    found = world.Drawer(shared, method, 3)(params, ("sketch",), np.arange(3), keys)
     pipeline = Pipeline(base, Trained(modulator, params), settings.sampling.but(steps=3, guidance=1.0), mesh)
     sketch = next(m for m in modalities if m.name == "sketch")
     maps = {"sketch": sketch.resize_all(held_out.conditions["sketch"], *pipeline.grid)}
     expected = np.clip(pipeline(maps, keys, prompts=held_out.captions), -1, 1)
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    alone = np.clip(pipeline(maps, keys, prompts=held_out.captions, guidance=0.0), -1, 1)
-    assert np.abs(found - alone).max() > 1e-2
+    more = world.Drawer(shared, method, 3)(params, ("sketch",), np.arange(3), keys, 1.5)
+    expected = np.clip(pipeline(maps, keys, prompts=held_out.captions, guidance=1.5), -1, 1)
+    np.testing.assert_allclose(more, expected, atol=1e-4)
+    assert np.abs(found - more).max() > 1e-2
 
 
 def test_refusals():
@@ -320,7 +322,7 @@ def test_refusals():
     with pytest.raises(UserError, match="a net of 6 classes; the data has segmentation .5."):
         methods.JudgeGuidance(base, (Modality("segmentation", "labels", 5),), net, "segmentation")
     with pytest.raises(UserError, match=r"full: a training step takes 3.00 GiB, and there are 2.00 GiB"):
-        run.check_memory("full", 3 * 2**30, 2 * 2**30)
+        train.check_memory("full", 3 * 2**30, 2 * 2**30)
 
 
 def test_best_rate_climbs_to_where_both_neighbours_are_worse():
@@ -334,7 +336,7 @@ def test_best_rate_climbs_to_where_both_neighbours_are_worse():
     assert sorted(tried) == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
     # Where all diverge, downwards.
     assert run.best_rate(lambda rate: -1.0 if rate > 1e-4 else -rate, 1e-3) < 1e-4
-    assert run.score({"both": {"miou": 0.5}, "sketch": {}}) == -1.0
+    assert world.score({"both": {"miou": 0.5}, "sketch": {}}) == -1.0
 
 
 def test_a_table_names_what_is_missing_and_never_fills_it(tmp_path):

@@ -12,7 +12,8 @@ method         what is trained                                                  
 ============== ================================================================= ====================== =============
 
 :mod:`.unet` lets any of them reach into the base's U-Net, :mod:`.nets` has their networks, :mod:`.methods` the methods
-themselves; :mod:`.run` trains and judges, :mod:`.cost` measures steps, :mod:`.table` puts the results together.
+themselves; :mod:`.world` is what they share, :mod:`.train` trains one, :mod:`.run` all, each at its best rate;
+:mod:`.cost` measures steps, :mod:`.table` puts the results together.
 ``mcm-SIZE-twice`` and ``mcm-SIZE-judged`` are attempts to get more out of an MCM. Nothing of this is part of
 ``mcm_jax``.
 """

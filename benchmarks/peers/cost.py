@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from benchmarks.peers import run
+from benchmarks.peers import run, train
 from benchmarks.peers.methods import METHODS, Given, make_method
 from mcm_jax.config import read
 from mcm_jax.mcm import MCMSettings, parameter_count
@@ -100,9 +100,9 @@ def main() -> None:
             "present": given.present,
             "eps": given.x_t if method.needs_eps else given.context,
         }
-        train_step = run.make_step(method, optimizer, base.schedule, "v", 0.99)
+        train_step = train.make_step(method, optimizer, base.schedule, "v", 0.99)
         rate = jnp.float32(1e-5)
-        base_params = run.frozen_params(method, base)
+        base_params = train.frozen_params(method, base)
         now = state.init_state(params, optimizer)
         rows[name]["training_gflops"] = round(common.flops(train_step, now, base_params, record, rate) / 1e9, 3)
         compiled = CompiledStep(train_step, now, base_params, record, rate)
