@@ -1,11 +1,12 @@
 """The paper's experiments, as far as they run here: prompts that say little, one map under several prompts, few pairs.
 
-python -m benchmarks.experiments --parts prompts styles --out=benchmarks/results/experiments.json
+python -m benchmarks.experiments --out=benchmarks/results/experiments.json
 python -m benchmarks.experiments --parts pairs --out=benchmarks/results/experiments.json
 
 * ``prompts``: the shipped MCM of scenes-sd with each held-out map's own caption, with a vague prompt, with words that
   the base does not know (also without text guidance), with the empty prompt, and with the caption of another map: mean
   IoU, edge F1 and, of the own captions' facts, how many the pictures show.
+* ``guidance``: own captions and vague prompts, both conditions, against text guidance and what of it is modulated.
 * ``styles``: one map under five prompts, and the base alone under them, four seeds: docs/experiments.png.
 * ``pairs``: MCMs trained on 50 to 4,000 pairs, equal steps, judged on the same held-out maps; two seeds.
 
@@ -47,14 +48,40 @@ def numbers_of(judges: Sequence[Any], images: np.ndarray, which: np.ndarray) -> 
     return {k: round(float(v), 4) for k, v in found.items() if not isinstance(v, str)}
 
 
+class Shipped:
+    """The MCM that ships, with held-out maps and judges."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.pipeline = Pipeline.from_folder(args.mcm)
+        settings = config.load(RunSettings, resolve(args.mcm))
+        self.held_out = HeldOut(settings.data, self.pipeline.base.card, self.pipeline.modalities, args.maps)
+        self._judges, self._which = judges_of(self.held_out, {}), np.arange(len(self.held_out))
+        at_hand, grid = self.held_out.conditions, self.pipeline.grid
+        self.maps = {m.name: m.resize_all(at_hand[m.name], *grid) for m in self.pipeline.modalities}
+
+    def row(self, names: Sequence[str], texts: Sequence[str], **how: Any) -> dict[str, float]:
+        """Numbers of pictures that are told these modalities and texts."""
+        keys = sampling.sample_keys(0, len(texts))
+        images = self.pipeline({name: self.maps[name] for name in names}, keys, prompts=texts, **how)
+        return {k: v for k, v in numbers_of(self._judges, images, self._which).items() if "class_iou" not in k}
+
+
+def guidance(args: argparse.Namespace) -> dict[str, Any]:
+    shipped = Shipped(args)
+    count, rows = len(shipped.held_out), {}
+    told = {"own caption": shipped.held_out.captions, "vague": [VAGUE[i % len(VAGUE)] for i in range(count)]}
+    for where in ("before_cfg", "after_cfg"):
+        for scale in (1.0, 1.5, 2.0, 3.0, 5.0):
+            for words, texts in told.items():
+                key = f"{words}, {where}, text guidance {scale:g}"
+                rows[key] = shipped.row(list(shipped.maps), texts, modulate=where, text_guidance=scale)
+                print(key, rows[key], flush=True)
+    return {"mcm": args.mcm, "maps": count, "rows": rows}
+
+
 def prompts(args: argparse.Namespace) -> dict[str, Any]:
-    pipeline = Pipeline.from_folder(args.mcm)
-    settings = config.load(RunSettings, resolve(args.mcm))
-    held_out = HeldOut(settings.data, pipeline.base.card, pipeline.modalities, args.maps)
-    judges = judges_of(held_out, {})
-    count, which = len(held_out), np.arange(len(held_out))
-    keys = sampling.sample_keys(0, count)
-    maps = {m.name: m.resize_all(held_out.conditions[m.name], *pipeline.grid) for m in pipeline.modalities}
+    shipped = Shipped(args)
+    held_out, pipeline, maps, count = shipped.held_out, shipped.pipeline, shipped.maps, len(shipped.held_out)
     strange, text_guidance = [STRANGE[i % len(STRANGE)] for i in range(count)], pipeline.settings.text_guidance
     told = {
         "own caption": (held_out.captions, text_guidance),
@@ -67,11 +94,8 @@ def prompts(args: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, dict[str, float]] = {}
     for words, (texts, scale) in told.items():
         for given, names in {**subsets(list(maps)), "base": ()}.items():
-            shown = {name: maps[name] for name in names}
-            guidance = pipeline.settings.guidance if names else 0.0
-            images = pipeline(shown, keys, prompts=texts, guidance=guidance, text_guidance=scale)
-            found = numbers_of(judges, images, which)
-            rows[f"{given}, {words}"] = {k: v for k, v in found.items() if not k.startswith("class_iou")}
+            strength = pipeline.settings.guidance if names else 0.0
+            rows[f"{given}, {words}"] = shipped.row(names, texts, guidance=strength, text_guidance=scale)
             print(f"{given}, {words}", rows[f"{given}, {words}"], flush=True)
     return {"mcm": args.mcm, "maps": count, "rows": rows}
 
@@ -135,7 +159,9 @@ def pairs(args: argparse.Namespace, found: dict[str, Any], keep: Callable[[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("prompts", "styles", "pairs"), default=["prompts", "styles"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=("prompts", "guidance", "styles", "pairs"), default=["prompts", "styles"]
+    )
     parser.add_argument("--mcm", default="scenes-sd-mcm")
     parser.add_argument("--maps", type=int, default=128)
     parser.add_argument("--map", type=int, default=1, help="of styles: which held-out one")
@@ -159,7 +185,7 @@ def main() -> None:
         if part == "pairs":
             pairs(args, report.get(part, {}), lambda found: keep("pairs", found))
         elif part not in report:
-            keep(part, {"prompts": prompts, "styles": styles}[part](args))
+            keep(part, {"prompts": prompts, "guidance": guidance, "styles": styles}[part](args))
 
 
 if __name__ == "__main__":
