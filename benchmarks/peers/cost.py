@@ -103,7 +103,7 @@ def main() -> None:
         train_step = train.make_step(method, optimizer, base.schedule, "v", 0.99)
         rate = jnp.float32(1e-5)
         base_params = train.frozen_params(method, base)
-        now = state.init_state(params, optimizer)
+        now = state.init_state(jax.tree.map(jnp.copy, params), optimizer)  # a step takes its buffers
         rows[name]["training_gflops"] = round(common.flops(train_step, now, base_params, record, rate) / 1e9, 3)
         compiled = CompiledStep(train_step, now, base_params, record, rate)
         rows[name]["training_mib"] = round(compiled.bytes / 2**20)
