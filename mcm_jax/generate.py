@@ -69,9 +69,9 @@ def generate(
     if changes.get("batch_size") is None:
         own["batch_size"] = min(num_samples, drawer.settings.batch_size)
     own["conditions"] = dict(conditions)
-    check_shown(conditions, strength=own.get("strength"), window=own.get("window"))
     jobs = [drawer.job(f"sample_{i:03d}", own | {"sample": i}) for i in range(num_samples)]
     first, settings = jobs[0], jobs[0].settings
+    check_shown(conditions, strength=first.strength, window=first.window)
     sized, steps = drawer.pipeline.sized(settings.height, settings.width), drawer.steps(first)
     size = sized.image_shape[:2]
     shown = [drawer.files.show(path, name, size) for name, path in sorted(conditions.items())]

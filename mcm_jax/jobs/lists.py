@@ -47,11 +47,12 @@ def _jobs_of_line(
     given |= {key: there(given[key]) for key in FILES if key in given}
     if isinstance(conditions := given.get("conditions"), dict):
         given["conditions"] = {modality: there(path) for modality, path in conditions.items()}
-        controls = {k: given[k] for k in ("strength", "window") if isinstance(given.get(k), dict)}
-        check_shown(conditions, **controls)
+    own = {key: given.get(key) for key in ("strength", "window")}  # a list's defaults are for those that show it
     given = {**default, "seed": _seed_of(default.get("seed"), name), **given}
     if count is None:
-        return [drawer.job(name, given, source)]
+        job = drawer.job(name, given, source)
+        check_shown(job.conditions, **own)
+        return [job]
     expect(type(count) is int and 1 <= count <= _MOST, "num_samples", f"a whole number in 1..{_MOST}", count)
     expect(
         "sample" not in given,
@@ -60,7 +61,9 @@ def _jobs_of_line(
         given.get("sample"),
     )
     expect(isinstance(name, str), "name", "a text", name)
-    return [drawer.job(f"{name}_{i:03d}", given | {"sample": i}, source) for i in range(count)]
+    jobs = [drawer.job(f"{name}_{i:03d}", given | {"sample": i}, source) for i in range(count)]
+    check_shown(jobs[0].conditions, **own)
+    return jobs
 
 
 def read_jobs(path: str | os.PathLike, drawer: Drawer, **given: Any) -> tuple[list[Job], list[str]]:
