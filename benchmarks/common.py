@@ -21,6 +21,7 @@ from mcm_jax.base import Base
 from mcm_jax.base.autoencoders import AutoencoderKL, AutoencoderKLConfig
 from mcm_jax.base.clip import CLIPText, CLIPTextConfig
 from mcm_jax.base.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
+from mcm_jax.evaluation.judges import Judge, flatten
 from mcm_jax.mcm import Modulator
 from mcm_jax.modalities import Modality
 from mcm_jax.schedules import Schedule
@@ -176,6 +177,14 @@ def begin_run(run: RunSettings, modulator: Modulator, base: Base, seed: int, mes
     params = replicate(init(jax.random.key(seed, impl="rbg")), mesh)  # compiles in a third of the time
     how = dict(weighting=run.loss.weighting, l1=run.loss.l1, ema_decay=t.ema_decay)
     return [state.init_state(params, optimizer), step.make_train_step(modulator, optimizer, **how)]
+
+
+def numbers_of(judges: Sequence[Judge], images: np.ndarray, which: np.ndarray, digits: int = 4) -> dict[str, float]:
+    """What judges say of pictures for some held-out examples, rounded; what is undefined is left out."""
+    found: dict[str, Any] = {}
+    for judge in judges:
+        found |= flatten(judge(np.clip(images, -1, 1), which).numbers)
+    return {name: round(float(value), digits) for name, value in found.items() if not isinstance(value, str)}
 
 
 LOAD = os.getloadavg()[0]  # other processes' share explains a slow run

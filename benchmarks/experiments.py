@@ -29,7 +29,7 @@ from mcm_jax import config, pictures, sampling
 from mcm_jax.assets import resolve
 from mcm_jax.evaluation import diversity
 from mcm_jax.evaluation.held_out import HeldOut
-from mcm_jax.evaluation.judges import flatten, judges_of
+from mcm_jax.evaluation.judges import judges_of
 from mcm_jax.evaluation.rows import subsets
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.training import RunSettings
@@ -38,14 +38,6 @@ NUMBERS = ("miou", "edge_f1.f1", "facts.mean")
 VAGUE = ("a mountain", "a mountain meadow", "a mountain lake", "mountain")  # words that the base knows
 STRANGE = ("a picture", "a landscape", "nature", "something beautiful")  # words that it does not
 STYLES = ("by day", "at dawn", "at sunset", "at night")
-
-
-def numbers_of(judges: Sequence[Any], images: np.ndarray, which: np.ndarray) -> dict[str, float]:
-    """Of every judge, those that are defined."""
-    found: dict[str, Any] = {}
-    for judge in judges:
-        found |= flatten(judge(np.clip(images, -1, 1), which).numbers)
-    return {k: round(float(v), 4) for k, v in found.items() if not isinstance(v, str)}
 
 
 class Shipped:
@@ -63,7 +55,7 @@ class Shipped:
         """Numbers of pictures that are told these modalities and texts."""
         keys = sampling.sample_keys(0, len(texts))
         images = self.pipeline({name: self.maps[name] for name in names}, keys, prompts=texts, **how)
-        return {k: v for k, v in numbers_of(self._judges, images, self._which).items() if "class_iou" not in k}
+        return {k: v for k, v in common.numbers_of(self._judges, images, self._which).items() if "class_iou" not in k}
 
 
 def guidance(args: argparse.Namespace) -> dict[str, Any]:
@@ -101,20 +93,17 @@ def prompts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def styles(args: argparse.Namespace) -> dict[str, Any]:
-    pipeline = Pipeline.from_folder(args.mcm)
-    settings = config.load(RunSettings, resolve(args.mcm))
-    held_out = HeldOut(settings.data, pipeline.base.card, pipeline.modalities, args.map + 1)
+    shipped = Shipped(args)
+    pipeline, held_out, one = shipped.pipeline, shipped.held_out, slice(args.map, args.map + 1)
     caption = held_out.captions[args.map]
     time = next((words for words in STYLES if words in caption), None)
     texts = [caption.replace(time, words) if time else f"{caption} {words}" for words in STYLES] + [""]
-    maps = {m.name: held_out.conditions[m.name][args.map : args.map + 1] for m in pipeline.modalities}
-    grid = {m.name: m.resize_all(maps[m.name], *pipeline.grid) for m in pipeline.modalities}
     seeds, sheet, spread = 4, [], {}
     keys = sampling.sample_keys(0, seeds)
     for guidance in (pipeline.settings.guidance, 0.0):
         drawn = []
         for text in texts:
-            given = {name: np.repeat(values, seeds, 0) for name, values in grid.items()}
+            given = {name: np.repeat(values[one], seeds, 0) for name, values in shipped.maps.items()}
             images = np.clip(pipeline(given, keys, prompts=[text] * seeds, guidance=guidance), -1, 1)
             drawn.append(images)
             name = "base alone" if guidance == 0 else "both"
@@ -122,7 +111,7 @@ def styles(args: argparse.Namespace) -> dict[str, Any]:
         for seed in range(seeds if guidance else 1):
             sheet.append(pictures.to_uint8(np.stack([images[seed] for images in drawn])))
     shown = [
-        np.repeat(pictures.show(m, maps[m.name], settings.data.palette(m.name), np.ones(1, bool)), len(texts), 0)
+        np.repeat(pictures.show(m, held_out.conditions[m.name][one], held_out.data.palette(m.name)), len(texts), 0)
         for m in pipeline.modalities
     ]
     file = pathlib.Path("docs/experiments.png")
@@ -159,9 +148,8 @@ def pairs(args: argparse.Namespace, found: dict[str, Any], keep: Callable[[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--parts", nargs="+", choices=("prompts", "guidance", "styles", "pairs"), default=["prompts", "styles"]
-    )
+    parts = ("prompts", "guidance", "styles", "pairs")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:3])
     parser.add_argument("--mcm", default="scenes-sd-mcm")
     parser.add_argument("--maps", type=int, default=128)
     parser.add_argument("--map", type=int, default=1, help="of styles: which held-out one")

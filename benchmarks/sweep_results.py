@@ -15,16 +15,22 @@ from benchmarks import common
 NUMBERS = ("mean_iou", "edge_f1", "facts", "held_out_mse")
 
 
+def done_trials(sweep: pathlib.Path) -> list[dict[str, str]]:
+    """The lines of a sweep's results, all of them done. Exits where some are not."""
+    with (sweep / "results.csv").open() as file:
+        trials = list(csv.DictReader(file))
+    if left := [t["trial"] for t in trials if t["status"] != "done"]:
+        raise SystemExit(f"{sweep}: trials {', '.join(left)} are not done; the same train.py command goes on")
+    return trials
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", type=pathlib.Path, required=True, help="the sweep's workdir")
     parser.add_argument("--axis", required=True, help="what is compared; each at its best learning rate")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    with (args.sweep / "results.csv").open() as file:
-        trials = list(csv.DictReader(file))
-    if left := [t["trial"] for t in trials if t["status"] != "done"]:
-        raise SystemExit(f"{args.sweep}: trials {', '.join(left)} are not done; the same train.py command goes on")
+    trials = done_trials(args.sweep)
     groups: dict[str, dict[str, list[dict]]] = {}
     for trial in trials:
         groups.setdefault(trial[args.axis], {}).setdefault(trial["learning_rate"], []).append(trial)

@@ -7,15 +7,15 @@ Mean IoU and edge F1 over the same held-out maps and noise for all, sampled by t
 """
 
 import argparse
-import csv
 import pathlib
 
 import numpy as np
 
 from benchmarks import common
+from benchmarks.sweep_results import done_trials
 from mcm_jax import config, sampling
 from mcm_jax.evaluation.held_out import HeldOut
-from mcm_jax.evaluation.judges import flatten, judges_of
+from mcm_jax.evaluation.judges import judges_of
 from mcm_jax.evaluation.rows import Row, Sampler, subsets
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.training import RunSettings
@@ -36,14 +36,10 @@ def main() -> None:
     parser.add_argument("--maps", type=int, default=64)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    with (args.sweep / "results.csv").open() as file:
-        trials = {int(t["trial"]): t for t in csv.DictReader(file)}
-    if left := [str(n) for n, t in trials.items() if t["status"] != "done"]:
-        raise SystemExit(f"{args.sweep}: trials {', '.join(left)} are not done; the same train.py command goes on")
     rows: dict[str, dict[str, list[float]]] = {}
     judges, pipeline = [], None
-    for number, trial in trials.items():
-        (workdir,) = args.sweep.glob(f"{number:03d}_*")
+    for trial in done_trials(args.sweep):
+        workdir = args.sweep / trial["workdir"]
         made = Pipeline.from_folder(workdir)
         if pipeline is None:
             settings = config.load(RunSettings, workdir)
@@ -55,12 +51,10 @@ def main() -> None:
         sampler, which = Sampler(pipeline, held_out, pipeline.settings), np.arange(args.maps)
         for name, given in subsets([m.name for m in pipeline.modalities]).items():
             images = sampler(Row(name, given, pipeline.settings.guidance), sampling.sample_keys(0, args.maps), which)
-            found: dict = {}
-            for judge in judges:
-                found |= flatten(judge(images, which).numbers)
+            found = common.numbers_of(judges, images, which)
             for key in NUMBERS:
-                rows.setdefault(trial[args.axis], {}).setdefault(f"{name}.{key}", []).append(round(found[key], 4))
-        print(number, trial[args.axis], {k: v[-1] for k, v in rows[trial[args.axis]].items()}, flush=True)
+                rows.setdefault(trial[args.axis], {}).setdefault(f"{name}.{key}", []).append(found[key])
+        print(trial["trial"], trial[args.axis], {k: v[-1] for k, v in rows[trial[args.axis]].items()}, flush=True)
     common.write_report(args.out, __doc__, {"axis": args.axis, "maps": args.maps, "rows": rows})
 
 

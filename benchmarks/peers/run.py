@@ -130,14 +130,14 @@ def folder_of(args: argparse.Namespace, name: str) -> pathlib.Path:
 
 
 def teacher_of(args: argparse.Namespace, name: str, world: World) -> Any:
-    """Params of a method's cell that is best on the maps that rates are chosen by."""
-    cells = [json.loads(f.read_text()) for f in folder_of(args, name).glob("rate=*.json") if "report" not in f.name]
+    """Params of a method's cell that is best on the maps that rates are chosen by, which are of seed 0."""
+    cells = [json.loads(file.read_text()) for file in folder_of(args, name).glob("rate=*,seed=0.json")]
     if not cells:
         raise UserError(f"{name}-distilled learns of {name}, of which there is no training; add it to --methods")
-    best = max(cells, key=lambda cell: cell["score"])
-    file = folder_of(args, name) / f"rate={best['rate']:.3g},seed={best['seed']}.msgpack"
+    rate = max(cells, key=lambda cell: cell["score"])["rate"]
     shapes = make_method(name, world.base, world.modalities, world.run.mcm).modulator.shapes(world.base)
-    return flax.serialization.from_bytes(shapes, file.read_bytes())
+    stored = (folder_of(args, name) / f"rate={rate:.3g},seed=0.msgpack").read_bytes()
+    return flax.serialization.from_bytes(shapes, stored)
 
 
 def fingerprint() -> str:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import common
 from benchmarks.peers.methods import Given, Method
 from mcm_jax import sampling, sharding
 from mcm_jax.base import Base
@@ -18,7 +19,7 @@ from mcm_jax.data.inputs import Inputs, prepare
 from mcm_jax.errors import UserError
 from mcm_jax.evaluation import diversity
 from mcm_jax.evaluation.held_out import HeldOut
-from mcm_jax.evaluation.judges import Judge, flatten, judges_of
+from mcm_jax.evaluation.judges import Judge, judges_of
 from mcm_jax.evaluation.rows import subsets
 from mcm_jax.modalities import Modality
 from mcm_jax.sharding import make_mesh
@@ -165,16 +166,14 @@ def judged(
         found[row] = {}
         if not np.isfinite(images).all():  # which judges refuse
             continue
-        numbers: dict[str, Any] = {}
-        for judge in world.judges:
-            if whole or judge.conditional:
-                numbers |= flatten(judge(images, which).numbers)
+        judges = [judge for judge in world.judges if whole or judge.conditional]
+        found[row] = common.numbers_of(judges, images, which, 5)
         if whole and len(given) == len(names):
             few = np.tile(which[:_MAPS], _SEEDS)
             many = draw(params, given, few, sampling.sample_keys(2 * seed + 1, len(few)), guidance)
             if np.isfinite(many).all():
-                numbers["diversity"] = float(diversity(many.reshape(_SEEDS, -1, *many.shape[1:])))
-        found[row] = {k: round(float(v), 5) for k, v in numbers.items() if not isinstance(v, str)}
+                spread = float(diversity(many.reshape(_SEEDS, -1, *many.shape[1:])))
+                found[row]["diversity"] = round(spread, 5)
     return found
 
 
