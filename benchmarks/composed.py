@@ -22,7 +22,7 @@ from mcm_jax import sampling
 from mcm_jax.config import read
 from mcm_jax.data.inputs import prepare
 from mcm_jax.evaluation.held_out import HeldOut
-from mcm_jax.evaluation.judges import flatten, judges_of
+from mcm_jax.evaluation.judges import judges_of
 from mcm_jax.mcm import parameter_count
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.sharding import make_mesh
@@ -96,10 +96,8 @@ def main() -> None:
                 images = pipelines[tuple(names)](
                     {n: conditions[n] for n in given}, keys, weights=weights, guidance=guidance
                 )
-                numbers = {}
-                for judge in judges:
-                    numbers |= flatten(judge(np.clip(images, -1, 1), which).numbers)
-                kept = {k: round(float(numbers[k]), 4) for k in NUMBERS}
+                numbers = common.numbers_of(judges, images, which)
+                kept = {k: numbers[k] for k in NUMBERS}
                 found.setdefault(f"{row} @{guidance:g}", []).append(kept)
                 print(row, guidance, json.dumps(kept), flush=True)
     rows = {name: {k: [numbers[k] for numbers in each] for k in NUMBERS} for name, each in found.items()}

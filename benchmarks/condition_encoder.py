@@ -23,7 +23,7 @@ from mcm_jax import sampling
 from mcm_jax.config import read
 from mcm_jax.data.inputs import prepare
 from mcm_jax.evaluation.held_out import HeldOut
-from mcm_jax.evaluation.judges import flatten, judges_of
+from mcm_jax.evaluation.judges import judges_of
 from mcm_jax.evaluation.rows import Row, Sampler
 from mcm_jax.mcm import CONDITIONS, parameter_count
 from mcm_jax.pipeline import Pipeline
@@ -92,10 +92,8 @@ def main() -> None:
             sampler = Sampler(pipeline, held_out, pipeline.settings)
             for given, shown in GIVEN.items():
                 images = sampler(Row(given, shown, pipeline.settings.guidance), keys, which)
-                numbers = {}
-                for judge in judges:
-                    numbers |= flatten(judge(images, which).numbers)
-                kept = {k: round(float(numbers[k]), 4) for k in NUMBERS if not isinstance(numbers[k], str)}
+                numbers = common.numbers_of(judges, images, which)
+                kept = {k: numbers[k] for k in NUMBERS if k in numbers}
                 found[f"{name}, {given}"].append(kept)
                 print(name, given, json.dumps(kept), flush=True)
     rows = {name: {k: [numbers[k] for numbers in each] for k in each[0]} for name, each in found.items()}
@@ -107,10 +105,8 @@ def main() -> None:
 
 def real(held_out: HeldOut, judges: list) -> dict[str, float]:
     """What the judges say of the held-out pictures themselves: no sample can be expected to have more."""
-    numbers = {}
-    for judge in judges:
-        numbers |= flatten(judge(held_out.images, np.arange(len(held_out))).numbers)
-    return {k: round(float(numbers[k]), 4) for k in NUMBERS}
+    numbers = common.numbers_of(judges, held_out.images, np.arange(len(held_out)))
+    return {k: numbers[k] for k in NUMBERS}
 
 
 if __name__ == "__main__":

@@ -4,16 +4,18 @@ import dataclasses
 import json
 
 import diffusers
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 import torch
-from flax import traverse_util
+from test_unet2d_condition import CROSS_DOWN, CROSS_UP, DOWN, TINY, UP
 
 from benchmarks.peers import methods, nets, run, table, train, unet, world
 from benchmarks.peers.methods import Given
+from configs import default
 from mcm_jax import assets, sampling
 from mcm_jax.base import Base
 from mcm_jax.base.unet2d import UNet2D, UNet2DConfig
@@ -32,16 +34,6 @@ pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 SCHEDULE = Schedule.from_config({"_class_name": "DDPMScheduler"})
 MODALITIES = (Modality("segmentation", "labels", 6), Modality("sketch", "lines", 1))
-DOWN, CROSS_DOWN, UP, CROSS_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
-TINY = {
-    "block_out_channels": (8, 16),
-    "down_block_types": (CROSS_DOWN, DOWN),
-    "up_block_types": (UP, CROSS_UP),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "cross_attention_dim": 6,
-    "attention_head_dim": 2,
-}
 # label -> (config, height and width, the condition's size over the latents', the condition's channels)
 CONFIGS = {
     "two levels, 1/4": (TINY, (8, 12), 4, 3),
@@ -107,8 +99,7 @@ def test_controlnet_is_diffusers(pair):
         **{k: v for k, v in theirs.config.items() if k in diffusers.ControlNetModel.__init__.__annotations__} | hint
     )
     randomised(control)
-    stored = traverse_util.flatten_dict(params_of_controlnet(control, ours, params, condition, arguments), sep="/")
-    ours_params = traverse_util.unflatten_dict(stored, sep="/")
+    ours_params = params_of_controlnet(control, ours, params, condition, arguments)
     with torch.no_grad():
         down, middle = control(**asked(arguments), controlnet_cond=nchw(condition), return_dict=False)
         whole = theirs(
@@ -323,6 +314,32 @@ def test_refusals():
         methods.JudgeGuidance(base, (Modality("segmentation", "labels", 5),), net, "segmentation")
     with pytest.raises(UserError, match=r"full: a training step takes 3.00 GiB, and there are 2.00 GiB"):
         train.check_memory("full", 3 * 2**30, 2 * 2**30)
+
+
+def test_a_teacher_is_the_best_of_seed_0(tmp_path):
+    """Other seeds, which are trained at that rate later, have no score."""
+    shared = world_of_scenes()
+    method = methods.make_method("mcm-tiny", shared.base, shared.modalities, shared.run.mcm)
+    args = run.arguments().parse_args(["--config=scenes", f"--workdir={tmp_path}"])
+    folder = run.folder_of(args, "mcm-tiny")
+    folder.mkdir(parents=True)
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), method.modulator.shapes(shared.base))
+    for rate, seed, score in ((1e-3, 0, 0.4), (2e-3, 0, 0.6), (2e-3, 1, None)):
+        said = {"rate": rate, "seed": seed} | ({} if score is None else {"score": score})
+        (folder / f"rate={rate:.3g},seed={seed}.json").write_text(json.dumps(said))
+        params = jax.tree.map(lambda p, rate=rate, seed=seed: p + np.float32(rate + seed), zeros)
+        (folder / f"rate={rate:.3g},seed={seed}.msgpack").write_bytes(flax.serialization.to_bytes(params))
+    found = run.teacher_of(args, "mcm-tiny", shared)
+    assert all((leaf == np.float32(2e-3)).all() for leaf in jax.tree.leaves(found))
+    with pytest.raises(UserError, match="mcm-slim-distilled learns of mcm-slim, of which there is no training"):
+        run.teacher_of(args, "mcm-slim", shared)
+
+
+def world_of_scenes():
+    """As much as is asked of it."""
+    base, _ = base_of(False)
+    settings = default.get_config()
+    return world.World(tiny.settings_of(settings), base, make_mesh(), None, [], 1)
 
 
 def test_best_rate_climbs_to_where_both_neighbours_are_worse():
