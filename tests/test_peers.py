@@ -13,8 +13,8 @@ import tiny
 import torch
 from test_unet2d_condition import CROSS_DOWN, CROSS_UP, DOWN, TINY, UP
 
-from benchmarks.peers import methods, nets, run, table, train, unet, world
-from benchmarks.peers.methods import Given
+from benchmarks.peers import judge, methods, nets, run, table, train, unet, world
+from benchmarks.peers.method import Given
 from configs import default
 from mcm_jax import assets, sampling
 from mcm_jax.base import Base
@@ -24,7 +24,8 @@ from mcm_jax.base.weights import params_from_torch
 from mcm_jax.errors import UserError
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.segmenter import load_segmenter
-from mcm_jax.modalities import Modality
+from mcm_jax.mcm import estimate_x0
+from mcm_jax.modalities import Modality, stack
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.schedules import Schedule
 from mcm_jax.sharding import make_mesh
@@ -249,7 +250,7 @@ def test_full_fine_tuning_is_a_widened_first_convolution():
     wide = UNet2D(UNet2DConfig(**config))
     own = jax.tree.map(jnp.asarray, params["unet"])
     own["conv_in"] = own["conv_in"] | {"kernel": jnp.concatenate([own["conv_in"]["kernel"], kernel], 2)}
-    channels = methods.stack(MODALITIES, given.conditions, given.present)
+    channels = stack(MODALITIES, given.conditions, given.present)
     expected = jax.jit(wide.apply)({"params": own}, jnp.concatenate([given.x_t, channels], -1), given.t)
     prepared = method.prepare(params, base.params, given)
     np.testing.assert_allclose(jax.jit(method.__call__)(params, base.params, given, prepared), expected, atol=1e-5)
@@ -264,12 +265,12 @@ def test_judge_leads_to_the_labels():
     base = dataclasses.replace(base, latent_shape=shape, image_shape=shape)
     conditions = {"segmentation": labels, "sketch": np.zeros((2, 32, 32), np.float32)}
     given = Given(x, jnp.array([300, 300]), conditions, jnp.array([[True, True], [False, True]]))
-    method = methods.JudgeGuidance(base, MODALITIES, net, "segmentation")
+    method = judge.JudgeGuidance(base, MODALITIES, net, "segmentation")
 
     @jax.jit
     def likelihood(eps):
         alpha, sigma = SCHEDULE.alpha(given.t), SCHEDULE.sigma(given.t)
-        x0 = methods.estimate_x0(given.x_t, eps, alpha, sigma, 1e9)
+        x0 = estimate_x0(given.x_t, eps, alpha, sigma, 1e9)
         return method.log_likelihood(x0, jnp.asarray(labels))
 
     eps = jax.jit(base.predict)(base.params, given.x_t, given.t)
@@ -311,7 +312,7 @@ def test_refusals():
         methods.ControlNet(dataclasses.replace(base, unet=type("Other", (), {})()), MODALITIES)
     net = load_segmenter(assets.resolve("scenes-segmenter"))
     with pytest.raises(UserError, match="a net of 6 classes; the data has segmentation .5."):
-        methods.JudgeGuidance(base, (Modality("segmentation", "labels", 5),), net, "segmentation")
+        judge.JudgeGuidance(base, (Modality("segmentation", "labels", 5),), net, "segmentation")
     with pytest.raises(UserError, match=r"full: a training step takes 3.00 GiB, and there are 2.00 GiB"):
         train.check_memory("full", 3 * 2**30, 2 * 2**30)
 

@@ -11,9 +11,9 @@ method         what is trained                                                  
 ``judge``      nothing: a judge's gradient through the estimate of x0            yes, in sampling       Bansal 2023
 ============== ================================================================= ====================== =============
 
-:mod:`.unet` lets any of them reach into the base's U-Net, :mod:`.nets` has their networks, :mod:`.methods` the methods
-themselves; :mod:`.world` is what they share, :mod:`.train` trains one, :mod:`.run` all, each at its best rate;
-:mod:`.cost` measures steps, :mod:`.table` puts the results together.
-``mcm-SIZE-twice`` and ``mcm-SIZE-judged`` are attempts to get more out of an MCM. Nothing of this is part of
+:mod:`.unet` lets any of them reach into the base's U-Net, :mod:`.nets` has their networks, :mod:`.method` says what one
+is, :mod:`.methods` and :mod:`.judge` are the methods; :mod:`.world` is what they share, :mod:`.train` trains one,
+:mod:`.run` all, each at its best rate; :mod:`.cost` measures steps, :mod:`.table` puts the results together.
+``mcm-SIZE-twice``, ``-judged`` and ``-distilled`` are attempts to get more out of an MCM. Nothing of this is part of
 ``mcm_jax``.
 """

@@ -23,7 +23,8 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.peers import run, train
-from benchmarks.peers.methods import METHODS, Given, make_method
+from benchmarks.peers.method import Given
+from benchmarks.peers.methods import METHODS, make_method
 from mcm_jax.config import read
 from mcm_jax.mcm import MCMSettings, parameter_count
 from mcm_jax.sharding import make_mesh, place

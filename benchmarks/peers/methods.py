@@ -3,19 +3,20 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
 from benchmarks.peers import nets, unet
+from benchmarks.peers.judge import JudgeGuidance
+from benchmarks.peers.method import Given, Method
 from configs import default
-from mcm_jax import assets, sampling
+from mcm_jax import assets
 from mcm_jax.base import Base
 from mcm_jax.errors import UserError
-from mcm_jax.evaluation.segmenter import Segmenter, load_segmenter
+from mcm_jax.evaluation.segmenter import load_segmenter
 from mcm_jax.mcm import MCMSettings, Modulator, estimate_x0
 from mcm_jax.modalities import Modality, stack, total_channels
 from mcm_jax.predictions import to_eps
@@ -34,56 +35,6 @@ METHODS = (
     *(f"{name}{weighting}" for weighting in ("", "-eps") for name in INSIDE),
     "judge",
 )
-
-
-class Given(NamedTuple):
-    """What a method is asked about; ``[B, ...]`` each.
-
-    Attributes:
-      x_t: noisy latents ``[B, H, W, C]``.
-      t: timesteps ``[B]``.
-      conditions: a batch for each modality, on the method's grid.
-      present: bool ``[B, M]``.
-      context: of the prompts ``[B, L, D]``; None for an unconditional base.
-      level: alpha and sigma ``[B]``; None are the schedule's at t.
-      eps: the base's own prediction, where it is at hand.
-      negative: of the negative prompts, for a method that takes text guidance upon itself.
-    """
-
-    x_t: jax.Array
-    t: jax.Array
-    conditions: Mapping[str, jax.Array]
-    present: jax.Array
-    context: jax.Array | None = None
-    level: tuple[jax.Array, jax.Array] | None = None
-    eps: jax.Array | None = None
-    negative: jax.Array | None = None
-
-
-class Method(Protocol):
-    """A way of control.
-
-    Attributes:
-      needs_eps: whether it works on the base's prediction and needs no gradient through the base.
-      guides_text: whether it takes text guidance upon itself; others are asked for both prompts.
-      grid: height and width at which it takes the conditions.
-    """
-
-    needs_eps: bool
-    guides_text: bool
-    grid: tuple[int, int]
-
-    def init(self, key: jax.Array, base_params: Any) -> Any:
-        """What is trained, as it is at first: a pytree."""
-        ...
-
-    def prepare(self, params: Any, base_params: Any, given: Given) -> Any:
-        """What does not depend on x_t and t: made once a picture."""
-        ...
-
-    def __call__(self, params: Any, base_params: Any, given: Given, prepared: Any) -> jax.Array:
-        """The noise under control, ``[B, H, W, C]``."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,7 +82,7 @@ class Judged(Modulation):
       strength: of the further loss.
     """
 
-    judge: "JudgeGuidance"
+    judge: JudgeGuidance
     strength: float = 0.03
 
     def penalty(self, base_params: Any, given: Given, eps: jax.Array) -> jax.Array:
@@ -319,89 +270,6 @@ class Adapter(_Inside):
 
     def __call__(self, params: Any, base_params: Any, given: Given, prepared: list[jax.Array]) -> jax.Array:
         return self._eps(given, base_params["unet"], features=prepared)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class JudgeGuidance:
-    """No training: ``eps' = eps + scale sigma grad CE(labels of x0_hat, labels)`` by x_t (Bansal et al. 2023, eq. 6).
-
-    Of the text-guided eps. The judge is a segmentation net, so labels are followed and nothing else: a sketch has no
-    judge with a gradient. Their recurrence and backward guidance are left out. Where the same net judges the samples,
-    this is the best that guiding by a judge can be.
-
-    Attributes:
-      judge: the net, with its weights.
-      labels: the modality that it finds.
-      text_guidance: of the base's prediction, where there is a negative context.
-    """
-
-    base: Base
-    modalities: tuple[Modality, ...]
-    judge: Segmenter
-    labels: str
-    text_guidance: float = 1.0
-    needs_eps = False
-    guides_text = True
-
-    def __post_init__(self):
-        known = {m.name: m for m in self.modalities}
-        if self.labels not in known or known[self.labels].channels != len(self.judge.classes):
-            raise UserError(
-                f"the peer 'judge' follows {self.labels!r} by a net of {len(self.judge.classes)} classes; the data has "
-                f"{', '.join(f'{m.name} ({m.channels})' for m in self.modalities)}; name another net with --guide"
-            )
-        if any(size % own for size, own in zip(self.base.image_shape, self.grid, strict=False)):
-            height, width = self.grid
-            raise UserError(
-                f"the peer 'judge' reads pictures of {height}x{width}, or of whole multiples; the base "
-                f"{self.base.name!r} makes {self.base.image_shape[0]}x{self.base.image_shape[1]}"
-            )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.judge.config["height"], self.judge.config["width"]
-
-    def init(self, key: jax.Array, base_params: Any) -> Any:
-        """The scale of the gradient, which is swept in place of a learning rate, and not trained."""
-        return {"scale": jnp.ones(())}
-
-    def prepare(self, params: Any, base_params: Any, given: Given) -> None:
-        return None
-
-    def shown(self, given: Given) -> jax.Array:
-        """Which examples are shown their labels, bool ``[B]``."""
-        return given.present[:, [m.name for m in self.modalities].index(self.labels)]
-
-    def log_likelihood(self, pictures: jax.Array, labels: jax.Array) -> jax.Array:
-        """Of labels ``[B, h, w]`` in pictures ``[B, H, W, 3]``, H a multiple of h: sums over the labels, ``[B]``."""
-        batch, (height, width) = len(pictures), self.grid
-        parts = pictures.reshape(batch, height, pictures.shape[1] // height, width, pictures.shape[2] // width, 3)
-        logits = self.judge.net.apply({"params": self.judge.params}, jnp.clip(parts.mean((2, 4)), -1, 1))
-        known = (labels >= 0) & (labels < logits.shape[-1])  # others are unknown
-        which = jnp.where(known, labels, 0).astype(jnp.int32)[..., None]
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), which, axis=-1)[..., 0]
-        return jnp.where(known, picked, 0.0).sum((1, 2))
-
-    def _predict(self, base_params: Any, given: Given, x_t: jax.Array) -> jax.Array:
-        if given.negative is None:
-            return self.base.predict(base_params, x_t, given.t, given.context, given.level)
-        x, t, level = jax.tree.map(lambda a: jnp.concatenate([a, a]), (x_t, given.t, given.level))
-        eps = self.base.predict(base_params, x, t, jnp.concatenate([given.negative, given.context]), level)
-        return sampling.guide(*jnp.split(eps, 2), self.text_guidance)
-
-    def __call__(self, params: Any, base_params: Any, given: Given, prepared: None) -> jax.Array:
-        schedule = self.base.schedule
-        alpha, sigma = given.level or (schedule.alpha(given.t), schedule.sigma(given.t))
-
-        def likelihood(x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
-            eps = self._predict(base_params, given, x_t)
-            x0 = estimate_x0(x_t, eps, alpha, sigma, jnp.inf)
-            found = self.log_likelihood(self.base.decode(base_params, x0), given.conditions[self.labels])
-            return found.sum(), eps
-
-        gradient, eps = jax.grad(likelihood, has_aux=True)(given.x_t)
-        step = params["scale"] * sigma[:, None, None, None] * gradient
-        return eps - jnp.where(self.shown(given)[:, None, None, None], step, 0.0)
 
 
 def make_method(

@@ -24,7 +24,8 @@ import jax
 import numpy as np
 
 from benchmarks import common
-from benchmarks.peers.methods import METHODS, Method, make_method
+from benchmarks.peers.method import Method
+from benchmarks.peers.methods import METHODS, make_method
 from benchmarks.peers.train import Trainer
 from benchmarks.peers.world import Drawer, World, judged, open_world, score
 from mcm_jax import sharding

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.peers.methods import Distilled, Given, Judged, Method
+from benchmarks.peers.method import Given, Method
+from benchmarks.peers.methods import Distilled, Judged
 from benchmarks.peers.world import World
 from mcm_jax import losses, sharding
 from mcm_jax.base import Base

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from benchmarks.peers.methods import Given, Method
+from benchmarks.peers.method import Given, Method
 from mcm_jax import sampling, sharding
 from mcm_jax.base import Base
 from mcm_jax.config import read
