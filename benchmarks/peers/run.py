@@ -1,6 +1,6 @@
 """Trains and judges the methods on one base: each at its own best learning rate, on the same pairs and steps.
 
-python -m benchmarks.peers.run --config=scenes_sd --steps=500 --workdir=runs/peers
+python -m benchmarks.peers.run --config=scenes_sd --steps=500 --text_guidance=1 --workdir=runs/peers
 python -m benchmarks.peers.table --config=scenes_sd --steps=500 --workdir=runs/peers \
     --out=benchmarks/results/peers_scenes_sd.json
 
@@ -171,11 +171,13 @@ def main() -> None:
     parser.add_argument(
         "--guidances", type=float, nargs="+", default=[1.0, 1.5], help="modality guidance of the report"
     )
+    parser.add_argument("--text_guidance", type=float, help="of all sampling; default: the config's")
     parser.add_argument("--guide", help="the net of judge and -judged, a folder; default: the data set's own, shipped")
     args = parser.parse_args()
     fixed = {k: getattr(args, k) for k in ("pairs", "batch_size", "select", "report", "references", "sampling_steps")}
     fixed["guidances"] = args.guidances
-    world = open_world(args.config, **{k: fixed[k] for k in ("pairs", "select", "report", "references")})
+    sizes = {k: fixed[k] for k in ("pairs", "select", "report", "references")}
+    world = open_world(args.config, **sizes, text_guidance=args.text_guidance)
     guide = args.guide or f"{world.run.data.name}-segmenter"
     settings = fixed | {"guide": guide, "base": world.base.fingerprint, "code": fingerprint()}
     settings |= {"held_out": len(world.held_out), "config": dataclasses.asdict(world.run)}

@@ -63,9 +63,13 @@ class World:
         return self._inputs[grid]
 
 
-def open_world(config: str, *, pairs: int, select: int, report: int, references: int) -> World:
-    """Loads base, data and judges of a file in ``configs/``."""
+def open_world(
+    config: str, *, pairs: int, select: int, report: int, references: int, text_guidance: float | None = None
+) -> World:
+    """Loads base, data and judges of a file in ``configs/``; text guidance is the config's where none is given."""
     settings = importlib.import_module(f"configs.{config}").get_config()
+    if text_guidance is not None:
+        settings.sampling.text_guidance = text_guidance
     settings.data.size, settings.cache.mode = pairs, "off"
     run = read(RunSettings, settings)
     mesh = make_mesh()
