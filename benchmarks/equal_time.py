@@ -1,0 +1,100 @@
+"""MCMs trained by train.py from a cache for the seconds that another method's steps take, judged as the peers are.
+
+python -m benchmarks.equal_time --config=scenes_sd --methods mcm-slim --as=full --as_steps=500 --text_guidance=1 \
+    --cost=benchmarks/results/peers_cost_scenes_sd.json --workdir=runs/equal_time
+python -m benchmarks.peers.table --config=scenes_sd --methods mcm-slim --steps=STEPS --workdir=runs/equal_time \
+    --out=benchmarks/results/equal_time_scenes_sd.json
+
+Seconds are those of a training step as :mod:`benchmarks.peers.cost` measured them; the cache's predictions, one for
+each picture and draw, are taken off the MCM's. What a run of train.py took from start to end is noted beside. Rates are
+bracketed and maps divided as in :mod:`benchmarks.peers.run`, whose files these are, too.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import safetensors.numpy
+from flax import traverse_util
+
+from benchmarks import common
+from benchmarks.peers import run
+from benchmarks.peers.methods import METHODS, SIZES, make_method
+from benchmarks.peers.world import Drawer, open_world
+from mcm_jax.mcm import parameter_count
+from mcm_jax.trained import WEIGHTS
+
+
+def steps_of(cost: dict, name: str, other: str, other_steps: int, pairs: int, draws: int) -> int:
+    """Steps of an MCM, and its cache, in the seconds of another method's steps."""
+    rows, batch = cost["rows"], cost["batch"]
+    cache = pairs * draws / batch * cost["base"]["seconds"]
+    return int((other_steps * rows[other]["training_seconds"] - cache) / rows[name]["training_seconds"])
+
+
+def train_py(args: argparse.Namespace, name: str, steps: int, rate: float, seed: int) -> tuple[Any, dict[str, Any]]:
+    """Params and what there is to say of a run of train.py."""
+    workdir = args.workdir / "runs" / f"{name},steps={steps},rate={rate:.3g},seed={seed}"
+    size = name.removeprefix("mcm-")
+    changes = {f"mcm.{k}": v for k, v in SIZES[size].items()}
+    changes |= {"data.size": args.pairs, "draws.count": args.draws, "cache.mode": "build", "seed": seed}
+    changes |= {"cache.path": args.workdir / "cache", "cache.load_base": False, "train.batch_size": args.batch_size}
+    changes |= {"train.steps": steps, "train.learning_rate": rate, "train.schedule": "cosine"}
+    changes |= {"train.validate_every": 0, "train.checkpoint_every": steps}
+    flags = [f"--config.{k}={v}" for k, v in changes.items()]
+    began = time.perf_counter()
+    command = [sys.executable, "train.py", f"--config=configs/{args.config}.py", *flags, f"--workdir={workdir}"]
+    subprocess.run(command, check=True)
+    took = time.perf_counter() - began
+    params = traverse_util.unflatten_dict(safetensors.numpy.load_file(workdir / WEIGHTS), sep="/")
+    said = {"rate": rate, "steps": steps, "seed": seed, "parameters": parameter_count(params), "draws": args.draws}
+    return params, said | {"seconds": round(took, 1), "weighting": "the config's"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="scenes_sd", help="a file in configs/, of a shipped base")
+    mine = [name for name in METHODS if name.removeprefix("mcm-") in SIZES]
+    parser.add_argument("--methods", nargs="+", default=["mcm-slim"], choices=mine, metavar="METHOD")
+    parser.add_argument("--as", dest="other", default="full", help="the method whose seconds they have")
+    parser.add_argument("--as_steps", type=int, default=500)
+    parser.add_argument("--cost", type=pathlib.Path, required=True, help="what benchmarks.peers.cost wrote")
+    parser.add_argument("--draws", type=int, default=8, help="of the cache")
+    parser.add_argument("--pairs", type=int, default=1_500)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--select", type=int, default=64)
+    parser.add_argument("--report", type=int, default=128)
+    parser.add_argument("--references", type=int, default=1_000)
+    parser.add_argument("--sampling_steps", type=int, default=16)
+    parser.add_argument("--guidances", type=float, nargs="+", default=[1.0, 1.5])
+    parser.add_argument("--text_guidance", type=float)
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/equal_time"))
+    args = parser.parse_args()
+    cost = json.loads(args.cost.read_text())
+    sizes = {k: getattr(args, k) for k in ("pairs", "select", "report", "references")}
+    world = open_world(args.config, **sizes, text_guidance=args.text_guidance)
+    common.use_compilation_cache(args.workdir)
+    for name in args.methods:
+        args.steps = steps = steps_of(cost, name, args.other, args.as_steps, args.pairs, args.draws)
+        settings = sizes | {"draws": args.draws, "text_guidance": world.run.sampling.text_guidance}
+        settings |= {"sampling_steps": args.sampling_steps, "guidances": args.guidances, "batch_size": args.batch_size}
+        settings |= {"base": world.base.fingerprint, "as": [args.other, args.as_steps, cost["commit"]]}
+        run.check_settings(run.folder_of(args, "settings.json"), settings)
+        print(f"{name}: {steps} steps in the seconds of {args.as_steps} of {args.other}", flush=True)
+        method = make_method(name, world.base, world.modalities, world.run.mcm)
+        train = lambda rate, seed, name=name, steps=steps: train_py(args, name, steps, rate, seed)  # noqa: E731
+        draw = Drawer(world, method, args.sampling_steps)
+        cells = run.Cells(run.folder_of(args, name), name, world, train, draw)
+        rate = run.best_rate(lambda rate, cells=cells: cells.cell(rate, 0)["score"], 2e-3)
+        for seed in range(args.seeds):
+            cells.cell(rate, seed)
+            cells.report(rate, seed, method, args.guidances)
+
+
+if __name__ == "__main__":
+    main()
