@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.jobs import CONTROLS, TEXT, Drawer, Job
 from mcm_jax.jobs.intermediates import Intermediates
+from mcm_jax.jobs.record import check_target, is_ours
 from mcm_jax.jobs.watch import Watch
 from mcm_jax.request import check_shown
 
@@ -80,6 +82,11 @@ def generate(
 
     out = pathlib.Path(out)
     check_writable(out, "--out")
+    earlier = [path for path in out.glob("sample_*.png") if re.fullmatch(r"sample_\d{3,}", path.stem)]
+    earlier = [path for path in earlier if is_ours(path)]  # of another run into this folder
+    new = [out / f"{job.name}.png" for job in jobs]
+    for path in {*new, *earlier, out / "grid.png", out / "intermediates.png"}:
+        check_target(path, first.files, own=path not in new)
     records = [drawer.record(job) for job in jobs]
     total = steps * -(-num_samples // drawer.pipeline.filled(settings.batch_size)) * (2 if show_base else 1)
     with Watch(total, (num_samples, 0), out, preview_every) as watch:
@@ -113,8 +120,8 @@ def generate(
         "config": configs[0] if len(configs) == 1 else configs,
     }
     try:
-        for earlier in (*out.glob("sample_*.png"), out / "intermediates.png"):  # of another run into this folder
-            earlier.unlink(missing_ok=True)
+        for path in (*earlier, out / "intermediates.png"):
+            path.unlink(missing_ok=True)
         for job, image, said, is_fine in zip(jobs, values, records, fine, strict=True):
             if is_fine:
                 pictures.save_png(out / f"{job.name}.png", image, {TEXT: json.dumps(said)})

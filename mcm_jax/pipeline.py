@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import io
 import os
+import pathlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +17,12 @@ from PIL import Image
 from mcm_jax import assets, control, pictures, sampling, sharding
 from mcm_jax import config as config_lib
 from mcm_jax.base import Base
+from mcm_jax.data import DataSettings
+from mcm_jax.data.classes import Classes
+from mcm_jax.data.reading import read_condition
 from mcm_jax.engine import Batch, Engine, Progress
 from mcm_jax.errors import UserError, expect
-from mcm_jax.modalities import Modality, read_png
+from mcm_jax.modalities import Modality, PictureBytes
 from mcm_jax.request import Conditions, read_conditions, read_places, read_texts, settings_of_each
 from mcm_jax.samplers import Table
 from mcm_jax.sampling import SamplingSettings
@@ -53,12 +58,13 @@ class Pipeline:
         for mcm in self.mcms:
             for modality in mcm.modulator.modalities:
                 other = known.setdefault(modality.name, modality)
-                if (other.kind, other.channels) != (modality.kind, modality.channels):
+                if other != modality:
                     raise UserError(
-                        f"the MCMs mean different things by {modality.name!r}: {other.kind} of {other.channels} and "
-                        f"{modality.kind} of {modality.channels} channel(s); sample with one of them at a time"
+                        f"the MCMs mean different things by {modality.name!r}: {_meaning(other)} and "
+                        f"{_meaning(modality)}; sample with one of them at a time"
                     )
         self.modalities = tuple(known.values())
+        self._check_classes()
         self.engine = Engine(self.base, tuple(mcm.modulator for mcm in self.mcms), self.mesh)
         self._sizes: dict[Any, set[int]] = {}  # of batches, by what else decides the program
 
@@ -94,7 +100,7 @@ class Pipeline:
         for folder, path, one in zip(folders, paths, found, strict=True):
             modulator = one.mcm.modulator(one.modalities.shown, loaded.schedule)
             params, step = read_mcm(path / WEIGHTS, modulator.shapes(loaded), loaded, one.base if accept_base else None)
-            mcms.append(Trained(modulator, params, step, os.fspath(folder)))
+            mcms.append(Trained(modulator, params, step, os.fspath(folder), one.data))
         return cls(loaded, mcms, found[0].sampling, mesh)
 
     def update(self, params: Any) -> None:
@@ -114,6 +120,48 @@ class Pipeline:
     def sized(self, height: int = 0, width: int = 0) -> Base:
         """The base for pictures of a size, 0 for its own. Raises UserError where base or MCMs do not take it."""
         return self.base.sized(height, width, self.base.factor * max([m.modulator.multiple for m in self.mcms] or [1]))
+
+    def _runs_of(self, name: str) -> Iterator[tuple[DataSettings, pathlib.Path]]:
+        """Data set and folder of each MCM that knows a modality."""
+        for mcm in self.mcms:
+            if mcm.data and name in {m.name for m in mcm.modulator.modalities}:
+                yield mcm.data, assets.resolve(mcm.name)
+
+    def _check_classes(self) -> None:
+        for m in self.modalities if len(self.mcms) > 1 else ():
+            if m.kind != "labels":
+                continue
+            found = [classes for data, folder in self._runs_of(m.name) if (classes := data.described(m.name, folder))]
+            if len({classes.names for classes in found}) > 1:
+                raise UserError(
+                    f"the MCMs mean different things by {m.name!r}: the classes {', '.join(found[0].names)} and "
+                    f"{', '.join(found[1].names)}; sample with one of them at a time"
+                )
+
+    def classes(self, name: str) -> Classes | None:
+        """What the data set of the first MCM that knows a modality of labels says of its classes."""
+        return next((data.described(name, folder) for data, folder in self._runs_of(name)), None)
+
+    def palette(self, name: str) -> np.ndarray | None:
+        """The colours of a modality's classes, uint8 ``[C, 3]``, where they are known."""
+        return next((data.palette(name, folder) for data, folder in self._runs_of(name)), None)
+
+    def read(self, source: str | os.PathLike | Image.Image, name: str) -> np.ndarray:
+        """The condition in a picture or its file, at its own resolution; labels by the colours of their classes, too.
+
+        Raises:
+          UserError: it cannot be read, or holds something else than it should.
+        """
+        (modality,) = (m for m in self.modalities if m.name == name)
+        if isinstance(source, Image.Image):
+            if modality.kind != "labels" or source.format not in (None, "PNG"):  # None: made in memory
+                condition = modality.definition.decode(source, name)
+                modality.check(condition, name)
+                return condition
+            file = io.BytesIO()
+            source.save(file, "PNG")
+            source = PictureBytes(file.getvalue(), name)
+        return read_condition(source, modality, self.classes(name) if modality.kind == "labels" else None)
 
     def is_guided(self, settings: SamplingSettings) -> bool:
         """Whether the base is asked about the negative prompt, too."""
@@ -297,7 +345,8 @@ class Pipeline:
 
         Args:
           conditions: for each modality that is given, a picture file, a picture, or an array ``[H, W]`` or ``[H, W,
-            planes]``, of any size: brought to the grid, its middle where the aspect ratio is another.
+            planes]``, of any size: brought to the grid, its middle where the aspect ratio is another. Pictures of
+            labels may be in the colours of the run's classes, arrays are of classes.
           count: of the pictures.
           seed: of the noise; picture i is the same whatever ``count`` is.
           prompt: for a text-conditional base.
@@ -311,14 +360,15 @@ class Pipeline:
         for name, value in conditions.items():
             if name not in known:
                 raise UserError(f"this MCM knows the modalities {', '.join(known)}, got {name}")
-            if isinstance(value, Image.Image):
-                value = known[name].definition.decode(value, name)
-            elif not isinstance(value, np.ndarray):
-                value = read_png(value, known[name])
-            known[name].check(value, name)
+            if isinstance(value, np.ndarray):
+                known[name].check(value, name)
+            else:
+                value = self.read(value, name)
             maps[name] = np.repeat(known[name].fit(value, *grid)[None], count, axis=0)
         prompts = None if prompt is None else [prompt] * count
-        how = {"batch_size": min(count, self.settings.batch_size)} | how
+        # Of the sizes that are compiled already, the smallest that will do.
+        sizes = [size for seen in self._sizes.values() for size in seen if size >= count]
+        how = {"batch_size": min(sizes, default=min(count, self.settings.batch_size))} | how
         images = self(maps, sampling.sample_keys(seed, count), prompts=prompts, **how)
         return [Image.fromarray(picture) for picture in pictures.to_uint8(images)]
 
@@ -332,6 +382,11 @@ class Pipeline:
                 stacklevel=3,
             )
         seen.add(batch_size)
+
+
+def _meaning(modality: Modality) -> str:
+    unknown = "" if modality.ignore == -1 else f", of which {modality.ignore} is unknown"
+    return f"{modality.kind} of {modality.channels} channel(s){unknown}"
 
 
 def _tell(callback: Callable[[Progress], object], samples: range, now: Progress) -> None:

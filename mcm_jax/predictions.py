@@ -27,19 +27,9 @@ def v_to_eps(v: jax.Array, x_t: jax.Array, alpha: jax.Array, sigma: jax.Array) -
     return _like(alpha, x_t) * v + _like(sigma, x_t) * x_t
 
 
-def v_to_x0(v: jax.Array, x_t: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """``x_0 = alpha x_t - sigma v``."""
-    return _like(alpha, x_t) * x_t - _like(sigma, x_t) * v
-
-
 def eps_to_v(eps: jax.Array, x_t: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
     """``v = (eps - sigma x_t) / alpha``. Not finite where alpha = 0."""
     return (eps - _like(sigma, x_t) * x_t) / _like(alpha, x_t)
-
-
-def x0_to_v(x0: jax.Array, x_t: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """``v = (alpha x_t - x_0) / sigma``. Not finite where sigma = 0."""
-    return (_like(alpha, x_t) * x_t - x0) / _like(sigma, x_t)
 
 
 def to_eps(

@@ -20,6 +20,9 @@ PER_SAMPLE = (
 )
 """Fields of :class:`mcm_jax.sampling.SamplingSettings` that each sample of a batch may have its own of."""
 
+OF_TEXT = ("prompt", "negative_prompt", "text_guidance", "text_rescale")
+"""What means something for a text-conditional base only."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
@@ -106,6 +109,16 @@ def check_shown(conditions: Collection[str], **given: Mapping[str, Any] | None) 
             raise UserError(f"{key}: given of {', '.join(idle)}, of which there is no condition")
 
 
+def check_text(base: Base, given: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises UserError where settings of text are given (None is not) and the base has none."""
+    found = [prefix + k for k in OF_TEXT if given.get(k) is not None]
+    if found and not base.is_text_conditional:
+        raise UserError(
+            f"{', '.join(found)}: the base {base.name!r} is unconditional, it has no text encoder; "
+            f"take an MCM of a text-conditional one, e.g. --workdir=scenes-sd-mcm"
+        )
+
+
 def read_conditions(
     count: int,
     grid: tuple[int, int],
@@ -139,12 +152,14 @@ def read_conditions(
         name, value = modality.name, conditions.get(modality.name)
         strengths[name] = np.zeros(count)
         if value is not None:
-            wanted = modality.null(count, *grid).shape
+            value, wanted = np.asarray(value), modality.null(count, *grid).shape
             if value.shape not in (wanted, (*wanted, 1)):
                 raise UserError(f"{name}: expected shape {list(wanted)}, got {list(value.shape)}")
+            value = value.reshape(wanted)
+            modality.check(value.reshape(-1, *wanted[2:]), name)  # all of them as one high picture
             shown = _of_each(f"presence of {name}", present.get(name, True), count)
             strengths[name] = _of_each(f"strength of {name}", strength.get(name, 1.0), count) * (shown > 0)
-        value = modality.null(count, *grid) if value is None else np.asarray(value)
+        value = modality.null(count, *grid) if value is None else value
         # Classes come in several dtypes, each of which would compile anew.
         values[name] = value if modality.continuous else value.astype(np.int32)
         bounds = np.asarray(window.get(name, (0, 1)), np.float32)

@@ -181,13 +181,13 @@ def _noise(keys: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> jax.Arra
     return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, step), shape))(keys)
 
 
-def guide(eps: jax.Array, modulated: jax.Array, scale: float) -> jax.Array:
-    """``eps + scale (eps' - eps)``: 0 is eps, 1 is eps', more exaggerates what the second knows beyond the first.
+def guide(eps: jax.Array, other: jax.Array, scale: jax.Array | float) -> jax.Array:
+    """``eps + scale (other - eps)``: 0 is eps, 1 the other, more exaggerates what the second knows beyond the first.
 
-    Between the base's prediction and the modulated one this is modality guidance (ours); between the predictions for
-    the negative (or empty) prompt and for the prompt it is classifier-free guidance (Ho & Salimans 2022).
+    Between the predictions for the negative (or empty) prompt and for the prompt it is classifier-free guidance (Ho &
+    Salimans 2022). Modality guidance, of several MCMs and with masks, is :mod:`mcm_jax.engine`'s.
     """
-    return eps + scale * (modulated - eps)
+    return eps + scale * (other - eps)
 
 
 def rescale(guided: jax.Array, prompt: jax.Array, share: jax.Array, fixed: jax.Array) -> jax.Array:

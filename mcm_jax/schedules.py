@@ -153,6 +153,12 @@ class Schedule:
     solver: str = "ddim"
     solver_spacing: str = ""
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What decides how samples are drawn, without what a base's fingerprint has: noise levels, prediction type."""
+        every = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {k: v for k, v in every.items() if k not in ("alphas_cumprod", "prediction_type")}
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
         """Builds the schedule that a diffusers ``scheduler_config.json`` describes.

@@ -20,6 +20,7 @@ from flax import traverse_util
 from mcm_jax import assets
 from mcm_jax import config as config_lib
 from mcm_jax.base import Base, BaseCard, BaseSettings
+from mcm_jax.data import DataSettings
 from mcm_jax.errors import UserError
 from mcm_jax.files import write_atomically
 from mcm_jax.mcm import MCMSettings, Modulator
@@ -32,12 +33,13 @@ WEIGHTS = "mcm.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """What a folder's ``config.json`` says of its MCM; how it was trained does not matter to it."""
+    """What a folder's ``config.json`` says of its MCM; of how it was trained the data set alone, for its classes."""
 
     base: BaseSettings
     modalities: ModalitiesSettings
     mcm: MCMSettings
     sampling: SamplingSettings
+    data: DataSettings = config_lib.setting(DataSettings(), before=DataSettings())
     mesh: MeshSettings = config_lib.setting(MeshSettings(), before=MeshSettings())
 
 
@@ -49,12 +51,14 @@ class Trained(NamedTuple):
       params: of the network; None where there are none, and it does nothing.
       step: how long it was trained.
       name: what messages call it: the folder it is from.
+      data: what it was trained on, which knows the names and colours of classes; None where nobody asks.
     """
 
     modulator: Modulator
     params: Any | None = None
     step: int = 0
     name: str = ""
+    data: DataSettings | None = None
 
 
 def save_mcm(folder: pathlib.Path, params: Any, *, base: Base | BaseCard, step: int) -> None:

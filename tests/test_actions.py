@@ -126,6 +126,10 @@ def test_control_samples_the_moments_average(pipeline, trained):
     assert log == [{"step": 2, "seen": 2.0}] and now.measured["seen"] == 2
     assert judged[0].shape == (2, tiny.SIZE, tiny.SIZE, 3) and np.abs(judged[0]).max() <= 1
     tiny.assert_same_bits(jax.device_get(pipeline.mcms[0].params), jax.device_get(trained.state.ema_params))
+    lost = dataclasses.replace(trained.state, ema_params=jax.tree.map(lambda p: p * np.nan, trained.state.ema_params))
+    with pytest.warns(UserWarning, match="step 4: no control was measured: 2 of 2 samples of 'all' came out as NaN"):
+        action(now := moment(4, state=lost))
+    assert len(log) == 1 and not now.measured
 
 
 @pytest.mark.slow

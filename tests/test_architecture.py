@@ -30,12 +30,14 @@ LAYERS = (
     "samplers",
     "sampling",
     "control",
+    "data",
     "trained",
     "pictures",
     "engine",
     "request",
     "pipeline",
-    "data",
+    "data.synthesise",  # draws pictures for a data set
+    "data.__main__",  # its command
     "cache",
     "evaluation",
     "training",
@@ -61,8 +63,9 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8"), str(path)) for name, 
 
 
 def _layer(module):
-    """The part after ``mcm_jax``; empty for the package itself."""
-    return module.partition(".")[2].partition(".")[0]
+    """The part after ``mcm_jax``, or the two of a module with a layer of its own; empty for the package itself."""
+    parts = module.split(".")[1:3]
+    return ".".join(parts) if ".".join(parts) in LAYERS else "".join(parts[:1])
 
 
 def imported_modules(name, tree, *, is_package):

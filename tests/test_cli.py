@@ -396,9 +396,18 @@ def test_a_sample_does_not_depend_on_how_many_there_are(script, trained, maps, t
 
 def test_a_second_run_into_a_folder_replaces_the_first(trained, maps, tmp_path):
     sketch = {"sketch": str(maps / "sketch.png")}
+    shutil.copy(maps / "sketch.png", tmp_path / "sample_mine.png")  # no file of ours, whatever it is called
     for count in (3, 1):
         generate(str(trained.workdir), sketch, tmp_path, num_samples=count, seed=7)
-    assert [p.name for p in sorted(tmp_path.glob("sample_*"))] == ["sample_000.png"]
+    assert [p.name for p in sorted(tmp_path.glob("sample_*"))] == ["sample_000.png", "sample_mine.png"]
+    shutil.copy(maps / "sketch.png", tmp_path / "sample_000.png")
+    for files, words in (
+        (sketch, "was not written by sample.py"),
+        ({"sketch": str(tmp_path / "grid.png")}, "drawn from"),
+    ):
+        with pytest.raises(UserError, match=words):
+            generate(str(trained.workdir), files, tmp_path, num_samples=1, seed=7)
+    assert (tmp_path / "sample_000.png").read_bytes() == (maps / "sketch.png").read_bytes()
 
 
 def test_a_sample_that_is_nan_is_named_and_the_others_are_written(trained, maps, tmp_path, monkeypatch):

@@ -204,6 +204,9 @@ def test_a_folder_of_ones_own_is_evaluated(workdir, tmp_path, monkeypatch):
     assert not out.exists()
     goes_on = evaluate(workdir, out, judges=judges, maps=6, references=6)
     assert drawn == ["base"] * 3 + ["both"] * 2 + ["both"] * 2 + ["segmentation"] * 3 + ["sketch"] * 3
+    with pytest.raises(UserError, match="samples of 'both' came out as NaN; take less guidance"):
+        evaluate(workdir, tmp_path / "nan" / "metrics.json", judges=judges, maps=6, references=6, guidance=3e38)
+    assert not (tmp_path / "nan" / "metrics.json").exists()
     times = ("seconds",)
     assert {k: v for k, v in goes_on.items() if k not in times} == {k: v for k, v in whole.items() if k not in times}
     assert not out.with_name("metrics.json.parts").exists()
@@ -289,6 +292,11 @@ def test_what_cannot_be_judged_is_refused(workdir, tmp_path, judges, message):
     with pytest.raises(UserError, match=message):
         evaluate(workdir, tmp_path / "metrics.json", judges=judges)
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_text_for_an_unconditional_base_is_refused(workdir, tmp_path):
+    with pytest.raises(UserError, match="--text_guidance: the base .* is unconditional"):
+        evaluate(workdir, tmp_path / "metrics.json", text_guidance=3.0)
 
 
 def test_edges_of_no_lines_are_refused():

@@ -14,6 +14,7 @@ from mcm_jax import pictures
 from mcm_jax.errors import UserError
 from mcm_jax.jobs import Drawer, lists
 from mcm_jax.jobs.intermediates import Intermediates
+from mcm_jax.jobs.record import is_drawn
 from mcm_jax.jobs.watch import Watch
 from mcm_jax.modalities import Modality, read_png
 from mcm_jax.pipeline import Pipeline
@@ -210,15 +211,71 @@ def test_a_picture_is_drawn_again_from_what_it_says(script, drawer, whole, maps,
             jobs_lib.replay(path, tmp_path)
 
 
-def test_plain_pictures_say_what_those_of_the_first_version_said(whole):
-    """Which therefore stay where a list is drawn again."""
-    _, out = whole
+def test_plain_pictures_say_what_those_of_the_first_version_said(drawer, whole, tmp_path):
+    """And how the base's file draws. Pictures that do not say it stay, too, those of another file do not."""
+    jobs, out = whole
     of_job = {"conditions", "strength", "mask", "seed", "sample"}
     how = {"sampler", "steps", "spacing", "timesteps", "eta", "modulate", "guidance", "start", "end"}
     by_what = {"workdir", "mcm_sha256", "mcm_step", "base", "fingerprint", "device", "versions"}
     for name in NAMES[:7]:
-        assert jobs_lib.read_record(out / f"{name}.png").keys() == of_job | how | by_what
+        assert jobs_lib.read_record(out / f"{name}.png").keys() == of_job | how | by_what | {"schedule"}
     assert "window" in jobs_lib.read_record(out / "turns.png")
+    record, picture = drawer.record(jobs[0]), tmp_path / "both.png"
+    other = record["schedule"] | {"timestep_spacing": "linspace"}
+    assert record["schedule"] != other
+    first = {k: v for k, v in record.items() if k != "schedule"} | {"base": "elsewhere"}
+    for said, stays in ((first, True), (record, True), (record | {"schedule": other}, False)):
+        pictures.save_png(picture, np.zeros((4, 4), np.uint8), {"mcm_jax": json.dumps(said)})
+        assert is_drawn(picture, record) == stays
+    with pytest.raises(UserError, match=r"scheduler_config.json of .* \(timestep_spacing: linspace then"):
+        jobs_lib.replay(picture, tmp_path)
+
+
+def test_no_file_is_lost_but_earlier_pictures(drawer, whole, maps, tmp_path):
+    """Not one of the user's of the same name, and none that the picture is drawn from."""
+    jobs, out = whole
+    same = dataclasses.replace(jobs[0], name="a", conditions={"sketch": str(maps / "sketch/a.png")})
+    before = (maps / "sketch/a.png").read_bytes()
+    with pytest.raises(UserError, match=r"sketch/a.png: is what is drawn from \(conditions.sketch\)"):
+        drawer.draw([same], maps / "sketch")
+    assert (maps / "sketch/a.png").read_bytes() == before
+    pictures.save_png(tmp_path / "a.png", np.zeros((4, 4), np.uint8))
+    with pytest.raises(UserError, match="a.png: was not written by sample.py"):
+        drawer.draw([same, jobs[5]], tmp_path)
+    assert Image.open(tmp_path / "a.png").size == (4, 4) and (tmp_path / f"{jobs[5].name}.png").exists()
+    before = (out / "labels.png").read_bytes()
+    with pytest.raises(UserError, match=r"labels.png: is what is drawn from \(--replay\)"):
+        jobs_lib.replay(out / "labels.png", out, guidance=1.0)
+    jobs_lib.replay(out / "labels.png", out)  # which is there
+    assert (out / "labels.png").read_bytes() == before
+
+
+def test_what_is_typed_for_a_replay_goes_with_the_picture(whole, mcm, tmp_path):
+    """Not with the run's settings, whose sampler has no eta."""
+    shutil.copytree(mcm, tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["sampling"]["sampler"] == "ddim"
+    config["sampling"]["sampler"] = "euler"
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    jobs_lib.replay(whole[1] / "both.png", tmp_path, workdir=str(tmp_path / "run"), eta=0.5)
+    found = jobs_lib.read_record(tmp_path / "both.png")
+    assert (found["sampler"], found["eta"]) == ("ddim", 0.5)
+
+
+def test_prompts_are_found_wherever_a_split_has_them(tmp_path):
+    lines = [{"file": "a.png", "caption": "a  lake"}, {"file": "c.png", "text": "a hill"}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image/c.png").touch()  # a picture without conditions
+    assert lists._captions(tmp_path, {"a", "b"}) == {"a": "a lake", "c": "a hill"}
+    with pytest.raises(UserError, match="captions.jsonl: line 1: there is no picture 'a'"):
+        lists._captions(tmp_path, {"b"})
+    (tmp_path / "caption").mkdir()
+    (tmp_path / "caption/a.txt").write_text("a lake\n")
+    with pytest.raises(UserError, match="prompts are in .*caption and in .*captions.jsonl"):
+        lists._captions(tmp_path, {"a"})
+    (tmp_path / "captions.jsonl").unlink()
+    assert lists._captions(tmp_path, {"a", "b"}) == {"a": "a lake"}
 
 
 def test_mcms_act_together_and_their_pictures_name_them_all(mcm, trained, whole, maps, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Laws of sampling under control, and of the folder that holds an MCM."""
 
+import io
 import json
 import resource
 import shutil
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 from safetensors import safe_open
 
 from mcm_jax import sampling
@@ -243,6 +245,10 @@ def test_memory_is_counted_without_the_bases_numbers(trained, pipeline):
         (lambda c: {"sketch": c["sketch"][:2]}, ["sketch", "[3, 16, 16]", "[2, 16, 16]"]),
         (lambda c: {"segmentation": c["segmentation"][:, :8]}, ["segmentation", "[3, 16, 16]", "[3, 8, 16]"]),
         (lambda c: {"sketch": c["sketch"][0]}, ["sketch", "[3, 16, 16]", "[16, 16]"]),
+        (lambda c: {"sketch": (255 * c["sketch"]).astype(np.uint8)}, ["sketch", "in [0, 1]", "0 to 255"]),
+        (lambda c: {"sketch": np.full_like(c["sketch"], np.nan)}, ["sketch", "in [0, 1]", "nan"]),
+        (lambda c: {"segmentation": c["segmentation"] + 6}, ["segmentation", "0..5"]),
+        (lambda c: {"segmentation": c["segmentation"] + 0.5}, ["segmentation", "integer"]),
     ],
 )
 def test_wrong_conditions_are_named(pipeline, conditions, keys, change, words):
@@ -270,6 +276,36 @@ def test_wrong_settings_are_named(pipeline, conditions, keys, setting, words):
     with pytest.raises(UserError) as error:
         pipeline({"sketch": conditions["sketch"]}, keys, **setting)
     assert all(word in str(error.value) for word in [*setting, *words]), error.value
+
+
+def test_a_notebooks_pictures(pipeline, strong, trained, conditions, keys, tmp_path):
+    """A file, a picture and an array are the same; labels in the colours of their classes, too; lists are arrays."""
+    labels, colors = conditions["segmentation"][0].astype(np.uint8), np.arange(18, dtype=np.uint8).reshape(6, 3) * 9
+    classes = {"classes": [{"name": f"n{i}", "color": c.tolist()} for i, c in enumerate(colors)]}
+    shutil.copytree(trained.workdir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "run/classes.json").write_text(json.dumps(classes))
+    run = Pipeline.from_folder(tmp_path / "run")
+    run.update(strong.mcms[0].params)
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    indexed = Image.fromarray(labels)
+    indexed.putpalette(colors[::-1].tobytes())  # other colours than the classes': of two that fit, colours count
+    given = [tmp_path / "labels.png", Image.fromarray(labels), labels, Image.fromarray(colors[labels])]
+    drawn = [np.asarray(run.draw({"segmentation": one}, 2, seed=3)[1]) for one in given]
+    assert all((picture == drawn[0]).all() for picture in drawn)
+    other = np.asarray(run.draw({"segmentation": indexed}, 2, seed=3)[1])
+    assert (other == np.asarray(run.draw({"segmentation": 5 - labels}, 2, seed=3)[1])).all()
+    assert (other != drawn[0]).any()
+    lossy = io.BytesIO()
+    Image.fromarray(labels).save(lossy, "JPEG")
+    with pytest.raises(UserError, match="JPEG file, expected PNG"):
+        run.draw({"segmentation": Image.open(lossy)})
+    with pytest.raises(UserError, match="the classes n0, .* and m, "):
+        again = shutil.copytree(tmp_path / "run", tmp_path / "again")
+        (again / "classes.json").write_text(json.dumps(classes).replace("n0", "m"))
+        Pipeline.from_folder(tmp_path / "run", tmp_path / "again")
+    as_lists = {"segmentation": conditions["segmentation"][..., None].tolist()}
+    found = strong(as_lists, keys, batch_size=N)
+    np.testing.assert_array_equal(found, strong({"segmentation": conditions["segmentation"]}, keys, batch_size=N))
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------

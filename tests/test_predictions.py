@@ -25,7 +25,7 @@ def velocity(x0, eps, t):
     return DDPMScheduler().get_velocity(*map(torch.tensor, (x0, eps)), torch.tensor(t, dtype=torch.long)).numpy()
 
 
-@pytest.mark.parametrize("convert", ["eps_to_x0", "x0_to_eps", "eps_to_v", "v_to_eps", "v_to_x0", "x0_to_v"])
+@pytest.mark.parametrize("convert", ["eps_to_x0", "x0_to_eps", "eps_to_v", "v_to_eps"])
 def test_each_converter_gives_the_true_value(convert, example):
     x0, eps, x_t, alpha, sigma, t = example
     truth = {"x0": x0, "eps": eps, "v": velocity(x0, eps, t)}
@@ -57,4 +57,4 @@ def test_v_to_eps_is_finite_at_zero_snr():
 
 def test_every_converter_is_tested():
     names = [n for n, f in inspect.getmembers(predictions, inspect.isfunction) if "_to_" in n]
-    assert len(names) == 6
+    assert len(names) == 4

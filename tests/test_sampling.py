@@ -384,7 +384,7 @@ def test_a_window_is_a_share_of_the_steps():
         assert acting == (set(range(3, 7)) if steps == 10 else set())
 
 
-def test_guidance_goes_through_base_and_mcm():
+def test_guidance_goes_through_both_predictions():
     eps, modulated = (jax.random.normal(jax.random.key(i), (2, *SHAPE)) for i in range(2))
     np.testing.assert_array_equal(guide(eps, modulated, 0.0), eps)
     np.testing.assert_allclose(guide(eps, modulated, 1.0), modulated, atol=1e-6)

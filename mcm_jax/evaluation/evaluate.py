@@ -32,6 +32,7 @@ from mcm_jax.evaluation.rows import Row, Sampler, rows_of, subsets
 from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.mcm import parameter_count
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.request import check_text
 from mcm_jax.trained import WEIGHTS
 from mcm_jax.version import __version__
 
@@ -147,6 +148,7 @@ def evaluate(
     expect(0 <= seed < 2**32, "seed", "in 0..4294967295", seed)
     settings = pipeline.settings.but(**changes).but(height=0, width=0)  # the base's size, as held-out pictures have
     settings.check_for(pipeline.base.schedule)
+    check_text(pipeline.base, changes, "--")
     out = pathlib.Path(out)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; expected the name of a JSON file")
@@ -164,7 +166,8 @@ def evaluate(
         "modulate": settings.modulate if is_text else None,
         "negative_prompt": settings.negative_prompt if is_text else None,
         "text_rescale": settings.text_rescale if is_text else None,
-        "sampler": settings.sampler,
+        "sampler": settings.sampler or pipeline.base.schedule.solver,
+        "schedule": pipeline.base.schedule.options,
         "steps": settings.steps,
         "eta": settings.eta,
         "spacing": settings.spacing,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from mcm_jax.errors import UserError
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.sampling import SamplingSettings
@@ -91,6 +92,9 @@ class Sampler:
 
         Returns:
           float32 ``[N, H, W, 3]`` in [-1, 1].
+
+        Raises:
+          UserError: a sample came out as NaN, which no judge can say anything of.
         """
         how = dataclasses.asdict(dataclasses.replace(self._settings, guidance=row.guidance))
         parts = []
@@ -102,6 +106,10 @@ class Sampler:
                 texts = [self._captions[i] if row.told else "" for i in part]
             present = {name: self._present[name][part] for name in row.given}
             images = self._pipeline(given, keys[start : start + len(part)], prompts=texts, present=present, **how)
+            if odd := int((~np.isfinite(images).all((1, 2, 3))).sum()):
+                raise UserError(
+                    f"{odd} of {len(images)} samples of {row.name!r} came out as NaN; take less guidance or float32"
+                )
             parts.append(np.clip(images, -1, 1))
             done(len(part))
         return np.concatenate(parts)

@@ -20,11 +20,11 @@ from mcm_jax.engine import Progress
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable
 from mcm_jax.jobs.files import Files
-from mcm_jax.jobs.job import OF_TEXT, Job
-from mcm_jax.jobs.record import TEXT, Recorder, is_drawn
+from mcm_jax.jobs.job import Job
+from mcm_jax.jobs.record import TEXT, Recorder, check_target, is_drawn
 from mcm_jax.jobs.watch import PREVIEW, Watch, write_picture
 from mcm_jax.pipeline import Pipeline
-from mcm_jax.request import PER_SAMPLE
+from mcm_jax.request import PER_SAMPLE, check_text
 from mcm_jax.sampling import SamplingSettings
 
 _DEFAULTS = dataclasses.asdict(SamplingSettings())
@@ -60,12 +60,7 @@ class Drawer:
 
     def check_text(self, given: Mapping[str, Any], prefix: str = "") -> None:
         """Raises UserError where settings of text are given (None is not) and the base has none."""
-        found = [prefix + k for k in OF_TEXT if given.get(k) is not None]
-        if found and not self.pipeline.base.is_text_conditional:
-            raise UserError(
-                f"{', '.join(found)}: the base {self.pipeline.base.name!r} is unconditional, it has no text encoder; "
-                f"take an MCM of a text-conditional one, e.g. --workdir=scenes-sd-mcm"
-            )
+        check_text(self.pipeline.base, given, prefix)
 
     def job(
         self, name: str, given: Mapping[str, Any], source: str = "", settings: SamplingSettings | None = None
@@ -177,7 +172,9 @@ class Drawer:
         for job in jobs:
             try:
                 record = self.record(job)
-                if not is_drawn(out / f"{job.name}.png", record):
+                path = out / f"{job.name}.png"
+                if not is_drawn(path, record):
+                    check_target(path, job.files)
                     todo.append((self._shared(job), self._cost(job), job, record))
             except UserError as e:
                 problems.append(f"{job.source}: {e}")

@@ -1,6 +1,5 @@
 """The picture files that jobs name, read to the size that a picture is drawn in."""
 
-import dataclasses
 import functools
 import warnings
 from collections.abc import Sequence
@@ -9,22 +8,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mcm_jax import assets, config, pictures
+from mcm_jax import pictures
 from mcm_jax.base import Base
-from mcm_jax.data import DataSettings
-from mcm_jax.data.reading import read_condition, read_image
+from mcm_jax.data.reading import read_image
 from mcm_jax.jobs.job import Job
 from mcm_jax.modalities import Modality, cover, read_png
 from mcm_jax.pipeline import Pipeline
 
 _MASK = Modality("mask", "map", 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _RunSettings:
-    """What is read of a run's config beside its model: the data set, for the colours of its classes."""
-
-    data: DataSettings
 
 
 class Files:
@@ -37,27 +28,21 @@ class Files:
     def __init__(self, pipeline: Pipeline):
         self._pipeline = pipeline
         self.known = {m.name: m for m in pipeline.modalities}
-        self._folders: dict[str, str] = {}  # of the first MCM that knows a modality: its run knows the classes
-        for mcm in pipeline.mcms:
-            self._folders |= {m.name: mcm.name for m in mcm.modulator.modalities if m.name not in self._folders}
-        runs = {f: config.load(_RunSettings, assets.resolve(f), others=True) for f in {*self._folders.values()}}
-        self._data = {name: runs[folder].data for name, folder in self._folders.items()}
         self.condition = functools.lru_cache(256)(self._condition)
         self.mask = functools.lru_cache(256)(self._mask)
         self.image = functools.lru_cache(64)(self._image)
 
     def read(self, path: str, name: str) -> np.ndarray:
         """The condition in a picture file, at its own resolution; labels by the colours of the run's classes, too."""
-        described = self._data[name].described(name, assets.resolve(self._folders[name]))
-        condition = read_condition(path, self.known[name], described)
+        condition = self._pipeline.read(path, name)
         if doubt := self.known[name].doubt(condition):
             warnings.warn(f"{path}: {doubt}", stacklevel=2)
         return condition
 
     def show(self, path: str, name: str, size: tuple[int, int]) -> np.ndarray:
         """The condition as a picture, uint8 ``[1, H, W, 3]``."""
-        palette = self._data[name].palette(name, assets.resolve(self._folders[name]))
-        return pictures.show(self.known[name], self.known[name].fit(self.read(path, name), *size)[None], palette)
+        shown = self.known[name].fit(self.read(path, name), *size)[None]
+        return pictures.show(self.known[name], shown, self._pipeline.palette(name))
 
     def check(self, job: Job, base: Base) -> None:
         """Reads a job's files. Raises UserError where one is damaged or holds something else than it should."""

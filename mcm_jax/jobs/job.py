@@ -10,9 +10,6 @@ from mcm_jax.sampling import SamplingSettings, is_text
 FILES = ("mask", "image", "inpaint")
 """Fields of a job that name a picture file, beside its conditions."""
 
-OF_TEXT = ("prompt", "negative_prompt", "text_guidance", "text_rescale")
-"""What means something for a text-conditional base only."""
-
 CONTROLS = (
     "seed",
     "prompt",

@@ -5,14 +5,16 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from mcm_jax.data.captions import find_captions, read_lines
 from mcm_jax.data.reading import read_caption
 from mcm_jax.errors import UserError, expect
 from mcm_jax.jobs.drawer import Drawer
 from mcm_jax.jobs.job import FILES, Job
-from mcm_jax.jobs.record import read_record, sha256
+from mcm_jax.jobs.record import check_target, is_drawn, read_record, sha256
+from mcm_jax.modalities import PICTURES
 from mcm_jax.request import check_shown
 from mcm_jax.sampling import SamplingSettings
 
@@ -109,7 +111,8 @@ def read_jobs(path: str | os.PathLike, drawer: Drawer, **given: Any) -> tuple[li
 def jobs_of_folder(path: str | os.PathLike, drawer: Drawer, **given: Any) -> list[Job]:
     """A job for each name in a folder that is laid out as a split of a data folder.
 
-    ``FOLDER/MODALITY/NAME.png`` are its conditions, whichever there are, and ``FOLDER/caption/NAME.txt`` its prompt.
+    ``FOLDER/MODALITY/NAME.png`` are its conditions, whichever there are, and ``FOLDER/caption/NAME.txt`` its prompt, or
+    a line of a file as :mod:`mcm_jax.data.captions` has it.
 
     Args:
       path: the folder.
@@ -118,7 +121,7 @@ def jobs_of_folder(path: str | os.PathLike, drawer: Drawer, **given: Any) -> lis
         its seed; the prompt is of jobs without a caption.
 
     Raises:
-      UserError: there are no conditions, two of one name, or a caption that cannot be read.
+      UserError: there are no conditions, two of one name, or captions that cannot be read.
     """
     path, found = pathlib.Path(path), {}
     for name, modality in drawer.files.known.items():
@@ -132,14 +135,29 @@ def jobs_of_folder(path: str | os.PathLike, drawer: Drawer, **given: Any) -> lis
         folders = ", ".join(f"{path / name}/NAME.png" for name in drawer.files.known)
         raise UserError(f"--conditions {path}: holds no conditions; expected {folders}, or some of these")
     drawer.check_text(given, "--")
+    prompts = _captions(path, found) if drawer.pipeline.base.is_text_conditional else {}
 
     def own(name: str) -> dict[str, Any]:
-        file = path / "caption" / f"{name}.txt"
-        has_caption = drawer.pipeline.base.is_text_conditional and file.is_file()
-        prompt = read_caption(file) if has_caption else given.get("prompt")
+        prompt = prompts.get(name, given.get("prompt"))
         return {"conditions": found[name], "prompt": prompt, "seed": _seed_of(given.get("seed"), name)}
 
     return [drawer.job(name, {**given, **own(name)}, f"{path}: {name}") for name in sorted(found)]
+
+
+def _captions(path: pathlib.Path, names: Collection[str]) -> dict[str, str]:
+    """The prompts that a folder has for some names, wherever it has them."""
+    places = find_captions(path)
+    if len(places) > 1:
+        where = " and in ".join(map(str, places))
+        raise UserError(f"--conditions {path}: prompts are in {where}; keep those that count")
+    if not places or places[0].is_dir():
+        files = {name: path / "caption" / f"{name}.txt" for name in names}
+        return {name: read_caption(file) for name, file in files.items() if file.is_file()}
+    pictures = {file.stem for file in (path / "image").glob("[!.]*")}
+    prompts, problems = read_lines(places[0], PICTURES, {*names, *pictures})
+    if wrong := [p for p in problems if p.found.startswith("line ")] or ([] if prompts else problems):
+        raise UserError(f"--conditions {path}: {wrong[0]}")
+    return prompts
 
 
 def replay(
@@ -180,9 +198,10 @@ def replay(
         place, digest = said["workdir"] if workdir is None else workdir, said["mcm_sha256"]
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{picture}: its settings are incomplete ({e}); expected a PNG that sample.py wrote") from e
-    typed = {k: v for k, v in changes.items() if k in (*_SETTINGS, "batch_size")}
-    # What it was drawn on was accepted then.
-    drawer = Drawer(place, said.get("base_path") if base is None else base, base is None or accept_base, **typed)
+    # What it was drawn on was accepted then. What is typed is checked with what the picture says, not with the run's.
+    batch_size = changes.get("batch_size")
+    place_of_base = said.get("base_path") if base is None else base
+    drawer = Drawer(place, place_of_base, base is None or accept_base, batch_size=batch_size)
     drawer.check_text(changes, "--")
     digests, found = ([d] if isinstance(d, str) else d for d in (digest, drawer.recorder.facts["mcm_sha256"]))
     if digests != found:
@@ -198,6 +217,13 @@ def replay(
             f"{str(said.get('fingerprint'))[:16]}, but {now.name!r} has {now.fingerprint[:16]}; name its own, or one "
             f"to draw on instead, with --base"
         )
+    options = now.schedule.options
+    if base is None and (was := said.get("schedule", options)) != options:
+        odd = "; ".join(f"{k}: {v} then, {options.get(k)} now" for k, v in was.items() if v != options.get(k))
+        raise UserError(f"{picture}: was drawn by another scheduler_config.json of {now.name!r} ({odd}); put that back")
     # What a picture does not say is the default, not the run's.
     job = drawer.job(pathlib.Path(picture).stem, given, str(picture), SamplingSettings())
+    target = pathlib.Path(out) / f"{job.name}.png"
+    if not is_drawn(target, drawer.record(job)):
+        check_target(target, {"--replay": os.fspath(picture)})
     drawer.draw([job], out, preview_every=preview_every)

@@ -14,8 +14,9 @@ from PIL import Image, UnidentifiedImageError
 
 from mcm_jax import assets
 from mcm_jax.errors import UserError
-from mcm_jax.jobs.job import OF_TEXT, Job
+from mcm_jax.jobs.job import Job
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.request import OF_TEXT
 from mcm_jax.sampling import SamplingSettings
 from mcm_jax.trained import WEIGHTS
 from mcm_jax.version import __version__
@@ -23,7 +24,7 @@ from mcm_jax.version import __version__
 TEXT = "mcm_jax"
 """Name of the PNG text that holds a picture's settings."""
 
-_PLACE = ("workdir", "base_path", "versions", "device", "file")  # where and by what, but not which picture
+_PLACE = ("workdir", "base", "base_path", "versions", "device", "file")  # where and by what, but not which picture
 _SETTINGS = dataclasses.asdict(SamplingSettings())
 # What every picture says. Of the others it says what is not the default: they are younger than pictures that are there.
 _ALWAYS = (
@@ -55,6 +56,7 @@ class Recorder:
             **{key: values[0] if len(values) == 1 else values for key, values in of_each.items()},
             "base": pipeline.base.name,
             "fingerprint": pipeline.base.fingerprint,
+            "schedule": pipeline.base.schedule.options,
             **({} if base is None else {"base_path": base}),
             "device": jax.devices()[0].device_kind,
             "versions": {"mcm_jax": __version__, "jax": jax.__version__},
@@ -115,12 +117,39 @@ def read_record(path: str | os.PathLike) -> dict[str, Any]:
         ) from e
 
 
+def is_ours(path: str | os.PathLike) -> bool:
+    """Whether sample.py wrote a picture, as far as the picture says."""
+    try:
+        return bool(read_record(path))
+    except UserError:
+        return False
+
+
+def check_target(path: pathlib.Path, files: Mapping[str, str], own: bool = False) -> None:
+    """Raises UserError where a picture cannot be written without losing one that sample.py did not write.
+
+    Args:
+      path: where it is going to be.
+      files: what it is drawn from, by what messages call it.
+      own: whether nobody else has files of that name.
+    """
+    if not path.exists():
+        return
+    for key, file in files.items():
+        if os.path.exists(file) and os.path.samefile(path, file):
+            raise UserError(f"{path}: is what is drawn from ({key}), and would be replaced; take another --out")
+    if not own and not is_ours(path):
+        raise UserError(f"{path}: was not written by sample.py; move it away, or take another --out")
+
+
 def is_drawn(path: pathlib.Path, record: Mapping[str, Any]) -> bool:
     """Whether a file is the picture of a record, wherever its conditions and MCMs were then."""
     try:
-        return path.exists() and _essence(read_record(path)) == _essence(record)
+        there = path.exists() and _essence(read_record(path))
     except UserError:  # of another origin
         return False
+    # Pictures of before 2026-11-30 do not say how the base's file spaces and ends its steps.
+    return bool(there) and {"schedule": _essence(record)["schedule"], **there} == _essence(record)
 
 
 def _essence(value: Any) -> Any:

@@ -6,6 +6,7 @@ written by the first one.
 
 import json
 import pathlib
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -178,7 +179,11 @@ class Control:
             return
         with now.clock.pause(now.state):
             self._pipeline.update(now.state.ema_params)
-            images = self._sampler(self._row, self._keys, self._which)
+            try:
+                images = self._sampler(self._row, self._keys, self._which)
+            except UserError as e:  # of this moment: the training goes on, and its checkpoint is kept
+                warnings.warn(f"step {now.step}: no control was measured: {e}", stacklevel=2)
+                return
             found: dict[str, float] = {}
             for judge in self._judges:
                 found |= judge.watch(images, self._which)
