@@ -108,7 +108,15 @@ def override(settings: T, changes: Mapping[str, Any]) -> T:
 
 def default(cls: type) -> ml_collections.ConfigDict:
     """The config of a dataclass's defaults, which a config file then changes."""
-    return ml_collections.ConfigDict(_plain(cls(), tuples=True))
+    config = ml_collections.ConfigDict(_plain(cls(), tuples=True))
+    for name, kind in _fields(cls)[1].items():
+        if dataclasses.is_dataclass(kind):
+            texts = [key for key, of in _fields(kind)[1].items() if typing.get_origin(of) is Mapping]
+            if texts:
+                config[name] = _Section(config[name].to_dict())
+            for key in texts:
+                config[name][key] = _Texts(config[name][key].to_dict())
+    return config
 
 
 def undecided(cls: type) -> ml_collections.ConfigDict:
@@ -125,6 +133,28 @@ def undecided(cls: type) -> ml_collections.ConfigDict:
     kind = typing.get_args(types_of[rest])[0]
     object.__setattr__(section, "_keys_of", {k: t for k, t in _fields(kind)[1].items() if k != "name"})
     return section
+
+
+class _Section(ml_collections.ConfigDict):
+    """A section with mappings of texts, which stay what they are where a config sets one as a whole."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if isinstance(self._fields.get(key), _Texts) and isinstance(value, Mapping | ml_collections.ConfigDict):
+            value = _Texts(dict(value))
+        super().__setitem__(key, value)
+
+
+class _Texts(ml_collections.ConfigDict):
+    """A mapping of texts, empty where nobody has set a name's."""
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._fields and "." not in key and not key.startswith("_"):
+            self[key] = ""
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        with self.unlocked():
+            super().__setitem__(key, value)
 
 
 class _Undecided(ml_collections.ConfigDict):

@@ -300,10 +300,10 @@ class MCMSettings:
     """The MCM and how it modulates. The config's section ``mcm``; the defaults are the paper's network in our form.
 
     Attributes:
-      channels: see :class:`Size`, as the next ones.
-      multipliers: one a level.
-      blocks: residual blocks a level.
-      attention: 0 or 1 a level.
+      channels: width of the first level; ``SIZES`` in configs/default.py has sets of this and the next ones.
+      multipliers: width of each level over ``channels``; each further level halves the resolution.
+      blocks: residual blocks a level on the way down (one more on the way up).
+      attention: for each level 0 or 1, whether its blocks are followed by self-attention; the middle block always is.
       head_dim: of attention; 0 is one head over all channels.
       groups: of each normalisation.
       inputs: what the MCM sees beside the conditions: ``x_t``, ``eps`` (the paper), ``x0``, the base's estimate (ours).

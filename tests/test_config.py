@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import typing
 
 import pytest
@@ -145,6 +146,27 @@ def test_every_key_is_explained():
 def test_the_docs_list_every_key():
     """docs/config.md is what `python -m tools.config_docs` prints."""
     assert DOCS.read_text() == table()
+    listed = set(re.findall(r"^\| `([\w.]+)` \|", DOCS.read_text(), re.MULTILINE))
+    keys = config_lib.flatten(default.get_config())
+    assert {
+        re.sub(r"^(modalities|evaluation.judges|evaluation.expected)[.][a-z]+(?=[.]|$)", r"\1.NAME", k) for k in keys
+    } - {"modalities.NAME"} | {"modalities.drop_rate"} == listed
+
+
+def test_any_name_of_a_mapping_can_be_set():
+    """As the command line does it: judges of modalities that configs/default.py has not."""
+    c = default.get_config()
+    c.evaluation.judges = dict(sketch="edges")  # a config may set it as a whole
+    c.evaluation.expected = dict(both="at least 0.9")
+    c.lock()
+    c.evaluation.judges.depth = "none"
+    assert c.evaluation.judges.sketch == "edges"
+    c.evaluation.judges.sketch = ""
+    assert c.evaluation.judges.sketch == ""
+    found = config_lib.read(RunSettings, c).evaluation.judges
+    assert found["depth"] == "none" and found["sketch"] == ""
+    with pytest.raises(AttributeError):
+        c.evaluation.judge.depth = "none"
 
 
 OLD = tiny.ROOT / "tests/fixtures/v0_1/mcm"

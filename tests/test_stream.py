@@ -8,11 +8,12 @@ import pytest
 import tiny
 from PIL import Image
 
+from mcm_jax import config as config_lib
 from mcm_jax import sharding
 from mcm_jax.base import load_base
 from mcm_jax.data.inputs import Streamed, prepare, prepared_bytes
 from mcm_jax.training import feed, parts, step, train_and_evaluate
-from mcm_jax.training.workdir import is_free
+from mcm_jax.training.workdir import differences
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
@@ -75,4 +76,7 @@ def test_a_run_streams_what_is_large(small_path, tmp_path, monkeypatch, capsys):
     tiny.assert_same_bits(*states)
     assert tiny.metrics_of(tmp_path / str(2**32)) == tiny.metrics_of(tmp_path / str(limit))
     assert "held_out_loss" in tiny.metrics_of(tmp_path / str(limit))[-1]
-    assert is_free("data.stream") and is_free("data.unreadable")
+    settings = tiny.settings_of(config)
+    changed = config_lib.override(settings, {"data.stream": "on", "data.unreadable": "skip"})
+    allowed, wrong = differences(settings, changed)
+    assert len(allowed) == 2 and not wrong

@@ -246,6 +246,11 @@ def test_losses_that_do_not_compare_are_pointed_out(tmp_path):
     found = outcomes.collect(_read(sweep.values("loss.weighting", ["v", "eps"])), tmp_path)
     results.write(found, tmp_path, "held_out_loss", ["python", "train.py"])
     assert "The trials differ in loss.weighting" in (tmp_path / "results.md").read_text()
+    for key, values in (("modalities.drop_rate", [0.0, 0.3]), ("draws.offset", [0.0, 0.1])):
+        found = outcomes.collect(_read(sweep.values(key, values)), tmp_path)
+        results.write(found, tmp_path, "held_out_mse", ["python", "train.py"])
+        text = (tmp_path / "results.md").read_text()
+        assert f"The trials differ in {key}, and `held_out_mse` compares only" in text and "METRIC" not in text
     results.write(found, tmp_path, "mean_iou", ["python", "train.py"])
     text = (tmp_path / "results.md").read_text()
     assert "2 trials: 2 not begun" in text and "The trials differ" not in text and "The best" not in text
@@ -366,7 +371,7 @@ def test_what_stops_a_trial_is_told_with_the_trials_that_are_whole(small_path, f
 
 def test_a_workdir_of_another_sweep_or_a_run_is_refused(small_path, folder, whole, tmp_path, capsys):
     with pytest.raises(
-        UserError, match=r"(?s)another sweep.*config.train.ema_decay: there 0.999, now 0.9\n.*Take another"
+        UserError, match=r"(?s)another sweep.*train.ema_decay: there 0.999, now 0.9\n.*Take another"
     ):
         serially(small(small_path, {"train.ema_decay": 0.9}), save(folder), whole)
     other = save(tmp_path, SWEEP.replace("2e-3", "3e-3").rstrip() + " + [{'sampling.steps': 1001}]")
@@ -381,7 +386,8 @@ def test_a_workdir_of_another_sweep_or_a_run_is_refused(small_path, folder, whol
     workdir = _begun(whole, tmp_path / "run")
     serially(small(small_path, {"train.keep": 5}), save(folder), workdir)
     assert json.loads((workdir / "sweep.json").read_text())["config"]["train"]["keep"] == 5
-    (tmp_path / "new").mkdir()
+    serially(small(small_path, {"cache.mode": "on"}), save(folder), workdir)  # as a run takes it
+    (tmp_path / "new" / NAMES[0]).mkdir(parents=True)  # made before its data were looked at
     shutil.copy(whole / "sweep.json", tmp_path / "new")
     with pytest.raises(UserError, match="trial 3 .*got 1001"):  # what is wrong now is not whose it is
         serially(small(small_path), other, tmp_path / "new")

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from configs import celeba_ldm
 from mcm_jax.data import DataSettings
 from mcm_jax.data.folder import Folder
 from mcm_jax.data.pipeline import training_batches
@@ -22,6 +23,7 @@ from mcm_jax.data.tfds.records import Records, describe, find
 from mcm_jax.errors import UserError
 from mcm_jax.evaluation.judges.train import data_of
 from mcm_jax.modalities import Modality
+from mcm_jax.training import read_run
 
 LABELS = Modality("segmentation", "labels", 4)
 SKETCH = Modality("sketch", "lines", 1)
@@ -195,6 +197,19 @@ def test_the_parts_of_a_face_lie_over_one_another_as_published(data, order, over
     assert [len(read(path, split)) for split in known.splits] == [2, 1, 1]
     shown = read(path, "train", (labels,), 2, 2)[0]["segmentation"]
     assert [[names[v] for v in row] for row in shown] == [[over, "neck"], ["hair", "background"]]
+
+
+def test_the_command_of_the_docs_finds_its_modalities(data):
+    """configs/celeba_ldm.py has sketches, too, which the data set has not."""
+    c = celeba_ldm.get_config()
+    c.data.name, c.data.path = "tfds", str(data / "celeba_hq_mask/default")
+    with pytest.raises(UserError, match=r"config.modalities.sketch.kind=none leaves it out"):
+        read_run(c)
+    command = (pathlib.Path(__file__).parents[1] / "docs/tfds.md").read_text()
+    assert "--config=configs/celeba_ldm.py" in command and "--config.modalities.sketch.kind=none" in command
+    c.modalities.sketch.kind = "none"
+    (m,) = read_run(c).modalities.shown
+    assert (m.name, m.channels) == ("segmentation", 19)
 
 
 def test_the_two_orders_of_a_face_number_the_same_classes():

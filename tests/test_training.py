@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -306,6 +307,36 @@ def _events(workdir):
                 shown = [s for s in shown if s[0] < event.step]
             shown += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
     return sorted(shown)
+
+
+def test_a_log_that_begins_anew_hides_what_was_logged_before(tmp_path):
+    """A run that was killed before its first checkpoint begins again at step 0."""
+    for value in (1.0, 2.0):
+        log = Log(tmp_path, 0)
+        log.write(1, {"loss": value})
+        log.close()
+        time.sleep(0.01)  # files are told by their times
+    assert _events(tmp_path) == [(1, "loss", 2.0)]
+    assert tiny.metrics_of(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_the_held_out_loss_is_of_each_example_once(small_path, tmp_path):
+    """Whatever fills up the last batch: 5 examples of 5 draws are 25 rows, and 30 or 32 of them in whole batches."""
+    changes = {
+        **tiny.SMALL,
+        "train.validate_every": 0,
+        "train.evaluate_every": 1,
+        "train.held_out": 5,
+        "train.steps": 1,
+    }
+    changes |= {"draws.count": 5, "train.batch_size": 8, "train.learning_rate": 1e-12}
+    found = []
+    for count in (1, 2):
+        train_and_evaluate(tiny.make_config(small_path, changes | {"train.accumulate": count}), tmp_path / str(count))
+        (line,) = (line for line in tiny.metrics_of(tmp_path / str(count)) if "held_out_loss" in line)
+        found.append(line)
+    for key in ("held_out_loss", "held_out_mse"):
+        np.testing.assert_allclose(found[0][key], found[1][key], rtol=1e-5)
 
 
 def test_a_full_disk_is_told_from_a_full_accelerator():

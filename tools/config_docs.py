@@ -4,6 +4,8 @@ python -m tools.config_docs > docs/config.md
 """
 
 import dataclasses
+import re
+from collections.abc import Mapping
 
 from mcm_jax.config import describe
 from mcm_jax.training import RunSettings
@@ -33,11 +35,21 @@ def table() -> str:
         lines += ["", "| key | default | |", "| --- | --- | --- |"]
         for field in dataclasses.fields(value):
             default = getattr(value, field.name)
-            if field.name == "shown":
-                default = {m.name: {"kind": m.kind, "channels": m.channels, "ignore": m.ignore} for m in default}
-            meaning = meanings[field.name].replace("``", "`").replace("|", "\\|")
-            lines.append(f"| `{section.name}.{field.name}` | `{default!r}` | {meaning} |")
+            if field.name == "shown":  # a section by each one's name
+                of_each, each = describe(type(default[0])), {f"modalities.{m.name}": m for m in default}
+                for key in ("kind", "channels", "ignore"):
+                    said = ", ".join(f"{getattr(m, key)!r} of `{name}`" for name, m in each.items())
+                    lines.append(f"| `modalities.NAME.{key}` | {said} | {_markdown(of_each[key])} |")
+                continue
+            key = f"{section.name}.{field.name}"
+            if isinstance(default, Mapping):
+                key, default = f"{key}.NAME", ""
+            lines.append(f"| `{key}` | `{default!r}` | {_markdown(meanings[field.name])} |")
     return "\n".join(lines) + "\n"
+
+
+def _markdown(meaning: str) -> str:
+    return re.sub(r":\w+:`(\w+)`", r"`\1`", meaning.replace("``", "`")).replace("|", "\\|")
 
 
 if __name__ == "__main__":

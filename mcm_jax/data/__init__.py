@@ -125,7 +125,7 @@ class DataSettings:
                 held = ", ".join(f"{m.name} ({m.kind}, channels={m.channels})" for m in self.holds)
                 raise UserError(
                     f"modalities.{m.name} is kind={m.kind!r}, channels={m.channels}, but the data set {self.name!r} "
-                    f"holds {held}"
+                    f"holds {held}; config.modalities.{m.name}.kind=none leaves it out"
                 )
 
     @property

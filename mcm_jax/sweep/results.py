@@ -16,6 +16,8 @@ from mcm_jax.training.actions import DIVERGED as DIVERGED_FILE
 from mcm_jax.training.actions import less_is_better
 
 _OF_ONE_LOSS = ("loss", "held_out_loss")  # their scale is the weighting's
+_OF_ONE_SIGHT = (*_OF_ONE_LOSS, "mse", "held_out_mse")  # of conditions hidden, and noise drawn, as the trial's own are
+_OF_WHAT_IS_SHOWN = ("modalities.drop_rate", "draws.")
 _OF_THE_MACHINE = ("images_per_second", "input_wait")
 
 
@@ -124,13 +126,16 @@ def _report(
 
 def _caution(outcomes: Sequence[Outcome], metric: str) -> str:
     """What a reader must know of numbers that do not compare."""
-    keys = {key for o in outcomes for key in o.trial.overrides if key.startswith("loss.")}
+    keys = {key for o in outcomes for key in o.trial.overrides}
     different = [k for k in sorted(keys) if len({str(config.flatten(o.trial.settings)[k]) for o in outcomes}) > 1]
-    if metric not in _OF_ONE_LOSS or not different:
+    of_loss = [k for k in different if k.startswith("loss.")] if metric in _OF_ONE_LOSS else []
+    of_draws = [k for k in different if k.startswith(_OF_WHAT_IS_SHOWN)] if metric in _OF_ONE_SIGHT else []
+    if not of_loss and not of_draws:
         return ""
+    other = "" if of_draws else '`METRIC = "held_out_mse"` in the sweep file, or '
     return (
-        f"The trials differ in {', '.join(different)}, and `{metric}` compares only where these are the same: "
-        f'`METRIC = "held_out_mse"` in the sweep file, or control (`mean_iou`), ranks them all.'
+        f"The trials differ in {', '.join(of_loss + of_draws)}, and `{metric}` compares only where these are the same: "
+        f"{other}control (`mean_iou`) ranks them all."
     )
 
 

@@ -23,7 +23,7 @@ from mcm_jax.training.actions import Diverged
 from mcm_jax.training.caching import known_card, shared_by
 from mcm_jax.training.parts import fitting_modulator
 from mcm_jax.training.together import check_together, shared_by_all, train_together
-from mcm_jax.training.workdir import is_disk_error, is_free
+from mcm_jax.training.workdir import differences, is_disk_error
 
 FILE = "sweep.json"
 MODES = ("auto", "serial", "together")
@@ -65,7 +65,9 @@ def run_sweep(
       UserError: bad input, another sweep in the workdir, or a trial that cannot be trained: see its message.
       Interrupted: SIGINT or SIGTERM came; the state of what was training was saved.
     """
-    base, workdir = read_run(config), pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir)
+    begun = sorted(path.parent for path in workdir.glob(f"*/{config_lib.FILE}"))
+    base = read_run(config, begun[0] if begun else None)  # whose modalities are known, though the data may be gone
     if width is not None and width < 1:
         raise UserError(f"--sweep_width={width}: expected at least 1 trial on each device")
     hyper, metric = trials_lib.load(sweep)
@@ -238,18 +240,13 @@ def _check_workdir(base: RunSettings, trials: Sequence[Trial], workdir: pathlib.
         return None
     try:
         there = json.loads(path.read_text())
-        found = config_lib.flatten(config_lib.read(RunSettings, there["config"]))  # an older one may lack keys
+        found = config_lib.read(RunSettings, there["config"])  # an older one may lack keys
         before = [(entry["name"], entry["overrides"]) for entry in there["trials"]]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not what train.py --sweep wrote ({e!r}). Take another --workdir") from e
-    if not any((workdir / name).is_dir() for name, _ in before):
+    if not any((workdir / name / config_lib.FILE).is_file() for name, _ in before):
         return None
-    wanted = config_lib.flatten(base)
-    lines = [
-        f"  config.{key}: there {found.get(key, 'absent')!r}, now {wanted.get(key, 'absent')!r}"
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key) and not is_free(key)
-    ]
+    lines = differences(found, base)[1]
     if len(before) != len(trials):
         lines.append(f"  trials: there {len(before)}, now {len(trials)}")
     lines += [

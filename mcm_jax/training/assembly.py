@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mcm_jax import config as config_lib
@@ -341,7 +342,7 @@ def actions_of(
 
 
 def held_out_records(settings: RunSettings, parts: Parts, mesh: jax.sharding.Mesh) -> list[steps_lib.Record]:
-    """Records of all draws of the held-out examples."""
+    """Records of all draws of the held-out examples; what fills up the last one counts nothing."""
     feed, t, draws = parts.held_out, settings.train, settings.held_out().draws_for(parts.card)
     noise_step = steps_lib.make_noise_step(
         parts.modulator, draws, seed=draws.seed, drop_rate=settings.modalities.drop_rate
@@ -349,4 +350,9 @@ def held_out_records(settings: RunSettings, parts: Parts, mesh: jax.sharding.Mes
     unit = mesh.size * t.accumulate
     size = min(t.batch_size, -(-feed.examples // unit) * unit)
     steps = range(-(-feed.examples * draws.count // size))
-    return list(feed.records(noise_step, batch_size=size, seed=0, steps=steps, mesh=mesh))
+    records = list(feed.records(noise_step, batch_size=size, seed=0, steps=steps, mesh=mesh))
+    rows, real = len(steps) * size, feed.examples * draws.count
+    counts = np.where(np.arange(rows) < real, rows / real, 0).astype(np.float32).reshape(len(steps), size)
+    own = sharding.local_rows(mesh, size)
+    shares = [sharding.split_batch(row[own], mesh) for row in counts]
+    return [r | {"importance": r["importance"] * share} for r, share in zip(records, shares, strict=True)]

@@ -93,8 +93,9 @@ class TensorBoard:
 
         events = workdir / "tensorboard" / "events"
         events.parent.mkdir(exist_ok=True)
+        goes_on = any(events.parent.glob("events*"))  # whether a checkpoint was left or not
         self._events = EventsWriter(str(events), filename_suffix=f".{resumed_step}")
-        if resumed_step:  # TensorBoard hides what older files have from this step on
+        if goes_on:  # TensorBoard hides what older files have from this step on
             again = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(wall_time=time.time(), step=resumed_step + 1, session_log=again))
 

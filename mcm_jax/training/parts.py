@@ -176,8 +176,10 @@ def fitting_modulator(settings: RunSettings, card: BaseCard) -> Modulator:
 
 def _validation_examples(settings: RunSettings, card: BaseCard, modulator: Modulator) -> dict[str, np.ndarray]:
     """Some held-out examples, stacked; of a folder without a test split, training examples."""
-    split = "test" if settings.data.has_test_split() else "train"
-    source = settings.data.open(split, modulator.modalities, card, size=_VALIDATION_IMAGES)
+    has_test = settings.data.has_test_split()
+    # Of a training split all, of which a share may be unreadable, and each as it is.
+    data, size = (settings.data, _VALIDATION_IMAGES) if has_test else (settings.data.without_views(), None)
+    source = data.open("test" if has_test else "train", modulator.modalities, card, size=size)
     examples = [source[i % len(source)] for i in range(_VALIDATION_IMAGES)]
     return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 

@@ -135,7 +135,8 @@ def read_run(config: Any, workdir: str | os.PathLike | None = None) -> RunSettin
     """The settings of a run.
 
     Where the config leaves it to ``data.discover``, the modalities are those of the workdir's own config, or else what
-    is found in the folder of pairs, which is printed. What the config says of them counts before that.
+    is found in the folder of pairs, which is printed. What the config says of them counts before that; of the kind
+    ``none`` is one that is left out.
 
     Raises:
       UserError: a key is wrong, or the folder is not what docs/data.md says.
@@ -143,6 +144,9 @@ def read_run(config: Any, workdir: str | os.PathLike | None = None) -> RunSettin
     given = config_lib.given(config)
     data, said = given.get("data"), given.get("modalities")
     if not (isinstance(data, dict) and isinstance(said, dict) and data.get("discover") is True):
+        if isinstance(said, dict):
+            kept = {k: v for k, v in said.items() if not (isinstance(v, dict) and v.get("kind") == NONE)}
+            given = given | {"modalities": kept}
         return config_lib.read(RunSettings, given)
     source = config_lib.read(DataSettings, data, where="config.data")
     own = {name: section for name, section in said.items() if isinstance(section, dict)}

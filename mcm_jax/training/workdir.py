@@ -32,9 +32,19 @@ _ERRNO = re.compile(r"(?i)(?:errno|os.error(?:_code)?)\W{1,3}(\d+)")
 _FREE_SECTIONS = ("sampling.", "evaluation.")
 
 
-def is_free(key: str) -> bool:
-    """Whether a key may change on the way, by its dotted name."""
-    return key in _FREE or key.startswith(_FREE_SECTIONS)
+def differences(there: RunSettings, settings: RunSettings) -> tuple[list[str], list[str]]:
+    """A line for each key in which settings differ from a run's: those that may change on the way, and the others."""
+    found, wanted = config.flatten(there), config.flatten(settings)
+    for flat in (found, wanted):
+        flat["cache.mode"] = "on" if flat["cache.mode"] == "build" else flat["cache.mode"]
+    longer = settings.train.schedule in ("constant", "wsd") and settings.train.steps > there.train.steps
+    allowed, wrong = [], []
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            is_free = key in _FREE or key.startswith(_FREE_SECTIONS) or (key == "train.steps" and longer)
+            line = f"  {key}: there {found.get(key, 'absent')!r}, now {wanted.get(key, 'absent')!r}"
+            (allowed if is_free else wrong).append(line)
+    return allowed, wrong
 
 
 def check_same_run(settings: RunSettings, workdir: pathlib.Path) -> RunSettings | None:
@@ -50,14 +60,8 @@ def check_same_run(settings: RunSettings, workdir: pathlib.Path) -> RunSettings 
     if not path.exists():
         return None
     there = config.load(RunSettings, workdir)
-    found, wanted = config.flatten(there), config.flatten(settings)
-    for flat in (found, wanted):
-        flat["cache.mode"] = "on" if flat["cache.mode"] == "build" else flat["cache.mode"]
-    changed = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
-    longer = settings.train.schedule in ("constant", "wsd") and settings.train.steps > there.train.steps
-    allowed = [key for key in changed if is_free(key) or (key == "train.steps" and longer)]
-    lines = {key: f"  {key}: there {found.get(key, 'absent')!r}, now {wanted.get(key, 'absent')!r}" for key in changed}
-    if wrong := [lines[key] for key in changed if key not in allowed]:
+    allowed, wrong = differences(there, settings)
+    if wrong:
         differs = "\n".join(wrong)
         raise UserError(
             f"{path} is another run's config. It differs in\n{differs}\n"
@@ -66,7 +70,7 @@ def check_same_run(settings: RunSettings, workdir: pathlib.Path) -> RunSettings 
             f"train.steps, upwards, with train.schedule=constant or wsd (others decay over them)"
         )
     if allowed:
-        print("\n".join([f"{path}: changed since,", *(lines[key] for key in allowed)]))
+        print("\n".join([f"{path}: changed since,", *allowed]))
     return there
 
 
