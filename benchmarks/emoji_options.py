@@ -56,7 +56,12 @@ def main() -> None:
     for name, changes in OPTIONS.items():
         for rate in args.rates:
             workdir = args.workdir / f"{name.replace(' ', '_').replace(',', '')}_{rate:g}_{args.steps}"
-            if not (workdir / "row.json").exists():
+            how = {"maps": args.maps, "strengths": args.strengths}
+            row_file = workdir / "row.json"
+            if row_file.exists() and not how.items() <= (there := json.loads(row_file.read_text())).items():
+                other = {k: there.get(k, "not said") for k in how}
+                raise SystemExit(f"{row_file} was judged otherwise ({other}, now {how}); take another --workdir")
+            if not row_file.exists():
                 if args.only and not any(word in name for word in args.only):
                     continue
                 config = importlib.import_module(f"configs.{args.config}").get_config()
@@ -78,7 +83,7 @@ def main() -> None:
                     images = sampler(row, sampling.sample_keys(0, args.maps), np.arange(args.maps))
                     watched = (judge.watch(images, np.arange(args.maps)).items() for judge in judges)
                     found[row.name] = {k: round(v, 4) for numbers in watched for k, v in numbers}
-                (workdir / "row.json").write_text(json.dumps(found | {"changes": changes, "learning_rate": rate}))
+                (workdir / "row.json").write_text(json.dumps(found | how | {"changes": changes, "learning_rate": rate}))
             rows[f"{name}, rate {rate:g}"] = found = json.loads((workdir / "row.json").read_text())
             print(name, rate, found, flush=True)
             what = {"config": args.config, "steps": args.steps, "maps": args.maps, "rows": rows}

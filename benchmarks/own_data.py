@@ -88,7 +88,8 @@ def tutorial(root: pathlib.Path, args: argparse.Namespace) -> dict:
     make(data, "sketch", "canny")
     said = run("-m", "mcm_jax.data", "check", str(data))
     seconds = train(data, root / "mine")
-    return {"check": said.splitlines()[-12:], "seconds": seconds} | measure(root / "mine", (), 30)
+    how = {"pictures": 300, "maps": 30, "check": said.splitlines()[-12:], "seconds": seconds}
+    return how | measure(root / "mine", (), 30)
 
 
 def modalities(root: pathlib.Path, args: argparse.Namespace) -> dict:

@@ -8,6 +8,7 @@ command goes on.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import pathlib
@@ -26,6 +27,7 @@ from mcm_jax.evaluation.rows import Row, Sampler
 from mcm_jax.files import write_atomically
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.samplers import SAMPLERS
+from mcm_jax.trained import WEIGHTS
 from mcm_jax.training import RunSettings
 
 SEEDS = 4
@@ -63,13 +65,13 @@ def main() -> None:
         settings = config.load(RunSettings, assets.resolve(workdir))
         held_out = HeldOut(settings.data, pipeline.base.card, pipeline.modalities, args.maps)
         judges = judges_of(held_out, settings.evaluation.judges)
+        digest = hashlib.sha256((assets.resolve(workdir) / WEIGHTS).read_bytes()).hexdigest()[:16]
         keys, which = sampling.sample_keys(0, len(held_out)), np.arange(len(held_out))
         several = np.tile(np.arange(min(16, args.maps)), SEEDS)
         for name, change in ways(args):
-            key = f"{workdir} {name}"
-            if key in rows:
+            key, how = f"{workdir} {name}", settings.sampling.but(**change)
+            if rows.get(key, {}).get("mcm") == digest:
                 continue
-            how = settings.sampling.but(**change)
             row = Row("all", tuple(m.name for m in pipeline.modalities), how.guidance)
             calls, began = int(how.table(pipeline.base.schedule).count), time.perf_counter()
             sampler = Sampler(pipeline, held_out, how)
@@ -79,7 +81,13 @@ def main() -> None:
             if "sampler" not in change:
                 many = sampler(row, sampling.sample_keys(1, len(several)), several)
                 found["diversity"] = round(float(diversity(many.reshape(SEEDS, -1, *many.shape[1:]))), 4)
-            said = {"calls": calls, "steps": how.steps, "guidance": how.guidance}
+            said = {
+                "mcm": digest,
+                "commit": common.COMMIT[:7],
+                "calls": calls,
+                "steps": how.steps,
+                "guidance": how.guidance,
+            }
             rows[key] = said | found | {"seconds": round(seconds, 1)}
             print(key, rows[key], flush=True)
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -187,7 +187,7 @@ def test_nets_of_others_extract(tmp_path, scenes):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("prompts", [None, ("a mountain lake", "a meadow at night", "a lake by day")])
-def test_the_base_makes_its_own_pairs(prompts, small_path, sd_path, tmp_path, capsys):
+def test_the_base_makes_its_own_pairs(prompts, small_path, sd_path, tmp_path, capsys, monkeypatch):
     """Samples are those of the base without an MCM; an interrupted run ends as one that was not."""
     path = sd_path if prompts else small_path
     arguments = [f"--base={path}", "--count=5", "--batch_size=4", "--steps=2", "--extract=canny"]
@@ -212,6 +212,10 @@ def test_the_base_makes_its_own_pairs(prompts, small_path, sd_path, tmp_path, ca
 
     for i in (1, 4):
         images[i].unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "__call__", lambda self, given, keys, **how: np.full((len(keys), 8, 8, 3), np.nan))
+        assert "pictures 0, 1, 2, 3 came out as NaN" in _run("synthesise", f"--out={out}", *arguments)
+    assert not images[1].exists()
     assert _run("synthesise", f"--out={out}", *arguments) == 0
     assert tiny.contents(out) == whole
     assert json.loads((out / "synthesised.json").read_text())["fingerprint"] == base.fingerprint

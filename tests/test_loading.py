@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 
 import diffusers
 import jax
@@ -164,6 +165,20 @@ def test_legacy_attention_names(folder, base):
 
     edit_weights(folder, rename)
     assert load_base(folder).fingerprint == base.fingerprint
+
+
+def test_a_scale_that_diffusers_wrote_by_itself_is_doubted(ldm_path, tmp_path):
+    """A VQModel that is saved anew says 0.18215, though its config had no such key."""
+    folder = shutil.copytree(ldm_path, tmp_path / "ldm")
+    file = folder / "vqvae/config.json"
+    config = json.loads(file.read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        file.write_text(json.dumps({k: v for k, v in config.items() if k != "scaling_factor"}))
+        assert load_base(folder).autoencoder.config.scaling_factor == 1
+    file.write_text(json.dumps(config | {"scaling_factor": 0.18215}))
+    with pytest.warns(UserWarning, match=r"vqvae/config.json: scaling_factor is 0.18215.* set it to 1.0"):
+        assert load_base(folder).autoencoder.config.scaling_factor == 0.18215
 
 
 def test_names_and_shapes():

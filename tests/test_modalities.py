@@ -4,6 +4,8 @@ import dataclasses
 import io
 import random
 import re
+import struct
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -405,6 +407,32 @@ def test_labels_are_read_exactly(name, tmp_path):
     read = read_png(_save(tmp_path, picture, **options), SEGMENTATION)
     assert read.dtype == np.int32
     np.testing.assert_array_equal(read, labels)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_labels_of_few_bits_are_read_exactly(bits, tmp_path):
+    """Pillow opens greys of 2 and 4 bits as 8, so that class 1 would be 85 or 17."""
+    labels = _labels(5, 8, classes=4)
+    packed = [sum(int(v) << (8 - bits * (i + 1)) for i, v in enumerate(row)) for row in labels.reshape(-1, 8 // bits)]
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + row.tobytes() for row in np.array(packed, np.uint8).reshape(5, bits))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 5, bits, 0, 0, 0, 0))
+    path = tmp_path / "few.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    np.testing.assert_array_equal(read_png(path, SEGMENTATION), labels)
+    np.testing.assert_allclose(read_png(path, SKETCH) * (2**bits - 1), labels, atol=1e-6)  # a map's range is whole
+
+
+def test_lines_are_over_white_where_they_are_transparent(tmp_path):
+    """As drawing programs export them; a map's colours count whatever alpha says."""
+    drawn = np.zeros((8, 9, 4), np.uint8)
+    drawn[..., 3] = 255 - _GREY
+    path = _save(tmp_path, Image.fromarray(drawn))
+    np.testing.assert_allclose(read_png(path, Modality("sketch", "lines", 1)) * 255, _GREY, atol=1)
+    assert not read_png(path, Modality("depth", "map", 1)).any()
 
 
 def test_a_bilevel_picture_is_labels_of_two_classes(tmp_path):

@@ -370,9 +370,7 @@ def test_what_stops_a_trial_is_told_with_the_trials_that_are_whole(small_path, f
 
 
 def test_a_workdir_of_another_sweep_or_a_run_is_refused(small_path, folder, whole, tmp_path, capsys):
-    with pytest.raises(
-        UserError, match=r"(?s)another sweep.*train.ema_decay: there 0.999, now 0.9\n.*Take another"
-    ):
+    with pytest.raises(UserError, match=r"(?s)another sweep.*train.ema_decay: there 0.999, now 0.9\n.*Take another"):
         serially(small(small_path, {"train.ema_decay": 0.9}), save(folder), whole)
     other = save(tmp_path, SWEEP.replace("2e-3", "3e-3").rstrip() + " + [{'sampling.steps': 1001}]")
     words = (

@@ -1,5 +1,6 @@
 """Data sets of TFDS: every builder on a few pictures in the published layout, without TensorFlow."""
 
+import io
 import json
 import pathlib
 import subprocess
@@ -21,6 +22,7 @@ from mcm_jax.data.tfds.build import build
 from mcm_jax.data.tfds.layout import png
 from mcm_jax.data.tfds.records import Records, describe, find
 from mcm_jax.errors import UserError
+from mcm_jax.evaluation.judges import train as judge_training
 from mcm_jax.evaluation.judges.train import data_of
 from mcm_jax.modalities import Modality
 from mcm_jax.training import read_run
@@ -249,6 +251,33 @@ def test_controlnet_reads_parquet_and_arrow(data, saved, count, inverted):
     rows = train[:3] if saved != "saved" else sorted([*train, *test], key=lambda e: str(e["caption"]))
     assert [str(e["caption"]) for e in rows] == ["prompt 0", "prompt 1", "prompt 2"]
     assert all((e["sketch"] == (inverted if i % 2 == 0 else 255 - inverted)).all() for i, e in enumerate(rows))
+
+
+def test_controlnets_deep_maps_and_seen_through_lines_are_read_right():
+    layout = LAYOUTS["controlnet"](modality="depth", kind="map", channels=1)
+    file = io.BytesIO()
+    Image.fromarray(np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)).save(file, "PNG")
+    found = np.asarray(Image.open(io.BytesIO(layout._condition({"bytes": file.getvalue()}, "row 0"))))
+    np.testing.assert_array_equal(found.reshape(-1), np.arange(16) * 17)
+    drawn = np.zeros((4, 4, 4), np.uint8)
+    drawn[0, :, 3] = 255  # a black line on nothing
+    for invert, colour in ((False, 0), (True, 255)):
+        file = io.BytesIO()
+        drawn[..., :3] = colour
+        Image.fromarray(drawn).save(file, "PNG")
+        layout = LAYOUTS["controlnet"](invert=invert)
+        found = np.asarray(Image.open(io.BytesIO(layout._condition({"bytes": file.getvalue()}, "row 0"))))
+        assert (found[0] == 0).all() and (found[1:] == 255).all()
+
+
+def test_a_judge_of_labels_knows_what_the_data_set_says(data):
+    """Its value for unknown; and of pairs, whose kinds are not certain, what is told or described."""
+    ade = judge_training._labels_of(DataSettings(name="tfds", path=str(data / "ade20k")), "segmentation", None)
+    assert (ade.channels, ade.ignore) == (150, 255)
+    pairs = DataSettings(name="tfds", path=str(data / "paired_folder"))
+    assert judge_training._labels_of(pairs, "segmentation", 4).channels == 4
+    with pytest.raises(UserError, match="celeba.* has no such labels|tfds has no such labels; expected segmentation"):
+        judge_training._labels_of(DataSettings(name="tfds", path=str(data / "ade20k")), "sketch", None)
 
 
 def test_pairs_without_a_test_split_hold_out_what_their_folder_does(tmp_path):

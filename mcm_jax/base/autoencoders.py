@@ -90,9 +90,10 @@ class AutoencoderKLConfig(_Config):
 class VQConfig(_Config):
     """The keys of a diffusers ``VQModel`` config, with its defaults; see that class for what each means.
 
-    What is diffused is ``latent * scaling_factor``. Beware: a config without that key gets diffusers' default, 0.18215,
-    and so does its ``LDMPipeline``; but CompVis/ldm-celebahq-256 is older than the key, and was trained on latents as
-    they are, a factor of 1 (https://github.com/huggingface/diffusers/issues/6725).
+    What is diffused is ``latent * scaling_factor``. Beware: a config without that key gets diffusers' default here,
+    0.18215, and so does its ``LDMPipeline``; but CompVis/ldm-celebahq-256 is older than the key, and was trained on
+    latents as they are, a factor of 1 (https://github.com/huggingface/diffusers/issues/6725), which :mod:`.loading`
+    gives it. Saved anew by diffusers it has the key, with 0.18215: of that the loader warns.
 
     `sample_size` and `force_upcast` are read and have no effect.
 

@@ -130,14 +130,13 @@ def downsample_mean(x: jax.Array) -> jax.Array:
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None, causal: bool = False) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False) -> jax.Array:
     """Scaled dot-product attention of several heads, by the device's fused kernel where it has one for the dtype.
 
     Args:
         q: queries ``[B, L, heads, D]``.
         k: keys ``[B, S, heads, D]``.
         v: values, k's shape.
-        bias: added to the logits, ``[B or 1, heads or 1, L, S]``.
         causal: position i sees positions up to i only.
 
     Returns:
@@ -150,7 +149,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = No
     if dtype == jnp.float16 and not on_gpu:  # jax asks for a float16 product that CPUs and TPUs do not have
         q, k, v = (part.astype(jnp.float32) for part in (q, k, v))
     with jax.numpy_dtype_promotion("standard"):  # jax's own softmax mixes bfloat16 and float32
-        h = jax.nn.dot_product_attention(q, k, v, bias, is_causal=causal, implementation="cudnn" if fused else None)
+        h = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn" if fused else None)
     return h.astype(dtype)
 
 

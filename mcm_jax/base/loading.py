@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ _PIPELINES = {
 }
 _UNETS = {"UNet2DModel": (UNet2D, UNet2DConfig), "UNet2DConditionModel": (UNet2DCondition, UNet2DConditionConfig)}
 _AUTOENCODERS = {"AutoencoderKL": (AutoencoderKL, AutoencoderKLConfig), "VQModel": (VQModel, VQConfig)}
+_OF_DIFFUSERS = 0.18215  # scaling_factor of a VQModel that nobody gave one
 _CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 # Keys of configs without effect on any value, as the networks run here.
 _SILENT = {
@@ -259,7 +261,15 @@ def _networks(files: Mapping[str, Path], configs: Mapping[str, Any], dtype: Any)
     for name in files.keys() & {"vae", "vqvae"}:
         raw = configs[name]
         # Older than the key, and trained on latents as they are: https://github.com/huggingface/diffusers/issues/6725
-        before = {"scaling_factor": 1.0} if raw.get("_class_name") == "VQModel" else {}
+        is_vq = raw.get("_class_name") == "VQModel"
+        before = {"scaling_factor": 1.0} if is_vq else {}
+        if is_vq and raw.get("scaling_factor") == _OF_DIFFUSERS:
+            warnings.warn(
+                f"{files[name]}: scaling_factor is {_OF_DIFFUSERS}, diffusers' default, which its save_pretrained also "
+                f"writes for models that are older than the key. If this is one of CompVis' (ldm-celebahq-256), whose "
+                f"latents are not scaled, set it to 1.0 there",
+                stacklevel=2,
+            )
         nets[name] = _network(files[name], before | raw, _AUTOENCODERS, dtype)
         _check_channels(files["unet"], nets["unet"].config, files[name], nets[name].config)
     if "text_encoder" in files:

@@ -227,7 +227,7 @@ def _doubts_of_condition(path: pathlib.Path, modality: Modality, condition: np.n
 
     with open_picture(path) as file:
         turn, is_deep = turn_of(file), _is_deep(path, file)
-        is_seen_through = file.has_transparency_data and modality.kind not in ("labels", "sparse")
+        is_seen_through = file.has_transparency_data and modality.kind not in ("labels", "lines", "sparse")
     if turn is not None:
         yield doubt("EXIF data would turn it, but a condition is taken as it is stored", "Save it upright without them")
     if modality.kind == "labels":
@@ -236,7 +236,10 @@ def _doubts_of_condition(path: pathlib.Path, modality: Modality, condition: np.n
             yield doubt(f"empty: every pixel is {what}", "Remove it and its picture, if that is no map")
         return
     if is_seen_through:
-        yield doubt("has transparent parts, whose hidden colours count", "Save it over white (lines), without alpha")
+        yield doubt(
+            "has transparent parts, whose hidden colours count",
+            "Save it without alpha, over the colour that it shall have there",
+        )
     low, high = float(condition.min()), float(condition.max())
     if low == high:
         yield doubt(f"empty: every value is {low:.3g} of 1", "Remove it and its picture, if that is no map")

@@ -21,6 +21,7 @@ from mcm_jax.data.folder import bare_pictures, held_out_names, scan
 from mcm_jax.data.problems import few, printable, refuse
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import KINDS, PICTURES, Modality, known, open_picture
+from mcm_jax.modalities.files import GREY_STEP
 
 NONE = "none"
 """The kind that a config gives a modality that shall be left out."""
@@ -315,7 +316,8 @@ def _values(files: Sequence[pathlib.Path], errors: list[UserError]) -> np.ndarra
         found: set[int] = set()
         for picture in _pictures_of([file], errors):
             if picture.mode in ("L", "P"):  # many times faster than sorting
-                found.update(value for value, count in enumerate(picture.histogram()) if count)
+                step = picture.info[GREY_STEP]
+                found.update(value // step for value, count in enumerate(picture.histogram()) if count)
             else:
                 found.update(np.unique(np.asarray(picture)).astype(int).tolist())
         return found

@@ -12,6 +12,7 @@ from mcm_jax.data.captions import MOST_OF_PROMPT
 from mcm_jax.data.classes import Classes, labels_of_colors
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality, PictureBytes, cover, open_picture, read_png
+from mcm_jax.modalities.files import eight_bits, over
 
 _ORIENTATION = 0x0112  # of EXIF, and what undoes each
 _UPRIGHT = {
@@ -72,12 +73,8 @@ def read_image(path: Source) -> Image.Image:
     with open_picture(path, "Replace it, or remove it and its conditions") as picture:
         picture.load()
         turn = turn_of(picture)
-        if picture.mode.startswith("I;16"):  # convert() would cut it off at 255
-            picture = Image.fromarray(np.round(np.asarray(picture) / 257).astype(np.uint8))
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = picture.convert("RGB")
+        picture = eight_bits(picture)
+        picture = over(picture, "white") if picture.has_transparency_data else picture.convert("RGB")
     return picture if turn is None else picture.transpose(turn)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mcm_jax import config, sampling, sharding
+from mcm_jax import config, pictures, sampling, sharding
 from mcm_jax.base import Base, BaseSettings
 from mcm_jax.base.tokenizer import Cuts
 from mcm_jax.data.extract import open_extractors
@@ -115,11 +115,16 @@ def _sample_missing(
                     "negative_context": np.repeat(embedded[-1:], batch_size, axis=0),
                 }
             values = pipeline({}, keys[rows], **contexts)
-            pictures = np.round((np.clip(values, -1, 1) + 1) * 127.5).astype(np.uint8)
+            if odd := [str(i) for i, fine in zip(rows, np.isfinite(values).all((1, 2, 3)), strict=True) if not fine]:
+                raise UserError(
+                    f"pictures {', '.join(odd[:8])}{', ...' if len(odd) > 8 else ''} came out as NaN, and nothing of "
+                    f"their batch was written; take --dtype=float32, or less text guidance"
+                )
+            shown = pictures.to_uint8(values)
             for i in (i for i in rows if i < count and not files[i].exists()):
                 if prompts:  # before the picture, which says that both are there
                     write_atomically(captions / f"{i:06d}.txt", f"{texts[i - start]}\n".encode())
-                write_png(files[i], Image.fromarray(pictures[i - start]))
+                write_png(files[i], Image.fromarray(shown[i - start]))
                 progress.update()
     cuts.warn(stacklevel=3)
     return len(missing)

@@ -326,7 +326,10 @@ def _through_autoencoder(pipeline: Pipeline, images: np.ndarray) -> np.ndarray:
     out = []
     for start in range(0, len(images), _BATCH):
         rows = (start + np.arange(_BATCH)) % len(images)
-        out.append(np.clip(np.asarray(both(base.params, images[rows]), np.float32), -1, 1))
+        found = np.asarray(both(base.params, images[rows]), np.float32)
+        if not np.isfinite(found).all():
+            raise UserError("the base's autoencoder makes NaN of real pictures; take config.base.dtype=float32")
+        out.append(np.clip(found, -1, 1))
     return np.concatenate(out)[: len(images)]
 
 

@@ -33,10 +33,12 @@ class HeldOut:
 
     def __post_init__(self):
         if not self.data.has_test_split():
-            raise UserError(
-                f"{self.data.path}: there is no test split, so nothing is held out to evaluate on. Put pairs that "
-                f"training shall not see into {self.data.path}/test, laid out as {self.data.path}/train"
+            place = (
+                f"Put pairs that training shall not see into {self.data.path}/test, laid out as {self.data.path}/train"
             )
+            if self.data.name == "tfds":
+                place = "Build it with one (python -m mcm_jax.data.tfds build NAME --held_out_share=0.05)"
+            raise UserError(f"{self.data.path}: there is no test split, so nothing is held out to evaluate on. {place}")
 
     @property
     def judged(self) -> tuple[Modality, ...]:

@@ -6,6 +6,7 @@ import os
 import struct
 from collections.abc import Iterator
 
+import numpy as np
 from PIL import Image
 
 from mcm_jax.errors import UserError
@@ -13,11 +14,27 @@ from mcm_jax.errors import UserError
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 """Endings of the files that are pictures, in any case."""
 
+GREY_STEP = "grey_step"
+"""In a picture's ``info``: what its grey levels are in steps of, the values in the file times that."""
+
 # Whatever a file is called. Pillow knows many more, rarely tried ones, and of EPS it runs Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 # Of Pillow, of damaged or hostile files.
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, NotImplementedError)
 _BROKEN += (struct.error, Image.DecompressionBombError)
+
+
+def over(picture: Image.Image, colour: str) -> Image.Image:
+    """A picture with transparency, laid over a colour: RGB."""
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, colour), picture).convert("RGB")
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """A picture of 16-bit greys in 8, which ``convert`` would cut off at 255; others as they are."""
+    if not picture.mode.startswith("I;16"):
+        return picture
+    return Image.fromarray(np.round(np.asarray(picture) / 257).astype(np.uint8))
 
 
 class PictureBytes(io.BytesIO):
@@ -45,6 +62,9 @@ def open_picture(source: str | os.PathLike | PictureBytes, fix: str = "Replace i
     """
     try:
         with Image.open(source, formats=_FORMATS) as picture:
+            # Greys of 2 and 4 bits are opened as 8, times 85 or 17.
+            raw = picture.tile[0][-1] if picture.format == "PNG" and picture.tile else ""
+            picture.info[GREY_STEP] = {"L;2": 85, "L;4": 17}.get(raw, 1)
             yield picture
     except UserError:
         raise

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from mcm_jax.errors import UserError
+from mcm_jax.modalities.files import GREY_STEP
 from mcm_jax.modalities.kind import Kind, checkerboard, under_centres
 
 
@@ -93,7 +94,7 @@ class Labels(Kind):
                 f"{path}: found a colour picture (mode {picture.mode}), expected one class a pixel: a greyscale or "
                 f"palette PNG with values 0..{self.channels - 1}"
             )
-        return np.asarray(picture).astype(np.int32)
+        return np.asarray(picture).astype(np.int32) // picture.info.get(GREY_STEP, 1)
 
     def show(self, batch: np.ndarray, palette: np.ndarray | None) -> np.ndarray:
         """In the palette's colours, or in random ones if it has too few; unknown as a checkerboard."""

@@ -1,8 +1,12 @@
 """Maps of values in [0, 1], and of black lines on white."""
 
+import pathlib
+
 import jax
 import numpy as np
+from PIL import Image
 
+from mcm_jax.modalities.files import over
 from mcm_jax.modalities.kind import Kind
 
 
@@ -14,6 +18,10 @@ class Lines(Map):
     """Black lines on white, which keep their strength on a small grid. The MCM sees the ink, 1 - value."""
 
     judge = "edges"
+
+    def decode(self, picture: Image.Image, path: pathlib.Path) -> np.ndarray:
+        """Over white where it is transparent: a drawing program's export has ink alone."""
+        return super().decode(over(picture, "white") if picture.has_transparency_data else picture, path)
 
     def doubt(self, array: np.ndarray) -> str:
         """White on black."""

@@ -21,6 +21,7 @@ from mcm_jax.data.folder import held_out_names
 from mcm_jax.data.tfds.layout import Holds, Layout, Record, Shard, checked, plain_name, png, read_json
 from mcm_jax.errors import UserError, expect
 from mcm_jax.modalities import Modality, PictureBytes, open_picture
+from mcm_jax.modalities.files import eight_bits, over
 
 _COLUMNS = ("image", "conditioning_image", "text")
 _SPLITS = {"train": "train", "test": "test", "validation": "test"}
@@ -106,7 +107,9 @@ class ControlNet(Layout):
             mode = "L" if self.channels == 1 else "RGB"
             if opened.format == "PNG" and opened.mode == mode and not self.invert:
                 return data
-            converted = opened.convert(mode)
+            if self.kind == "lines" and opened.has_transparency_data:
+                opened = over(opened, "black" if self.invert else "white")
+            converted = eight_bits(opened).convert(mode)
         return png(np.asarray(ImageOps.invert(converted) if self.invert else converted))
 
 

@@ -82,7 +82,8 @@ class Pictures(PairedFolder):
         """By a hash of the names, if the pictures lie in the folder itself."""
         if (folder / "train").is_dir():
             return super().splits(folder)
-        files = {p.name for p in folder.iterdir() if p.suffix.lower() in PICTURES} if folder.is_dir() else set()
+        found = folder.iterdir() if folder.is_dir() else ()
+        files = {p.name for p in found if p.suffix.lower() in PICTURES and not p.name.startswith(".")}
         if not files:
             raise UserError(
                 f"{self.name}: {folder} has no pictures. From {self.page}: {' '.join(self.download.split())}"

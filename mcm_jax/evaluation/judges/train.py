@@ -311,13 +311,16 @@ class _Pairs:
 
 def _labels_of(data: DataSettings, modality: str, classes: int | Sequence[str] | None, ignore: int = -1) -> Modality:
     """The modality that is read; of a folder whose classes are not told with as many as a file can hold."""
-    if data.name != "folder":
-        known = {m.name: m for m in data.holds if m.kind == "labels"}
+    if holds := {m.name: m for m in data.holds}:
+        known = {name: m for name, m in holds.items() if m.kind == "labels"}
         if modality not in known:
-            raise UserError(f"--modality={modality}: {data.name} has no such labels; expected {', '.join(known)}")
-        return dataclasses.replace(known[modality], ignore=ignore)
+            raise UserError(
+                f"--modality={modality}: {data.name} has no such labels; expected {', '.join(known) or 'other data'}"
+            )
+        own = known[modality]
+        return dataclasses.replace(own, ignore=own.ignore if ignore == -1 else ignore)
     split = pathlib.Path(data.path) / "train"
-    if split.is_dir() and not (split / modality).is_dir():
+    if data.name == "folder" and split.is_dir() and not (split / modality).is_dir():
         others = [p.name for p in sorted(split.iterdir()) if p.is_dir() and p.name not in ("image", "caption")]
         raise UserError(
             f"{split / modality}: no such folder, so there are no label maps called {modality!r}; {split} has "
