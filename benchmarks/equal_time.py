@@ -6,11 +6,12 @@ python -m benchmarks.peers.table --config=scenes_sd --methods mcm-slim --steps=S
     --out=benchmarks/results/equal_time_scenes_sd.json
 
 Seconds are those of a training step as :mod:`benchmarks.peers.cost` measured them; the cache's predictions, one for
-each picture and draw, are taken off the MCM's. What a run of train.py took from start to end is noted beside. Rates are
-bracketed and maps divided as in :mod:`benchmarks.peers.run`, whose files these are, too.
+each picture and draw, are taken off the MCM's. A loop has some overhead beyond its steps, which is in neither. Rates
+are bracketed and maps divided as in :mod:`benchmarks.peers.run`, whose files these are, too.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import subprocess
@@ -18,6 +19,8 @@ import sys
 import time
 from typing import Any
 
+import jax
+import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
@@ -27,6 +30,7 @@ from benchmarks.peers.methods import METHODS, SIZES, make_method
 from benchmarks.peers.world import Drawer, open_world
 from mcm_jax.mcm import parameter_count
 from mcm_jax.trained import WEIGHTS
+from mcm_jax.training.actions import DIVERGED
 
 
 def steps_of(cost: dict, name: str, other: str, other_steps: int, pairs: int, draws: int) -> int:
@@ -36,23 +40,31 @@ def steps_of(cost: dict, name: str, other: str, other_steps: int, pairs: int, dr
     return int((other_steps * rows[other]["training_seconds"] - cache) / rows[name]["training_seconds"])
 
 
-def train_py(args: argparse.Namespace, name: str, steps: int, rate: float, seed: int) -> tuple[Any, dict[str, Any]]:
-    """Params and what there is to say of a run of train.py."""
-    workdir = args.workdir / "runs" / f"{name},steps={steps},rate={rate:.3g},seed={seed}"
+def train_py(
+    args: argparse.Namespace, name: str, shapes: Any, steps: int, rate: float, seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """Params, which have these shapes, and what there is to say of a run of train.py."""
+    kept = args.workdir / args.config / f"pairs={args.pairs},draws={args.draws}"
+    workdir = kept / f"{name},steps={steps},batch={args.batch_size},rate={rate:.3g},seed={seed}"
     size = name.removeprefix("mcm-")
     changes = {f"mcm.{k}": v for k, v in SIZES[size].items()}
     changes |= {"data.size": args.pairs, "draws.count": args.draws, "cache.mode": "build", "seed": seed}
-    changes |= {"cache.path": args.workdir / "cache", "cache.load_base": False, "train.batch_size": args.batch_size}
+    changes |= {"cache.path": kept / "cache", "cache.load_base": False, "train.batch_size": args.batch_size}
     changes |= {"train.steps": steps, "train.learning_rate": rate, "train.schedule": "cosine"}
     changes |= {"train.validate_every": 0, "train.checkpoint_every": steps}
     flags = [f"--config.{k}={v}" for k, v in changes.items()]
     began = time.perf_counter()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     command = [sys.executable, "train.py", f"--config=configs/{args.config}.py", *flags, f"--workdir={workdir}"]
-    subprocess.run(command, check=True)
+    if subprocess.run(command, check=False).returncode and not (workdir / DIVERGED).exists():
+        raise SystemExit(f"{workdir}: train.py failed")
     took = time.perf_counter() - began
-    params = traverse_util.unflatten_dict(safetensors.numpy.load_file(workdir / WEIGHTS), sep="/")
+    if (workdir / DIVERGED).exists():  # it has no score
+        params = jax.tree.map(lambda s: np.full(s.shape, np.nan, np.float32), shapes)
+    else:
+        params = traverse_util.unflatten_dict(safetensors.numpy.load_file(workdir / WEIGHTS), sep="/")
     said = {"rate": rate, "steps": steps, "seed": seed, "parameters": parameter_count(params), "draws": args.draws}
-    return params, said | {"seconds": round(took, 1), "weighting": "the config's"}
+    return params, said | {"seconds": round(took, 1), "weighting": "the config's", "trained_by": commit}
 
 
 def main() -> None:
@@ -76,6 +88,9 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/equal_time"))
     args = parser.parse_args()
     cost = json.loads(args.cost.read_text())
+    measured = {"config": cost["config"], "batch_size": cost["batch"]}
+    if measured != (asked := {"config": args.config, "batch_size": args.batch_size}):
+        raise SystemExit(f"{args.cost} is of {measured}, but {asked} was asked for")
     sizes = {k: getattr(args, k) for k in ("pairs", "select", "report", "references")}
     world = open_world(args.config, **sizes, text_guidance=args.text_guidance)
     common.use_compilation_cache(args.workdir)
@@ -87,7 +102,8 @@ def main() -> None:
         run.check_settings(run.folder_of(args, "settings.json"), settings)
         print(f"{name}: {steps} steps in the seconds of {args.as_steps} of {args.other}", flush=True)
         method = make_method(name, world.base, world.modalities, world.run.mcm)
-        train = lambda rate, seed, name=name, steps=steps: train_py(args, name, steps, rate, seed)  # noqa: E731
+        shapes = method.modulator.shapes(world.base)
+        train = functools.partial(train_py, args, name, shapes, steps)
         draw = Drawer(world, method, args.sampling_steps)
         cells = run.Cells(run.folder_of(args, name), name, world, train, draw)
         rate = run.best_rate(lambda rate, cells=cells: cells.cell(rate, 0)["score"], 2e-3)

@@ -108,7 +108,7 @@ def override(settings: T, changes: Mapping[str, Any]) -> T:
 
 def default(cls: type) -> ml_collections.ConfigDict:
     """The config of a dataclass's defaults, which a config file then changes."""
-    config = ml_collections.ConfigDict(_plain(cls(), tuples=True))
+    config = _Section(_plain(cls(), tuples=True))
     for name, kind in _fields(cls)[1].items():
         if dataclasses.is_dataclass(kind):
             texts = [key for key, of in _fields(kind)[1].items() if typing.get_origin(of) is Mapping]
@@ -136,15 +136,24 @@ def undecided(cls: type) -> ml_collections.ConfigDict:
 
 
 class _Section(ml_collections.ConfigDict):
-    """A section with mappings of texts, which stay what they are where a config sets one as a whole."""
+    """A section whose mappings of texts stay such where a config sets them, or what they are in, as a whole."""
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if isinstance(self._fields.get(key), _Texts) and isinstance(value, Mapping | ml_collections.ConfigDict):
-            value = _Texts(dict(value))
+        there = self._fields.get(key)
+        if isinstance(there, _Section) and isinstance(value, Mapping | ml_collections.ConfigDict):
+            value = there.filled(value)
         super().__setitem__(key, value)
 
+    def filled(self, values: Mapping[str, Any] | ml_collections.ConfigDict) -> "_Section":
+        """Another one of the same kind."""
+        made = type(self)(dict(values))
+        for key, there in self._fields.items():
+            if isinstance(there, _Section) and key in made:
+                made._fields[key] = there.filled(made._fields[key])
+        return made
 
-class _Texts(ml_collections.ConfigDict):
+
+class _Texts(_Section):
     """A mapping of texts, empty where nobody has set a name's."""
 
     def __getitem__(self, key: str) -> Any:
@@ -155,6 +164,9 @@ class _Texts(ml_collections.ConfigDict):
     def __setitem__(self, key: str, value: Any) -> None:
         with self.unlocked():
             super().__setitem__(key, value)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self._fields else default
 
 
 class _Undecided(ml_collections.ConfigDict):

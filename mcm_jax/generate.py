@@ -17,7 +17,7 @@ from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.jobs import CONTROLS, TEXT, Drawer, Job
 from mcm_jax.jobs.intermediates import Intermediates
 from mcm_jax.jobs.record import check_target, is_ours
-from mcm_jax.jobs.watch import Watch
+from mcm_jax.jobs.watch import PREVIEW, Watch
 from mcm_jax.request import check_shown
 
 _WAY_OUT = "take less guidance and strength, or float32"
@@ -85,8 +85,9 @@ def generate(
     earlier = [path for path in out.glob("sample_*.png") if re.fullmatch(r"sample_\d{3,}", path.stem)]
     earlier = [path for path in earlier if is_ours(path)]  # of another run into this folder
     new = [out / f"{job.name}.png" for job in jobs]
-    for path in {*new, *earlier, out / "grid.png", out / "intermediates.png"}:
-        check_target(path, first.files, own=path not in new)
+    inputs = {os.path.realpath(path): key for key, path in first.files.items()}
+    for path in {*new, *earlier, out / "grid.png", out / "intermediates.png", out / PREVIEW}:
+        check_target(path, inputs, own=path not in new)
     records = [drawer.record(job) for job in jobs]
     total = steps * -(-num_samples // drawer.pipeline.filled(settings.batch_size)) * (2 if show_base else 1)
     with Watch(total, (num_samples, 0), out, preview_every) as watch:

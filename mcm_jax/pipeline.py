@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import io
 import os
 import pathlib
 import warnings
@@ -19,14 +18,18 @@ from mcm_jax import config as config_lib
 from mcm_jax.base import Base
 from mcm_jax.data import DataSettings
 from mcm_jax.data.classes import Classes
-from mcm_jax.data.reading import read_condition
+from mcm_jax.data.reading import condition_of, read_condition
 from mcm_jax.engine import Batch, Engine, Progress
 from mcm_jax.errors import UserError, expect
-from mcm_jax.modalities import Modality, PictureBytes
+from mcm_jax.modalities import Modality
+from mcm_jax.modalities.files import note_grey_step
 from mcm_jax.request import Conditions, read_conditions, read_places, read_texts, settings_of_each
 from mcm_jax.samplers import Table
 from mcm_jax.sampling import SamplingSettings
 from mcm_jax.trained import WEIGHTS, ModelSettings, Trained, read_mcm
+
+
+_OF_SAMPLING = {field.name for field in dataclasses.fields(SamplingSettings)}
 
 
 class Pipeline:
@@ -153,15 +156,10 @@ class Pipeline:
           UserError: it cannot be read, or holds something else than it should.
         """
         (modality,) = (m for m in self.modalities if m.name == name)
+        classes = self.classes(name) if modality.kind == "labels" else None
         if isinstance(source, Image.Image):
-            if modality.kind != "labels" or source.format not in (None, "PNG"):  # None: made in memory
-                condition = modality.definition.decode(source, name)
-                modality.check(condition, name)
-                return condition
-            file = io.BytesIO()
-            source.save(file, "PNG")
-            source = PictureBytes(file.getvalue(), name)
-        return read_condition(source, modality, self.classes(name) if modality.kind == "labels" else None)
+            return condition_of(note_grey_step(source), name, modality, classes)
+        return read_condition(source, modality, classes)
 
     def is_guided(self, settings: SamplingSettings) -> bool:
         """Whether the base is asked about the negative prompt, too."""
@@ -366,8 +364,11 @@ class Pipeline:
                 value = self.read(value, name)
             maps[name] = np.repeat(known[name].fit(value, *grid)[None], count, axis=0)
         prompts = None if prompt is None else [prompt] * count
-        # Of the sizes that are compiled already, the smallest that will do.
-        sizes = [size for seen in self._sizes.values() for size in seen if size >= count]
+        # Of the sizes that this program is compiled for already, the smallest that will do, unless it is far too large.
+        each = settings_of_each(self.settings, count, {k: v for k, v in how.items() if k in _OF_SAMPLING})
+        program = base.latent_shape, any(map(self.is_guided, each)), each[0].modulate
+        most = min(self.filled(self.settings.batch_size), 4 * count)
+        sizes = [size for size in self._sizes.get(program, ()) if count <= size <= most]
         how = {"batch_size": min(sizes, default=min(count, self.settings.batch_size))} | how
         images = self(maps, sampling.sample_keys(seed, count), prompts=prompts, **how)
         return [Image.fromarray(picture) for picture in pictures.to_uint8(images)]

@@ -158,6 +158,11 @@ def test_any_name_of_a_mapping_can_be_set():
     c = default.get_config()
     c.evaluation.judges = dict(sketch="edges")  # a config may set it as a whole
     c.evaluation.expected = dict(both="at least 0.9")
+    whole = default.get_config()
+    whole.evaluation = dict(maps=4, judges=dict(sketch="edges"))  # and what it is in
+    whole.evaluation.judges.depth = "none"
+    assert whole.evaluation.judges.to_dict() == {"sketch": "edges", "depth": "none"}
+    assert c.evaluation.judges.get("depth", "x") == "x" and "depth" not in c.evaluation.judges
     c.lock()
     c.evaluation.judges.depth = "none"
     assert c.evaluation.judges.sketch == "edges"

@@ -265,11 +265,15 @@ def test_what_is_typed_for_a_replay_goes_with_the_picture(whole, mcm, tmp_path):
 def test_prompts_are_found_wherever_a_split_has_them(tmp_path):
     lines = [{"file": "a.png", "caption": "a  lake"}, {"file": "c.png", "text": "a hill"}]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (tmp_path / "image").mkdir()
-    (tmp_path / "image/c.png").touch()  # a picture without conditions
-    assert lists._captions(tmp_path, {"a", "b"}) == {"a": "a lake", "c": "a hill"}
-    with pytest.raises(UserError, match="captions.jsonl: line 1: there is no picture 'a'"):
-        lists._captions(tmp_path, {"b"})
+    assert lists._captions(tmp_path, {"a", "b"}) == {"a": "a lake"}  # c has no conditions, b no line
+    decomposed = "e\u0301"
+    (tmp_path / "captions.jsonl").write_text('{"file": "\u00e9.png", "caption": "a hill"}')
+    assert lists._captions(tmp_path, {decomposed}) == {decomposed: "a hill"}
+    (tmp_path / "captions.jsonl").write_text('{"file_name": "a.png", "label": 3}\n{"file_name": "b.png", "label": 4}')
+    assert lists._captions(tmp_path, {"a", "b"}) == {}  # metadata of another kind
+    (tmp_path / "captions.jsonl").write_text('{"file": "a.png", "caption": "a lake"}\n{')
+    with pytest.raises(UserError, match="captions.jsonl: line 2: no JSON"):
+        lists._captions(tmp_path, {"a"})
     (tmp_path / "caption").mkdir()
     (tmp_path / "caption/a.txt").write_text("a lake\n")
     with pytest.raises(UserError, match="prompts are in .*caption and in .*captions.jsonl"):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import KINDS, Modality, drop, known, read_png, stack, total_channels
+from mcm_jax.modalities.files import HEAD, is_read_anew
 from mcm_jax.pictures import show
 
 SEGMENTATION = Modality("segmentation", "labels", 6)
@@ -433,6 +434,20 @@ def test_lines_are_over_white_where_they_are_transparent(tmp_path):
     path = _save(tmp_path, Image.fromarray(drawn))
     np.testing.assert_allclose(read_png(path, Modality("sketch", "lines", 1)) * 255, _GREY, atol=1)
     assert not read_png(path, Modality("depth", "map", 1)).any()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_lines_with_alpha_are_told_by_their_first_bytes(kind, tmp_path):
+    """Caches of before they were laid over white are of other data."""
+    for mode in ("L", "RGB") + (() if kind == "JPEG" else ("RGBA",)):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        picture = Image.fromarray(_GREY).convert(mode)
+        if mode == "RGBA":
+            picture.putalpha(Image.fromarray(_GREY))
+        head = _save(tmp_path, picture, format=kind, **options).read_bytes()[:HEAD]
+        assert is_read_anew(head, "lines") == (mode == "RGBA") and not is_read_anew(head, "map")
+    few = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + struct.pack(">IIBB", 8, 5, 4, 0)
+    assert is_read_anew(few, "labels") and not is_read_anew(few, "lines")
 
 
 def test_a_bilevel_picture_is_labels_of_two_classes(tmp_path):

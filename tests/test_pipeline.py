@@ -295,6 +295,11 @@ def test_a_notebooks_pictures(pipeline, strong, trained, conditions, keys, tmp_p
     other = np.asarray(run.draw({"segmentation": indexed}, 2, seed=3)[1])
     assert (other == np.asarray(run.draw({"segmentation": 5 - labels}, 2, seed=3)[1])).all()
     assert (other != drawn[0]).any()
+    few = Image.fromarray(labels)
+    few.putpalette(colors[::-1].tobytes()[:18])  # as few colours as classes: no bit is lost on the way
+    assert (np.asarray(run.draw({"segmentation": few}, 2, seed=3)[1]) == other).all()
+    with pytest.raises(UserError, match="found a colour picture .mode F."):
+        run.draw({"segmentation": Image.fromarray(labels.astype(np.float32))})
     lossy = io.BytesIO()
     Image.fromarray(labels).save(lossy, "JPEG")
     with pytest.raises(UserError, match="JPEG file, expected PNG"):

@@ -3,7 +3,8 @@
 python -m benchmarks.peers.table --config=scenes_sd --steps=500 --workdir=runs/peers \
     --out=benchmarks/results/peers_scenes_sd.json
 
-A cell that is not there is named, and never filled. Seconds are :mod:`.cost`'s: trainings may have had company.
+A cell that is not there is named, and never filled. Seconds of trainings are no
+measurement, which :mod:`.cost` is: they may have had company.
 """
 
 import json
@@ -44,6 +45,7 @@ def row_of(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
         "parameters": cells[best, 0]["parameters"],
         "weighting": cells[best, 0].get("weighting"),
         "commits": sorted({cell["commit"] for cell in cells.values() if "commit" in cell}),
+        "seconds": [cells[best, s].get("seconds") for s in range(seeds) if (best, s) in cells],
         "missing": missing,
     }
     there = [reports[best, s]["rows"] for s in range(seeds) if (best, s) in reports]

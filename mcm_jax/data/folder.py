@@ -29,6 +29,7 @@ from mcm_jax.data.problems import Problem, few, refuse
 from mcm_jax.data.reading import read_caption, read_example
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import PICTURES, Modality
+from mcm_jax.modalities.files import HEAD, is_read_anew
 
 _CLUTTER = ("thumbs.db", "desktop.ini")  # and hidden files: what file managers leave behind
 _NO_SUCH = "Add it, or take the modality out of the config"
@@ -114,7 +115,13 @@ class Folder:
 
         def digest(path: pathlib.Path) -> str:
             with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+                file.seek(0)
+                head = file.read(HEAD)
+            # Caches that were made when these were read otherwise are of other data.
+            return f"{found}, read anew" if is_read_anew(head, kinds.get(path.parent.name, "")) else found
+
+        kinds = {m.name: m.kind for m in self.modalities}
 
         found = {}
         with concurrent.futures.ThreadPoolExecutor(8) as pool:

@@ -11,8 +11,9 @@ from PIL.Image import Transpose
 from mcm_jax.data.captions import MOST_OF_PROMPT
 from mcm_jax.data.classes import Classes, labels_of_colors
 from mcm_jax.errors import UserError
-from mcm_jax.modalities import Modality, PictureBytes, cover, open_picture, read_png
+from mcm_jax.modalities import Modality, PictureBytes, cover, open_picture
 from mcm_jax.modalities.files import eight_bits, over
+from mcm_jax.modalities.modality import open_condition
 
 _ORIENTATION = 0x0112  # of EXIF, and what undoes each
 _UPRIGHT = {
@@ -109,28 +110,27 @@ def read_condition(path: Source, modality: Modality, classes: Classes | None = N
 
     So is a palette PNG all of whose colours are the classes'; of any other the index counts.
     """
-    if modality.kind != "labels" or classes is None or classes.colors is None:
-        return read_png(path, modality)
-    try:
-        with open_picture(path) as picture:
-            if picture.format != "PNG" or picture.mode not in ("RGB", "RGBA", "P"):
-                return read_png(path, modality)
-            mode = picture.mode
-            alpha = np.asarray(picture)[..., 3] if mode == "RGBA" else None
-            pixels = np.asarray(picture.convert("RGB"))
-    except UserError:
-        return read_png(path, modality)  # says what is wrong
-    if alpha is not None and (count := int((alpha != 255).sum())):
-        raise UserError(
-            f"{path}: {count:,} of {alpha.size:,} pixels are transparent, expected labels without an alpha channel. "
-            f"Save it as RGB, unknown pixels in the ignore_color of classes.json"
-        )
-    try:
-        array = labels_of_colors(pixels, classes, modality.ignore, str(path))
-    except UserError:
-        if mode != "P":
-            raise
-        return read_png(path, modality)
+    return condition_of(open_condition(path, modality), path, modality, classes)
+
+
+def condition_of(picture: Image.Image, path: Source | str, modality: Modality, classes: Classes | None) -> np.ndarray:
+    """What :func:`read_condition` makes of a file, of a picture that is loaded; `path` is what messages call it."""
+    array = None
+    is_png = picture.format in (None, "PNG")  # None: made in memory
+    has_colors = modality.kind == "labels" and classes is not None and classes.colors is not None
+    if has_colors and is_png and picture.mode in ("RGB", "RGBA", "P"):
+        if picture.mode == "RGBA" and (count := int((np.asarray(picture)[..., 3] != 255).sum())):
+            raise UserError(
+                f"{path}: {count:,} of {picture.width * picture.height:,} pixels are transparent, expected labels "
+                f"without an alpha channel. Save it as RGB, unknown pixels in the ignore_color of classes.json"
+            )
+        try:
+            array = labels_of_colors(np.asarray(picture.convert("RGB")), classes, modality.ignore, str(path))
+        except UserError:
+            if picture.mode != "P":
+                raise
+    if array is None:
+        array = modality.definition.decode(picture, path)
     modality.check(array, str(path))
     return array
 

@@ -37,7 +37,7 @@ class HeldOut:
                 f"Put pairs that training shall not see into {self.data.path}/test, laid out as {self.data.path}/train"
             )
             if self.data.name == "tfds":
-                place = "Build it with one (python -m mcm_jax.data.tfds build NAME --held_out_share=0.05)"
+                place = "Put it back if it was moved, or build it with one (docs/tfds.md)"
             raise UserError(f"{self.data.path}: there is no test split, so nothing is held out to evaluate on. {place}")
 
     @property

@@ -169,12 +169,15 @@ class Drawer:
         if preview_every and any(f"{job.name}.png" == PREVIEW for job in jobs):
             raise UserError(f"--preview_every: {PREVIEW} is a job's own picture; give that job another name")
         check_writable(out, "--out")
+        inputs = {os.path.realpath(path): key for job in jobs for key, path in job.files.items()}
+        if preview_every:
+            check_target(out / PREVIEW, inputs, own=True)
         for job in jobs:
             try:
                 record = self.record(job)
                 path = out / f"{job.name}.png"
                 if not is_drawn(path, record):
-                    check_target(path, job.files)
+                    check_target(path, inputs)
                     todo.append((self._shared(job), self._cost(job), job, record))
             except UserError as e:
                 problems.append(f"{job.source}: {e}")

@@ -125,19 +125,18 @@ def is_ours(path: str | os.PathLike) -> bool:
         return False
 
 
-def check_target(path: pathlib.Path, files: Mapping[str, str], own: bool = False) -> None:
+def check_target(path: pathlib.Path, inputs: Mapping[str, str], own: bool = False) -> None:
     """Raises UserError where a picture cannot be written without losing one that sample.py did not write.
 
     Args:
       path: where it is going to be.
-      files: what it is drawn from, by what messages call it.
+      inputs: what is drawn from, by its real path: what messages call it.
       own: whether nobody else has files of that name.
     """
     if not path.exists():
         return
-    for key, file in files.items():
-        if os.path.exists(file) and os.path.samefile(path, file):
-            raise UserError(f"{path}: is what is drawn from ({key}), and would be replaced; take another --out")
+    if what := inputs.get(os.path.realpath(path)):
+        raise UserError(f"{path}: is what is drawn from ({what}), and would be replaced; take another --out")
     if not own and not is_ours(path):
         raise UserError(f"{path}: was not written by sample.py; move it away, or take another --out")
 

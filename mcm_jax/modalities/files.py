@@ -24,6 +24,35 @@ _BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, A
 _BROKEN += (struct.error, Image.DecompressionBombError)
 
 
+def note_grey_step(picture: Image.Image) -> Image.Image:
+    """The same picture, with :data:`GREY_STEP`: greys of 2 and 4 bits are opened as 8, times 85 or 17.
+
+    Of one whose pixels were loaded before, the file no longer tells.
+    """
+    raw = picture.tile[0][-1] if picture.format == "PNG" and getattr(picture, "tile", None) else ""
+    if raw or not isinstance(picture.info.get(GREY_STEP), int):  # a file's own text of that name says nothing
+        picture.info[GREY_STEP] = {"L;2": 85, "L;4": 17}.get(raw if isinstance(raw, str) else raw[0], 1)
+    return picture
+
+
+HEAD = 4096
+"""Bytes of a file that :func:`is_read_anew` looks at."""
+
+
+def is_read_anew(head: bytes, kind: str) -> bool:
+    """Whether a condition's file is, by its first bytes, one that was read otherwise before 2026-11-30.
+
+    Lines with an alpha channel, whose hidden colours counted; labels in grey of 2 or 4 bits, times 85 or 17.
+    """
+    if head.startswith(b"\x89PNG"):
+        bits, colour = head[24:25], head[25:26]
+        if kind == "labels":
+            return bits in (b"\x02", b"\x04") and colour == b"\0"
+        return kind == "lines" and (colour in (b"\x04", b"\x06") or b"tRNS" in head)
+    flags = {b"VP8X": head[20:21], b"VP8L": head[24:25]}.get(head[12:16], b"") if head[8:12] == b"WEBP" else b""
+    return kind == "lines" and bool(flags) and bool(flags[0] & 0x10)
+
+
 def over(picture: Image.Image, colour: str) -> Image.Image:
     """A picture with transparency, laid over a colour: RGB."""
     picture = picture.convert("RGBA")
@@ -62,10 +91,7 @@ def open_picture(source: str | os.PathLike | PictureBytes, fix: str = "Replace i
     """
     try:
         with Image.open(source, formats=_FORMATS) as picture:
-            # Greys of 2 and 4 bits are opened as 8, times 85 or 17.
-            raw = picture.tile[0][-1] if picture.format == "PNG" and picture.tile else ""
-            picture.info[GREY_STEP] = {"L;2": 85, "L;4": 17}.get(raw, 1)
-            yield picture
+            yield note_grey_step(picture)
     except UserError:
         raise
     except _BROKEN as e:

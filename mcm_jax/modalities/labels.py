@@ -84,7 +84,7 @@ class Labels(Kind):
 
     def decode(self, picture: Image.Image, path: pathlib.Path) -> np.ndarray:
         """The pixel values of a greyscale or palette PNG; others' are no classes. int32 ``[H, W]``."""
-        if picture.format != "PNG":
+        if picture.format not in (None, "PNG"):  # None: made in memory
             raise UserError(
                 f"{path}: found a {picture.format} file, expected PNG: lossy formats change the classes. Save it as "
                 f"PNG from the labels themselves"

@@ -21,7 +21,8 @@ class Lines(Map):
 
     def decode(self, picture: Image.Image, path: pathlib.Path) -> np.ndarray:
         """Over white where it is transparent: a drawing program's export has ink alone."""
-        return super().decode(over(picture, "white") if picture.has_transparency_data else picture, path)
+        shows_through = picture.has_transparency_data and not picture.mode.startswith("I;16")  # one grey, at most
+        return super().decode(over(picture, "white") if shows_through else picture, path)
 
     def doubt(self, array: np.ndarray) -> str:
         """White on black."""

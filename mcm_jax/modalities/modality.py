@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import numpy as np
+from PIL import Image
 
 from mcm_jax.errors import UserError
 from mcm_jax.modalities.files import PictureBytes, open_picture
@@ -164,10 +165,16 @@ def read_png(path: str | pathlib.Path | PictureBytes, modality: Modality) -> np.
     Raises:
       UserError: the file is missing, no picture, lossy, in colour, or holds an unknown class.
     """
+    picture = open_condition(path, modality)
+    array = modality.definition.decode(picture, path)
+    modality.check(array, str(path))
+    return array
+
+
+def open_condition(path: str | pathlib.Path | PictureBytes, modality: Modality) -> Image.Image:
+    """A condition's picture, loaded. Raises UserError where it is missing or no picture."""
     if not isinstance(path, PictureBytes) and not pathlib.Path(path).is_file():
         raise UserError(f"{path}: no such file (wanted: the {modality.name}'s PNG)")
     with open_picture(path, f"A {modality.name} is a PNG file") as picture:
         picture.load()
-    array = modality.definition.decode(picture, path)
-    modality.check(array, str(path))
-    return array
+    return picture

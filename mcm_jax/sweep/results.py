@@ -17,7 +17,7 @@ from mcm_jax.training.actions import less_is_better
 
 _OF_ONE_LOSS = ("loss", "held_out_loss")  # their scale is the weighting's
 _OF_ONE_SIGHT = (*_OF_ONE_LOSS, "mse", "held_out_mse")  # of conditions hidden, and noise drawn, as the trial's own are
-_OF_WHAT_IS_SHOWN = ("modalities.drop_rate", "draws.")
+_OF_WHAT_IS_SHOWN = ("modalities.drop_rate", "data.prompt_drop_rate", "draws.")
 _OF_THE_MACHINE = ("images_per_second", "input_wait")
 
 

@@ -66,8 +66,7 @@ def run_sweep(
       Interrupted: SIGINT or SIGTERM came; the state of what was training was saved.
     """
     workdir = pathlib.Path(workdir)
-    begun = sorted(path.parent for path in workdir.glob(f"*/{config_lib.FILE}"))
-    base = read_run(config, begun[0] if begun else None)  # whose modalities are known, though the data may be gone
+    base = read_run(config, _begun(workdir))  # whose modalities are known, though the data may be gone
     if width is not None and width < 1:
         raise UserError(f"--sweep_width={width}: expected at least 1 trial on each device")
     hyper, metric = trials_lib.load(sweep)
@@ -262,6 +261,15 @@ def _check_workdir(base: RunSettings, trials: Sequence[Trial], workdir: pathlib.
             f"Take another --workdir, or the same values to go on with that sweep"
         )
     return there
+
+
+def _begun(workdir: pathlib.Path) -> pathlib.Path | None:
+    """A trial of the sweep in a folder that has begun; None where there is none, or what says so cannot be read."""
+    try:
+        names = [entry["name"] for entry in json.loads((workdir / FILE).read_text())["trials"]]
+        return next((workdir / name for name in names if (workdir / name / config_lib.FILE).is_file()), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _claim(base: RunSettings, trials: Sequence[Trial], workdir: pathlib.Path) -> None:

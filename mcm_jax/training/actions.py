@@ -183,6 +183,10 @@ class Control:
                 images = self._sampler(self._row, self._keys, self._which)
             except UserError as e:  # of this moment: the training goes on, and its checkpoint is kept
                 warnings.warn(f"step {now.step}: no control was measured: {e}", stacklevel=2)
+                # Whatever reads the log must not take an older number for this step's.
+                found = {name: float("nan") for judge in self._judges for name in judge.watched}
+                now.measured.update(found)
+                self._log.write(now.step, found)
                 return
             found: dict[str, float] = {}
             for judge in self._judges:

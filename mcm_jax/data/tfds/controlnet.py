@@ -107,9 +107,10 @@ class ControlNet(Layout):
             mode = "L" if self.channels == 1 else "RGB"
             if opened.format == "PNG" and opened.mode == mode and not self.invert:
                 return data
+            opened = eight_bits(opened)
             if self.kind == "lines" and opened.has_transparency_data:
                 opened = over(opened, "black" if self.invert else "white")
-            converted = eight_bits(opened).convert(mode)
+            converted = opened.convert(mode)
         return png(np.asarray(ImageOps.invert(converted) if self.invert else converted))
 
 
