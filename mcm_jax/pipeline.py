@@ -28,7 +28,6 @@ from mcm_jax.samplers import Table
 from mcm_jax.sampling import SamplingSettings
 from mcm_jax.trained import WEIGHTS, ModelSettings, Trained, read_mcm
 
-
 _OF_SAMPLING = {field.name for field in dataclasses.fields(SamplingSettings)}
 
 

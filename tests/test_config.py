@@ -11,7 +11,7 @@ import tiny
 from configs import default
 from mcm_jax import config as config_lib
 from mcm_jax.errors import UserError, expect
-from mcm_jax.training import RunSettings
+from mcm_jax.training import RunSettings, read_run
 from tools.config_docs import table
 
 DOCS = tiny.ROOT / "docs/config.md"
@@ -170,6 +170,8 @@ def test_any_name_of_a_mapping_can_be_set():
     assert c.evaluation.judges.sketch == ""
     found = config_lib.read(RunSettings, c).evaluation.judges
     assert found["depth"] == "none" and found["sketch"] == ""
+    with pytest.raises(UserError, match="judges.depth: no modality of this run; expected one of segmentation, sketch"):
+        read_run(c)
     with pytest.raises(AttributeError):
         c.evaluation.judge.depth = "none"
 

@@ -9,7 +9,6 @@ is the mean of the autoencoder's posterior, rounded to float16, wherever it is k
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,6 +198,8 @@ def encode(
 
     net = _make_net(base, mesh) if base.is_latent else None
     own = sharding.local_rows(mesh, _BATCH * mesh.size)
+    import grain  # not where pictures are only drawn
+
     batches = grain.MapDataset.source(portions).map(lambda rows: load(base, source, modalities, rows, grid))
     for batch in batches.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)):
         if net:

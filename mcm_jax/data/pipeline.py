@@ -11,11 +11,14 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from mcm_jax.data.scenes import Scenes
+
+if TYPE_CHECKING:
+    import grain
 
 _ENDLESS = 2**40  # batches
 
@@ -109,7 +112,7 @@ def training_batches(
     seed: int,
     repeat: int = 0,
     rows: np.ndarray | None = None,
-) -> grain.MapDataset:
+) -> "grain.MapDataset":
     """All batches of a training run, as a sequence without end: ``training_batches(...)[step]``.
 
     Args:
@@ -132,5 +135,7 @@ def training_batches(
         index, seen = order(step, rows)
         draw = seen % repeat if repeat else seen
         return read(index, draw) | {"index": index, "seen": seen, "draw": draw}
+
+    import grain  # not where pictures are only drawn
 
     return grain.MapDataset.range(_ENDLESS).map(load)

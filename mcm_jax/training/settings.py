@@ -12,7 +12,7 @@ from mcm_jax.config import setting
 from mcm_jax.data import DataSettings
 from mcm_jax.data.discover import NONE, discover
 from mcm_jax.draws import Draws, DrawsSettings, expect_seed
-from mcm_jax.errors import expect
+from mcm_jax.errors import UserError, expect
 from mcm_jax.evaluation.evaluate import EvaluationSettings
 from mcm_jax.losses import LossSettings
 from mcm_jax.mcm import MCMSettings
@@ -147,7 +147,7 @@ def read_run(config: Any, workdir: str | os.PathLike | None = None) -> RunSettin
         if isinstance(said, dict):
             kept = {k: v for k, v in said.items() if not (isinstance(v, dict) and v.get("kind") == NONE)}
             given = given | {"modalities": kept}
-        return config_lib.read(RunSettings, given)
+        return _checked(config_lib.read(RunSettings, given))
     source = config_lib.read(DataSettings, data, where="config.data")
     own = {name: section for name, section in said.items() if isinstance(section, dict)}
     if workdir is not None and (pathlib.Path(workdir) / config_lib.FILE).is_file():
@@ -160,4 +160,13 @@ def read_run(config: Any, workdir: str | os.PathLike | None = None) -> RunSettin
         sections[name] = sections.get(name, {}) | section
     rest = {key: value for key, value in said.items() if key not in own}
     rest |= {name: section for name, section in sections.items() if section.get("kind") != NONE}
-    return config_lib.read(RunSettings, given | {"data": data | {"discover": False}, "modalities": rest})
+    return _checked(config_lib.read(RunSettings, given | {"data": data | {"discover": False}, "modalities": rest}))
+
+
+def _checked(run: RunSettings) -> RunSettings:
+    """The same. Raises UserError where a judge is named for what is no modality: any name can be typed."""
+    known = [m.name for m in (*run.modalities.shown, *run.data.holds)] + ["caption", "fidelity"]
+    if odd := sorted(name for name, spec in run.evaluation.judges.items() if spec and name not in known):
+        names = ", ".join(dict.fromkeys(known))
+        raise UserError(f"config.evaluation.judges.{odd[0]}: no modality of this run; expected one of {names}")
+    return run
