@@ -316,7 +316,7 @@ def test_settings_of_each_sample_may_be_arrays(settings):
 
 def test_mcms_that_do_not_belong_together(base, mcms):
     other = _mcm(base, (Modality("sketch", "map", 3),), seed=3)
-    with pytest.raises(UserError, match=r"'sketch': lines of 1 and map of 3"):
+    with pytest.raises(UserError, match=r"'sketch': lines of 1 channel.s. and map of 3"):
         Pipeline(base, [*mcms, other])
 
 
