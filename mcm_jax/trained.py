@@ -183,7 +183,7 @@ def start_from(folder: str, settings: MCMSettings, modulator: Modulator, card: B
     found = config_lib.load(ModelSettings, path, others=True)
     where = f"config.train.init_from={folder!r}"
     there, wanted = config_lib.flatten(found.mcm), config_lib.flatten(settings)
-    if card.latent_shape[:2] == card.image_shape[:2]:  # of pixels: both ways to see conditions are the same
+    if card.is_of_pixels:  # both ways to see conditions are the same
         wanted["conditions"] = there["conditions"]
     if lines := [
         f"  mcm.{k}: there {there[k]!r}, now {v!r}" for k, v in wanted.items() if there[k] != v and k in _MATHS

@@ -49,6 +49,11 @@ class BaseCard:
     unet_parameters: int
     parameter_bytes: int
 
+    @property
+    def is_of_pixels(self) -> bool:
+        """Whether the grid that is diffused is the pictures'."""
+        return self.latent_shape[:2] == self.image_shape[:2]
+
     def to_json(self) -> dict[str, Any]:
         """As numbers, texts and lists; float32 values come back exactly."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

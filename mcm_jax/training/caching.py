@@ -238,7 +238,7 @@ def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict
     density = [float(part) / sum(settings.draws.density) for part in settings.draws.density]
     text = {"prompt_drop_rate": f"{float(d.prompt_drop_rate)}"} if card.is_text_conditional else {}
     offset = {"draws.offset": f"{float(settings.draws.offset)}"} if settings.draws.offset else {}
-    finer = settings.mcm.conditions == "encoder" and not _of_pixels(card)
+    finer = settings.mcm.conditions == "encoder" and not card.is_of_pixels
     full = {"conditions": "at the pictures' resolution"} if finer else {}
     return {
         "format": str(store.FORMAT),
@@ -259,11 +259,6 @@ def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict
         "draws.numbers": settings.draws_for(card).fingerprint(),
         "cache.dtype": settings.cache.dtype,
     }
-
-
-def _of_pixels(card: BaseCard) -> bool:
-    """Whether the base's grid is the pictures'."""
-    return card.latent_shape[:2] == card.image_shape[:2]
 
 
 def _facts(m: Modality) -> str:
@@ -306,7 +301,7 @@ def _wanted(settings: RunSettings, there: store.Manifest, split: str) -> dict[st
         source = _find(settings, card, split)
         data = settings.data.fingerprints(source, data if source.stamp() == there.stamps.get("data") else None)
     wanted = made_of(settings, card, data)
-    if _of_pixels(card) and "conditions" in there.made_of:  # some caches of pixels say it, where it is nothing else
+    if card.is_of_pixels and "conditions" in there.made_of:  # some caches of pixels say it, where it is nothing else
         wanted["conditions"] = there.made_of["conditions"]
     return wanted
 
