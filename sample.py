@@ -30,9 +30,10 @@ _FOLDER = flags.DEFINE_string("conditions", None, "Folder laid out as a data fol
 _REPLAY = flags.DEFINE_string("replay", None, "PNG of this script, to be drawn again; what else is typed is otherwise")
 _ONE = (
     flags.DEFINE_integer("num_samples", None, "How many. Default: 8"),
-    flags.DEFINE_bool("show_base", None, "In grid.png, below each sample the base alone from the same noise"),
     flags.DEFINE_integer("intermediates", None, "So many steps in intermediates.png: where and when the MCM acts"),
 )
+_SHOW_BASE = flags.DEFINE_bool("show_base", None, "In grid.png or sheet.png, too: the base alone from the same noise")
+_SHEET = flags.DEFINE_integer("sheet", None, "Of a list: so many pictures beside their conditions, in sheet.png")
 _PREVIEW = flags.DEFINE_integer("preview_every", 0, "Steps after which preview.png shows what is drawn now; 0: none")
 _BASE = cli.define_base_flags()
 _CONTROLS, _SETTINGS = cli.define_flags(jobs.Job, jobs.CONTROLS, ""), cli.define_flags(SamplingSettings)
@@ -50,17 +51,23 @@ def main(argv: list[str]) -> object:
     if given and (len(given) > 1 or conditions or one):
         raise UserError(f"--{given[0].name}: goes with no condition, no other list, no {single}")
     controls, settings, preview = _CONTROLS(), _BASE() | _SETTINGS(), {"preview_every": _PREVIEW.value}
+    if _SHEET.value is not None and not (_JOBS.value or _FOLDER.value):
+        raise UserError("--sheet: goes with --jobs or --conditions; a single run has its grid.png")
     if _REPLAY.value:
+        if _SHOW_BASE.value:
+            raise UserError("--show_base: goes with a single run, or with --jobs or --conditions and --sheet")
         workdir = _WORKDIR.value if _WORKDIR.present else None
         return jobs.replay(_REPLAY.value, _OUT.value, workdir, **preview, **controls, **settings)
     if not given:
-        return generate(_WORKDIR.value, conditions, _OUT.value, **one, **preview, **controls, **settings)
+        show = {"show_base": bool(_SHOW_BASE.value)}
+        return generate(_WORKDIR.value, conditions, _OUT.value, **one, **show, **preview, **controls, **settings)
     drawer, problems = jobs.Drawer(_WORKDIR.value, **settings), []
     if _JOBS.value:
         todo, problems = jobs.read_jobs(_JOBS.value, drawer, **controls)
     else:
         todo = jobs.jobs_of_folder(_FOLDER.value, drawer, **controls)
-    return drawer.draw(todo, _OUT.value, problems, **preview)
+    show = {"sheet": _SHEET.value or 0, "show_base": bool(_SHOW_BASE.value)}
+    return drawer.draw(todo, _OUT.value, problems, **preview, **show)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from absl import app, flags, logging
 
 from mcm_jax import config, distributed
 from mcm_jax.errors import Interrupted, UserError
+from mcm_jax.mcm import DTYPES
 
 _CLUSTER = ("coordinator", "num_processes", "process_id")
 
@@ -103,12 +104,13 @@ def define_flags(
 
 
 def define_base_flags() -> Callable[[], dict[str, Any]]:
-    """Defines --base and --accept_base, of a script that samples with a trained MCM; returns what was typed."""
+    """Defines --base, --accept_base, --dtype, of a script that samples with a trained MCM; returns what was typed."""
     base = flags.DEFINE_string("base", None, "Where the MCM's base is. Default: as its config says, base.path")
     accept = flags.DEFINE_bool(
         "accept_base", False, "Take a base that is a fine-tune of the MCM's own: same noise schedule and latents"
     )
-    return lambda: {"base": base.value, "accept_base": accept.value}
+    dtype = flags.DEFINE_enum("dtype", None, DTYPES, "What base and MCM compute in. Default: as trained")
+    return lambda: {"base": base.value, "accept_base": accept.value, "dtype": dtype.value}
 
 
 def allow_only_with(flag: str, others: Sequence[str]) -> None:

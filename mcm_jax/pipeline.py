@@ -21,6 +21,7 @@ from mcm_jax.data.classes import Classes
 from mcm_jax.data.reading import condition_of, read_condition
 from mcm_jax.engine import Batch, Engine, Progress
 from mcm_jax.errors import UserError, expect
+from mcm_jax.mcm import DTYPES
 from mcm_jax.modalities import Modality
 from mcm_jax.modalities.files import note_grey_step
 from mcm_jax.request import Conditions, read_conditions, read_places, read_texts, settings_of_each
@@ -77,6 +78,7 @@ class Pipeline:
         *others: str | os.PathLike,
         base: str | os.PathLike | None = None,
         accept_base: bool = False,
+        dtype: str | None = None,
     ) -> "Pipeline":
         """Loads a workdir, or a shipped MCM by its name, with its base; several MCMs of one base act together.
 
@@ -88,6 +90,8 @@ class Pipeline:
           base: where the base is, as a config's ``base.path`` says it; None is as in the first one's.
           accept_base: also takes a base that an MCM was not trained on, a fine-tune of its own: the same noise
             schedule and latents, other weights. With a warning.
+          dtype: what base and MCMs compute in, ``float32``, ``bfloat16``, ``float16``; None is as the configs say, in
+            which they were trained. The MCMs' params stay float32.
 
         Raises:
           UserError: something is missing, corrupt, or does not belong together.
@@ -97,10 +101,14 @@ class Pipeline:
         found = [config_lib.load(ModelSettings, path, others=True) for path in paths]
         mesh = sharding.local_mesh(found[0].mesh)
         own = found[0].base
+        expect(dtype is None or dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", dtype)
         loaded = (own if base is None else dataclasses.replace(own, path=os.fspath(base))).load(mesh)
+        if dtype and dtype != loaded.dtype:
+            loaded = loaded.cast(dtype)
         mcms = []
         for folder, path, one in zip(folders, paths, found, strict=True):
-            modulator = one.mcm.modulator(one.modalities.shown, loaded.schedule)
+            settings = dataclasses.replace(one.mcm, dtype=dtype or one.mcm.dtype)
+            modulator = settings.modulator(one.modalities.shown, loaded.schedule)
             params, step = read_mcm(path / WEIGHTS, modulator.shapes(loaded), loaded, one.base if accept_base else None)
             mcms.append(Trained(modulator, params, step, os.fspath(folder), one.data))
         return cls(loaded, mcms, found[0].sampling, mesh)

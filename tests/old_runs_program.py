@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 
 from mcm_jax import sharding
 from mcm_jax.evaluation.evaluate import evaluate
-from mcm_jax.generate import generate
+from mcm_jax.jobs import Drawer
 from mcm_jax.training import train_and_evaluate
 
 OLD = tiny.ROOT / "tests/fixtures/v0_1"
@@ -36,7 +36,9 @@ def main(folder):
     # On one device, as then: a batch over two is rounded otherwise.
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 2)
     sharding.local_mesh = lambda settings=None: mesh
-    found["samples"] = generate(str(OLD / "mcm"), MAPS, folder / "samples", num_samples=2, seed=5, steps=3)
+    drawer = Drawer(str(OLD / "mcm"), steps=3, batch_size=2)
+    jobs = [drawer.job(f"{i}", {"conditions": MAPS, "seed": 5, "sample": i}) for i in range(2)]
+    found["samples"] = drawer.sample(jobs)
     np.savez(folder / "found.npz", **found)
     evaluate(str(OLD / "mcm"), folder / "metrics.json")
 

@@ -95,6 +95,13 @@ def test_it_sees_what_the_grid_cannot_and_no_more_than_it_is_shown(ldm_path):
     assert np.abs(run(params, holed, present) - one)[:2].max() > 1e-4
 
 
+def test_a_bound_of_pixels_is_pointed_out_for_latents(ldm_path, tmp_path, capsys):
+    for clip in (1.0, 4.0):
+        config = tiny.make_config(ldm_path, ENCODER | {"mcm.x0_clip": clip, "cache.mode": "off", "train.steps": 1})
+        train_and_evaluate(config, tmp_path / f"{clip}")
+        assert ("--config.mcm.x0_clip=4" in capsys.readouterr().out) == (clip == 1)
+
+
 def test_a_run_keeps_its_conditions_at_full_resolution(ldm_path, workdir, tmp_path):
     settings = tiny.settings_of(tiny.make_config(ldm_path, ENCODER))
     cache = caching.open_cache(settings, workdir)

@@ -306,6 +306,43 @@ def test_mcms_act_together_and_their_pictures_name_them_all(mcm, trained, whole,
         jobs_lib.replay(out / "both.png", tmp_path / "again")
 
 
+def test_a_contact_sheet_shows_what_was_given_and_drawn(drawer, whole, maps, tmp_path):
+    """Columns of 132 pixels: what any of the jobs shows, the base alone, the picture."""
+    jobs, out = whole
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
+    first = [jobs[NAMES.index(name)] for name in ("lines", "both", "alone", "wide")]
+    broken = dataclasses.replace(jobs[0], name="broken", conditions={"sketch": str(maps / "jobs.jsonl")})
+    with pytest.raises(UserError, match=r"jobs.jsonl: not a picture"):
+        drawer.draw([broken, *first], tmp_path, sheet=3, show_base=True)
+    sheet = _pixels(tmp_path / "sheet.png")
+    assert sheet.shape == (20 + 3 * 132, 150 + 4 * 132, 3)
+    cells = {(i, j): sheet[20 + 132 * i :, 150 + 132 * j :][:128, :128] for i in range(3) for j in range(4)}
+    for row, name in enumerate(("lines", "both", "alone")):
+        np.testing.assert_array_equal(cells[row, 3][::8, ::8], _pixels(out / f"{name}.png"))
+    assert (cells[0, 0] == 160).all() and (cells[0, 1] != 160).any() and (cells[2, 1] == 160).all()
+    _assert_same(cells[2, 2], cells[2, 3])  # it had no guidance
+    assert np.abs(cells[1, 2] - cells[1, 3]).max() > 4
+    with pytest.raises(UserError, match="show_base must be given with a sheet"):
+        drawer.draw(first, tmp_path, show_base=True)
+    assert drawer.draw(first[3:], tmp_path, sheet=1) == 0 and _pixels(tmp_path / "sheet.png").shape[1] == 150 + 3 * 132
+
+
+def test_what_was_trained_in_one_dtype_draws_in_another(drawer, whole, mcm, tmp_path):
+    """It is the same base, and pictures say so."""
+    jobs, out = whole
+    half = Drawer(mcm, batch_size=4, dtype="bfloat16")
+    assert half.pipeline.base.fingerprint == drawer.pipeline.base.fingerprint and half.pipeline.base.dtype == "bfloat16"
+    assert {p.dtype.name for p in jax.tree.leaves(half.pipeline.base.params)} == {"bfloat16"}
+    assert half.draw(jobs[:1], tmp_path) == 1 and half.draw(jobs[:1], tmp_path) == 0
+    difference = np.abs(_pixels(tmp_path / "both.png") - _pixels(out / "both.png"))
+    assert difference.max() > 1 and difference.mean() < 4
+    jobs_lib.replay(tmp_path / "both.png", tmp_path / "again")
+    np.testing.assert_array_equal(_pixels(tmp_path / "again/both.png"), _pixels(tmp_path / "both.png"))
+    assert drawer.draw(jobs[:1], tmp_path) == 1  # another picture
+    with pytest.raises(UserError, match="dtype must be one of float32, bfloat16, float16"):
+        Drawer(mcm, dtype="int8")
+
+
 def test_a_person_sees_how_far_it_is(drawer, whole, tmp_path, monkeypatch):
     """The bar's steps are all that are taken; the sheet is there while pictures are drawn."""
     jobs, _ = whole

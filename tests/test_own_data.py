@@ -134,7 +134,7 @@ def test_a_folder_with_unknown_pixels_of_other_kinds_trains_and_samples(config, 
     assert 0.02 < (record == 255).mean() < 0.25
     given = {name: str(data / f"test/{name}/0.png") for name in ("segmentation", "strokes", "normals")}
     images = generate(str(workdir), given, tmp_path / "out", num_samples=1, steps=2)
-    assert np.isfinite(images).all()
+    assert images.shape[0] == 1 and images.std() > 0
     data.rename(tmp_path / "moved")  # the workdir still knows the colours, to read by and to draw in
     given = {name: str(tmp_path / f"moved/test/{name}/0.png") for name in given}
     labels = np.array(Image.open(given["segmentation"]))

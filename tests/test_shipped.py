@@ -157,6 +157,6 @@ def test_seed_and_number_name_a_sample(tmp_path):
     three = generate("scenes-mcm", conditions, tmp_path / "a", num_samples=3, seed=5, steps=3)
     one = generate("scenes-mcm", conditions, tmp_path / "b", num_samples=1, seed=5, steps=3)
     other = generate("scenes-mcm", conditions, tmp_path / "c", num_samples=1, seed=6, steps=3)
-    np.testing.assert_allclose(three[:1], one, atol=1e-4)
-    assert np.abs(three[1] - three[0]).mean() > 0.01
-    assert np.abs(other - one).mean() > 0.01
+    assert np.abs(three[:1].astype(int) - one).max() <= 1
+    assert np.abs(three[1].astype(int) - three[0]).mean() > 1
+    assert np.abs(other.astype(int) - one).mean() > 1

@@ -129,6 +129,23 @@ class Base:
         return self.text_encoder is not None
 
     @property
+    def dtype(self) -> str:
+        """Name of what the networks compute in."""
+        return jnp.dtype(self.unet.dtype).name
+
+    def cast(self, dtype: str) -> "Base":
+        """The same base computing in another dtype, its params rounded to it.
+
+        The fingerprint stays that of what was loaded: an MCM of that base is at home here, too.
+
+        Args:
+            dtype: ``float32``, ``bfloat16``, ``float16``.
+        """
+        names = [name for name in ("unet", "autoencoder", "text_encoder") if getattr(self, name)]
+        nets = {name: getattr(self, name).clone(dtype=jnp.dtype(dtype)) for name in names}
+        return dataclasses.replace(self, params=jax.tree.map(lambda p: p.astype(dtype), self.params), **nets)
+
+    @property
     def factor(self) -> int:
         """How many pixels one of a latent stands for, along each axis; 1 for a base that works on pixels."""
         return self.autoencoder.config.factor if self.is_latent else 1

@@ -370,7 +370,7 @@ def main(args: argparse.Namespace) -> int:
     base = BaseSettings(args.base).outline() if args.base else None
     report = check(args.data, base, args.partial, workers=args.workers)
     rows, tables = table(report.problems, args.data), summary(report)
-    said = verdict(report, _train_command(args))
+    said = verdict(report, _train_command(args, base))
     print("\n\n".join(filter(None, [rows, *(t.text() for t in tables), said])))
     if args.out:
         shown = report.problems, tables, report.trees, report.modalities, args.examples
@@ -379,10 +379,11 @@ def main(args: argparse.Namespace) -> int:
     return int(report.is_refused)
 
 
-def _train_command(args: argparse.Namespace) -> str:
+def _train_command(args: argparse.Namespace, base: Base | None) -> str:
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", args.data.resolve().name).strip("-.") or "mine"
     command = ["python", "train.py", "--config=configs/folder.py", f"--workdir=runs/{name}"]
     command.append(f"--config.data.path={args.data}")
     command += [f"--config.base.path={args.base}"] * bool(args.base)
+    command += ["--config.mcm.x0_clip=4"] * bool(base and base.is_latent)
     command += ["--config.data.partial=True"] * args.partial
     return shlex.join(command)

@@ -99,6 +99,7 @@ def evaluate(
     references: int | None = None,
     base: str | None = None,
     accept_base: bool = False,
+    dtype: str | None = None,
     **changes: Any,
 ) -> dict:
     """Evaluates a trained MCM; writes ``out`` (JSON) and, beside it, ``report.md``, ``report.html`` and their pictures.
@@ -113,6 +114,7 @@ def evaluate(
       references: training pictures that samples are compared with; None takes ``config.evaluation.references``.
       base: another place of the base; None is the config's.
       accept_base: whether it may be a fine-tune of the MCM's own, see :meth:`mcm_jax.pipeline.Pipeline.from_folder`.
+      dtype: what is computed in, see there; None is the config's.
       changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that shall differ from the config's; None is as
         there.
 
@@ -140,7 +142,7 @@ def evaluate(
       UserError: bad input; nothing was written.
       Interrupted: Ctrl-C; the same command goes on.
     """
-    pipeline = Pipeline.from_folder(workdir, base=base, accept_base=accept_base)
+    pipeline = Pipeline.from_folder(workdir, base=base, accept_base=accept_base, dtype=dtype)
     run = config.load(_RunSettings, assets.resolve(os.fspath(workdir)), others=True)
     wanted = run.evaluation
     changed = {"maps": maps, "seeds": seeds, "references": references, "judges": {**wanted.judges, **(judges or {})}}
@@ -189,6 +191,7 @@ def evaluate(
         "mcm_step": pipeline.mcms[0].step,
         "base": pipeline.base.name,
         "fingerprint": pipeline.base.fingerprint,
+        **({"dtype": dtype} if dtype else {}),
         "versions": {"mcm_jax": __version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
     }

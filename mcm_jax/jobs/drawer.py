@@ -8,7 +8,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from mcm_jax.files import check_writable
 from mcm_jax.jobs.files import Files
 from mcm_jax.jobs.job import Job
 from mcm_jax.jobs.record import TEXT, Recorder, check_target, is_drawn
+from mcm_jax.jobs.sheet import SHEET, contact_sheet
 from mcm_jax.jobs.watch import PREVIEW, Watch, write_picture
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.request import PER_SAMPLE, check_text
@@ -31,13 +32,27 @@ _DEFAULTS = dataclasses.asdict(SamplingSettings())
 _EACH = {key: _DEFAULTS[key] for key in PER_SAMPLE}
 
 
+class Drawn(NamedTuple):
+    """What became of jobs.
+
+    Attributes:
+      new: names of the pictures that were drawn.
+      kept: of those that were there.
+      problems: what is wrong with the others, and with what no job came of.
+    """
+
+    new: list[str]
+    kept: list[str]
+    problems: list[str]
+
+
 class Drawer:
     """Draws jobs from a base under MCMs' control; of one process.
 
     Args:
       workdir: of a training run, or the name of a shipped MCM; or several, of MCMs of one base that act together.
-      base: another place of the base, and whether it may be a fine-tune of the MCM's own (``accept_base``): see
-        :meth:`mcm_jax.pipeline.Pipeline.from_folder`.
+      base: another place of the base; and whether it may be a fine-tune of the MCM's own (``accept_base``), and what is
+        computed in (``dtype``): see :meth:`mcm_jax.pipeline.Pipeline.from_folder`.
       changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that differ from the config's, the default of every
         job; None is as there.
 
@@ -46,15 +61,20 @@ class Drawer:
     """
 
     def __init__(
-        self, workdir: str | Sequence[str], base: str | None = None, accept_base: bool = False, **changes: Any
+        self,
+        workdir: str | Sequence[str],
+        base: str | None = None,
+        accept_base: bool = False,
+        dtype: str | None = None,
+        **changes: Any,
     ):
         self.workdirs = (workdir,) if isinstance(workdir, str) else tuple(workdir)
-        self.pipeline = Pipeline.from_folder(*self.workdirs, base=base, accept_base=accept_base)
+        self.pipeline = Pipeline.from_folder(*self.workdirs, base=base, accept_base=accept_base, dtype=dtype)
         self.settings = self.pipeline.settings.but(**changes)
         self.check_text(changes, "--")
         self.settings.check_for(self.pipeline.base.schedule)
         self.files = Files(self.pipeline)
-        self.recorder = Recorder(self.workdirs, self.pipeline, base)
+        self.recorder = Recorder(self.workdirs, self.pipeline, base, dtype)
         self._table = functools.lru_cache(256)(self._table_of)
         self._programs: set[Any] = set()
 
@@ -143,9 +163,51 @@ class Drawer:
         return self.pipeline(given.pop("conditions"), keys, callback=tell, every=every, **given, **how)
 
     def draw(
-        self, jobs: Sequence[Job], out: str | os.PathLike, problems: Sequence[str] = (), preview_every: int = 0
+        self,
+        jobs: Sequence[Job],
+        out: str | os.PathLike,
+        problems: Sequence[str] = (),
+        preview_every: int = 0,
+        sheet: int = 0,
+        show_base: bool = False,
     ) -> int:
-        """Draws the pictures that are not there yet, ``OUT/NAME.png``, and says how far it is and how long it takes.
+        """:meth:`attempt`, and says how many pictures there are.
+
+        Args:
+          jobs: and the next three: see there.
+          out: folder.
+          problems: of other jobs.
+          preview_every: steps.
+          sheet: so many of the jobs are shown in ``OUT/sheet.png`` (:mod:`mcm_jax.jobs.sheet`); 0 for none.
+          show_base: the sheet has what the base alone makes of each, from the same noise.
+
+        Returns:
+          How many were drawn.
+
+        Raises:
+          UserError: some could not be drawn: which, when the others and the sheet are there; or see :meth:`attempt`.
+        """
+        out = pathlib.Path(out)
+        expect(sheet >= 0, "sheet", "a number of pictures, or 0 (none)", sheet)
+        expect(sheet or not show_base, "show_base", "given with a sheet, which shows it", show_base)
+        if sheet:
+            self._check_own(SHEET, "--sheet", jobs, out)
+        done = self.attempt(jobs, out, problems, preview_every)
+        print(f"{len(done.new)} pictures drawn, {len(done.kept)} were there: {out}")
+        whole = {*done.new, *done.kept}
+        if sheet and (shown := [job for job in jobs if job.name in whole][:sheet]):
+            alone = self.alone(shown, self.batch_size(len(jobs))) if show_base else None
+            write_picture(out / SHEET, contact_sheet(shown, self.files, self.pipeline, out, alone))
+        if problems := done.problems:
+            more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+            listed = "\n".join(f"  {line}" for line in (*problems[:20], *more))
+            raise UserError(f"{len(problems)} jobs failed; the other pictures are in {out}:\n{listed}")
+        return len(done.new)
+
+    def attempt(
+        self, jobs: Sequence[Job], out: str | os.PathLike, problems: Sequence[str] = (), preview_every: int = 0
+    ) -> Drawn:
+        """Draws the pictures that are not there yet, ``OUT/NAME.png``, and shows how far it is and how long it takes.
 
         A picture that is there and carries a job's very settings stays. Jobs that cost alike are drawn together, so
         the order is not the list's. An interrupt leaves whole pictures, and the same call goes on.
@@ -153,65 +215,81 @@ class Drawer:
         Args:
           jobs: each of another name.
           out: folder.
-          problems: of other jobs, which are told at the end with those of these.
+          problems: of other jobs, which come with those of these.
           preview_every: steps after which ``OUT/preview.png`` shows the batch as it stands; 0 for none.
 
         Returns:
-          How many were drawn.
+          What became of them: an unreadable condition or a NaN is a problem of its job alone.
 
         Raises:
-          UserError: some could not be drawn (an unreadable condition, a NaN): which, when the others are; or the folder
-            cannot be written.
+          UserError: the folder cannot be written.
         """
-        if jax.process_count() > 1:  # each would look for itself which pictures are there
-            raise UserError("lists of jobs are drawn by one process; start it alone, or give each a list of its own")
-        out, problems, todo, drawn = pathlib.Path(out), list(problems), [], 0
-        if preview_every and any(f"{job.name}.png" == PREVIEW for job in jobs):
-            raise UserError(f"--preview_every: {PREVIEW} is a job's own picture; give that job another name")
+        out, problems, todo, new, kept = pathlib.Path(out), list(problems), [], [], []
         check_writable(out, "--out")
-        inputs = {os.path.realpath(path): key for job in jobs for key, path in job.files.items()}
         if preview_every:
-            check_target(out / PREVIEW, inputs, own=True)
+            self._check_own(PREVIEW, "--preview_every", jobs, out)
+        inputs = _inputs(jobs)
+        records: dict[str, dict[str, Any]] = {}
         for job in jobs:
             try:
-                record = self.record(job)
+                records[job.name] = self.record(job)
                 path = out / f"{job.name}.png"
-                if not is_drawn(path, record):
+                if is_drawn(path, records[job.name]):
+                    kept.append(job.name)
+                else:
                     check_target(path, inputs)
-                    todo.append((self._shared(job), self._cost(job), job, record))
+                    todo.append(job)
             except UserError as e:
                 problems.append(f"{job.source}: {e}")
-        todo.sort(key=lambda item: item[:2])
-        size = max(1, min(self.settings.batch_size, len(jobs)))  # the same when the command goes on
-        size = self.pipeline.filled(size)
-        groups = [list(group) for _, group in itertools.groupby(todo, lambda item: item[0])]
-        batches = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
-        steps = [self.steps(batch[0][2]) for batch in batches]
-        with Watch(sum(steps), (len(jobs), len(jobs) - len(todo)), out, preview_every) as watch:
+        size = self.batch_size(len(jobs))  # the same when the command goes on
+        batches = self._batches(todo, size)
+        steps = [self.steps(batch[0]) for batch in batches]
+        with Watch(sum(steps), (len(jobs), len(kept)), out, preview_every) as watch:
             for batch, count in zip(batches, steps, strict=True):
-                readable = [(job, record) for *_, job, record in batch if self._is_readable(job, problems)]
+                readable = [job for job in batch if self._is_readable(job, problems)]
                 if not readable:
                     watch.skip(count)
                     continue
-                images, there = self.sample([job for job, _ in readable], size, watch, watch.every), 0
-                for (job, record), image in zip(readable, images, strict=True):
+                images, there = self.sample(readable, size, watch, watch.every), len(new)
+                for job, image in zip(readable, images, strict=True):
                     if np.isfinite(image).all():
-                        texts = {TEXT: json.dumps(record)}
+                        texts = {TEXT: json.dumps(records[job.name])}
                         write_picture(out / f"{job.name}.png", pictures.to_uint8(image), texts)
-                        there += 1
+                        new.append(job.name)
                     else:
                         problems.append(
-                            f"{job.source} ({job.name}, seed {job.seed}): came out as NaN and was not written; "
-                            f"take less guidance and strength, or float32"
+                            f"{job.source} ({job.name}, seed {job.seed}): came out as NaN and was not written; take "
+                            f"less guidance and strength, or --dtype=float32"
                         )
-                drawn += there
-                watch.drawn(there)
-        print(f"{drawn} pictures drawn, {len(jobs) - len(todo)} were there: {out}")
-        if problems:
-            more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-            listed = "\n".join(f"  {line}" for line in (*problems[:20], *more))
-            raise UserError(f"{len(problems)} jobs failed; the other pictures are in {out}:\n{listed}")
-        return drawn
+                watch.drawn(len(new) - there)
+        return Drawn(new, kept, problems)
+
+    def alone(self, jobs: Sequence[Job], batch_size: int) -> dict[str, np.ndarray]:
+        """What the base makes of jobs without control, uint8 ``[H, W, 3]`` by their names; their files are read."""
+        free = [dataclasses.replace(job, settings=job.settings.but(guidance=0.0)) for job in jobs]
+        found, batches = {}, self._batches(free, batch_size)
+        with Watch(sum(self.steps(batch[0]) for batch in batches), (len(jobs), 0)) as watch:
+            for batch in batches:
+                images = pictures.to_uint8(np.nan_to_num(self.sample(batch, batch_size, watch, watch.every)))
+                found |= {job.name: image for job, image in zip(batch, images, strict=True)}
+                watch.drawn(len(batch))
+        return found
+
+    def batch_size(self, count: int) -> int:
+        """Of so many jobs: the settings', or less for few, as far as the devices divide it."""
+        return self.pipeline.filled(max(1, min(self.settings.batch_size, count)))
+
+    def _batches(self, jobs: Sequence[Job], size: int) -> list[list[Job]]:
+        """Jobs that share a batch, those that cost alike together."""
+        sorted_ = sorted(((self._shared(job), self._cost(job), i) for i, job in enumerate(jobs)))
+        groups = [[jobs[i] for *_, i in group] for _, group in itertools.groupby(sorted_, lambda item: item[0])]
+        return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+
+    def _check_own(self, name: str, flag: str, jobs: Sequence[Job], out: pathlib.Path) -> None:
+        """Raises UserError where a picture beside the jobs' would replace something."""
+        if any(f"{job.name}.png" == name for job in jobs):
+            raise UserError(f"{flag}: {name} is a job's own picture; give that job another name")
+        check_target(out / name, _inputs(jobs), own=True)
 
     def steps(self, job: Job) -> int:
         """Sampling steps that a job takes. Raises UserError where the base's schedule does not have them."""
@@ -255,6 +333,11 @@ class Drawer:
             text = " with text guidance" if guided else ""
             what = f"compiling, once: batches of {batch_size}, {width}x{height} pixels{text}"
             tqdm.write(what, file=sys.stderr)
+
+
+def _inputs(jobs: Iterable[Job]) -> dict[str, str]:
+    """What is drawn from: what messages call each file, by its real path."""
+    return {os.path.realpath(path): key for job in jobs for key, path in job.files.items()}
 
 
 _noise = jax.jit(sampling.initial_noise, static_argnums=1)

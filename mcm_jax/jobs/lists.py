@@ -170,6 +170,7 @@ def replay(
     preview_every: int = 0,
     base: str | None = None,
     accept_base: bool = False,
+    dtype: str | None = None,
     **changes: Any,
 ) -> None:
     """Draws a picture again from the settings that it carries, to ``OUT/NAME.png``.
@@ -180,6 +181,7 @@ def replay(
       workdir: where the MCM is, or the MCMs are, if no more where they were.
       preview_every: see :meth:`Drawer.draw`.
       base: another base than it was drawn on, as :class:`Drawer` takes it, with ``accept_base``.
+      dtype: another one than it was computed in.
       changes: what shall be otherwise: :data:`mcm_jax.jobs.CONTROLS`, or fields of
         :class:`mcm_jax.sampling.SamplingSettings`; None is as it was.
 
@@ -204,7 +206,9 @@ def replay(
     # What it was drawn on was accepted then. What is typed is checked with what the picture says, not with the run's.
     batch_size = changes.get("batch_size")
     place_of_base = said.get("base_path") if base is None else base
-    drawer = Drawer(place, place_of_base, base is None or accept_base, batch_size=batch_size)
+    drawer = Drawer(
+        place, place_of_base, base is None or accept_base, dtype or said.get("dtype"), batch_size=batch_size
+    )
     drawer.check_text(changes, "--")
     digests, found = ([d] if isinstance(d, str) else d for d in (digest, drawer.recorder.facts["mcm_sha256"]))
     if digests != found:

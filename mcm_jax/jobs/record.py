@@ -40,12 +40,13 @@ class Recorder:
       workdirs: of the MCMs.
       pipeline: base and MCMs.
       base: where the base is, if not where the config says.
+      dtype: what is computed in, if not in what the config says.
 
     Attributes:
       facts: what all its pictures say; of one MCM its folder, digest and step, of several lists of these.
     """
 
-    def __init__(self, workdirs: Sequence[str], pipeline: Pipeline, base: str | None = None):
+    def __init__(self, workdirs: Sequence[str], pipeline: Pipeline, base: str | None = None, dtype: str | None = None):
         self._pipeline, self._sha256 = pipeline, functools.lru_cache(4096)(sha256)
         of_each = {
             "workdir": list(workdirs),
@@ -58,6 +59,7 @@ class Recorder:
             "fingerprint": pipeline.base.fingerprint,
             "schedule": pipeline.base.schedule.options,
             **({} if base is None else {"base_path": base}),
+            **({} if dtype is None else {"dtype": dtype}),
             "device": jax.devices()[0].device_kind,
             "versions": {"mcm_jax": __version__, "jax": jax.__version__},
         }

@@ -37,7 +37,9 @@ class Watch:
       preview_every: steps after which it is written anew; 0 for none.
     """
 
-    def __init__(self, steps: int, pictures: tuple[int, int], out: pathlib.Path, preview_every: int = 0):
+    def __init__(
+        self, steps: int, pictures: tuple[int, int], out: pathlib.Path = pathlib.Path(), preview_every: int = 0
+    ):
         expect(preview_every >= 0, "preview_every", "steps, or 0 (none)", preview_every)
         (self.total, self.done), self.preview_every, self.path = pictures, preview_every, out / PREVIEW
         self.every, self.step, self._shows = math.gcd(max(steps // 50, 1), preview_every), 0, False

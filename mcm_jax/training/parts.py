@@ -77,6 +77,11 @@ def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Me
         check_writable(workdir, "--workdir")
     if finished:
         return Parts(card, modulator)
+    if not card.is_of_pixels and settings.mcm.x0_clip == 1 and "x0" in settings.mcm.inputs:
+        print(
+            f"mcm.x0_clip is 1, the bound of pixels, but {card.name} works on latents, whose estimates it cuts off: "
+            f"take --config.mcm.x0_clip=4"
+        )
     # What is wrong with the data leaves no workdir.
     if opened and _samples(settings):
         if cache.load_base:
