@@ -2,7 +2,8 @@
 
 python sample.py --segmentation=docs/examples/segmentation.png --sketch=docs/examples/sketch.png --out=runs/samples
 
-Either condition may be left out. A list of pictures, each with its own conditions and settings (docs/sampling.md):
+Either condition may be left out; one of any other modality is --condition=NAME=PICTURE. A list of pictures, each with
+its own conditions and settings (docs/sampling.md):
 
 python sample.py --jobs=jobs.jsonl --out=runs/list      # or --conditions=FOLDER; the same command goes on
 python sample.py --replay=runs/list/000001.png --out=runs/again

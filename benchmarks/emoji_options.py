@@ -3,7 +3,8 @@
 python -m benchmarks.emoji_options --steps=700 --out=benchmarks/results/emoji_options.json
 
 Mean IoU (by colour, without the pixels that a border runs through) and F1 of lines over held-out examples, at the
-strengths given, 16 DDIM steps, one seed; each row at the learning rates given. The same command goes on.
+strengths given, 16 steps of the config's sampler (docs/emoji.md has DDIM, the default then), one seed; each row at the
+learning rates given. The same command goes on.
 """
 
 import argparse

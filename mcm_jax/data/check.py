@@ -3,7 +3,8 @@
 python -m mcm_jax.data check DATA --base=scenes-ddpm --out=runs/check
 
 Each problem is fatal, which training refuses with the same words, or a warning. The table of all that there are is in
-docs/check.md. Exits with status 1 if there is a fatal one; else the command that trains is the last line.
+docs/check.md. Exits with status 1 if there is a fatal one; else it ends with the command that trains, and with --out
+where check.html is.
 """
 
 import argparse

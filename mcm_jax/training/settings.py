@@ -45,7 +45,7 @@ class TrainSettings:
       keep: how many of the newest checkpoints stay.
       best: which number of the evaluations while training tells the best MCM, kept in ``best/``: ``held_out_loss``,
         ``held_out_mse``; ``mean_iou``, ``edge_f1``, ``ms_ssim``, ``depth_rmse``, ``delta_e``, ``angular_error``,
-        ``pck`` of the judges (section ``evaluation``). '' keeps none.
+        ``pck``, ``clip_score``, ``facts`` of the judges (section ``evaluation``). '' keeps none.
       validate_every: steps between validation pictures; 0 is never.
       evaluate_every: steps between evaluations on held-out examples; 0 is never.
       held_out: examples of these.
