@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcm_jax.base import Base
+from mcm_jax.base import Base, blocks
 from mcm_jax.base.autoencoders import AutoencoderKL, AutoencoderKLConfig
 from mcm_jax.base.clip import CLIPText, CLIPTextConfig
 from mcm_jax.base.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
@@ -119,7 +119,10 @@ def flops(function: Callable, *arguments: Any) -> float:
 
     Not of the optimised program: on a GPU that calls libraries, whose operations XLA does not count.
     """
-    with unittest.mock.patch.object(jax, "default_backend", lambda: "cpu"):  # attention in XLA's operations, too
+    with (  # attention in XLA's operations, too, and not in a loop, which it counts once
+        unittest.mock.patch.object(jax, "default_backend", lambda: "cpu"),
+        unittest.mock.patch.object(blocks, "loops_over_heads", lambda: False),
+    ):
         lowered = jax.jit(lambda *args: function(*args)).trace(*arguments).lower(lowering_platforms=("cpu",))
     analysis = lowered.cost_analysis()
     return float((analysis[0] if isinstance(analysis, list) else analysis)["flops"])
