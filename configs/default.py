@@ -24,6 +24,7 @@ SIZES = {
 SHORT = {
     "data.size": 1_500,
     "train.steps": 500,
+    "train.checkpoint_every": 100,  # what a kill can lose
     "train.evaluate_every": 500,
     "train.held_out": 64,
     "sampling.steps": 12,

@@ -15,13 +15,12 @@ import difflib
 import functools
 import json
 import math
-import operator
 import os
 import pathlib
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import ml_collections
@@ -85,25 +84,28 @@ def read(cls: type[T], config: Mapping[str, Any], *, where: str = "config", othe
         raise UserError(f"{where}.{e}") from e
 
 
-def override(settings: T, changes: Mapping[str, Any]) -> T:
-    """Settings with some keys changed.
+def override(
+    cls: type, config: Mapping[str, Any] | ml_collections.ConfigDict, changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A config with some keys changed, as dicts; :func:`read` says whether their values are right.
 
     Args:
-      settings: stay as they are.
-      changes: values by dotted keys, e.g. ``{"train.steps": 100}``.
+      cls: the dataclass of settings that it is a config of.
+      config: stays as it is.
+      changes: values by dotted keys, e.g. ``{"train.steps": 100}``. Mappings and named sections take any name, whether
+        the config has it or not.
 
     Raises:
-      UserError: a key that the settings do not have, or a value that :func:`read` refuses.
+      UserError: a key that no config has.
     """
-    tree = to_dict(settings)
-    known = _flat(tree)
+    tree = given(config)
     for key, value in changes.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(f"config.{key}: unknown key{f', meant {near[0]}?' if near else ''} ({_ALL_KEYS})")
         *sections, name = key.split(".")
-        functools.reduce(operator.getitem, sections, tree)[name] = value
-    return read(type(settings), tree)
+        if not _has(cls, [*sections, name]):
+            near = difflib.get_close_matches(key, flatten(cls()), n=1)
+            raise UserError(f"config.{key}: unknown key{f', meant {near[0]}?' if near else ''} ({_ALL_KEYS})")
+        functools.reduce(lambda section, part: section.setdefault(part, {}), sections, tree)[name] = value
+    return tree
 
 
 def default(cls: type) -> ml_collections.ConfigDict:
@@ -261,6 +263,24 @@ def _named(kind: Any) -> bool:
     return typing.get_origin(kind) is tuple and dataclasses.is_dataclass(typing.get_args(kind)[0])
 
 
+def _is_mapping(kind: Any) -> bool:
+    origin = typing.get_origin(kind)
+    return origin is not None and issubclass(origin, Mapping)
+
+
+def _has(kind: Any, parts: Sequence[str]) -> bool:
+    """Whether a type has the key of these parts, and it holds a value: no section, no mapping."""
+    if not parts:
+        return not (dataclasses.is_dataclass(kind) or _is_mapping(kind))
+    if not dataclasses.is_dataclass(kind):
+        return _is_mapping(kind) and len(parts) == 1
+    types_of = _fields(kind)[1]
+    rest = next((name for name, of in types_of.items() if _named(of)), None)
+    if parts[0] in types_of.keys() - {rest}:
+        return _has(types_of[parts[0]], parts[1:])
+    return rest is not None and _has(typing.get_args(types_of[rest])[0], parts[1:])
+
+
 def _read_named(kind: Any, name: str, entry: Any, where: str) -> Any:
     known = {key: field for key, field in _fields(kind)[0].items() if key != "name"}
     wanted = [key for key, field in known.items() if field.default is dataclasses.MISSING]  # others may be younger
@@ -292,7 +312,7 @@ def _value(kind: Any, found: Any, where: str) -> Any:
         if isinstance(found, str) or not isinstance(found, list | tuple):
             refuse("a list")
         return tuple(_value(typing.get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(found))
-    if origin is not None and issubclass(origin, Mapping):
+    if _is_mapping(kind):
         if not isinstance(found, Mapping | ml_collections.ConfigDict):
             refuse("a section")
         return {str(k): _value(typing.get_args(kind)[1], v, f"{where}.{k}") for k, v in found.items()}

@@ -109,6 +109,24 @@ def test_every_mistake_names_its_key(changes, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_keys_are_overridden_wherever_a_name_may_stand():
+    changes = {"section.size": 5, "parts.c.weight": 3.0, "parts.glue": False, "notes.x": "y"}
+    found = config_lib.read(Whole, config_lib.override(Whole, GIVEN, changes))
+    assert found.section.size == 5 and found.notes == {"x": "y"} and not found.parts.glue
+    assert found.parts.all_of_them[-1] == Part("c", 3.0) and GIVEN["section"]["size"] == 2
+    for key in (
+        "section",
+        "section.sise",
+        "section.size.x",
+        "parts.c",
+        "parts.c.wait",
+        "parts.all_of_them",
+        "notes.a.b",
+    ):
+        with pytest.raises(UserError, match=f"config.{key}: unknown key"):
+            config_lib.override(Whole, GIVEN, {key: 1})
+
+
 def test_a_missing_section_is_named():
     with pytest.raises(UserError, match="lacks section.size, section.young, parts.all_of_them, parts.glue"):
         config_lib.read(Whole, {"seed": 1})

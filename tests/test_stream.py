@@ -8,7 +8,6 @@ import pytest
 import tiny
 from PIL import Image
 
-from mcm_jax import config as config_lib
 from mcm_jax import sharding
 from mcm_jax.base import load_base
 from mcm_jax.data.inputs import Streamed, prepare, prepared_bytes
@@ -77,6 +76,6 @@ def test_a_run_streams_what_is_large(small_path, tmp_path, monkeypatch, capsys):
     assert tiny.metrics_of(tmp_path / str(2**32)) == tiny.metrics_of(tmp_path / str(limit))
     assert "held_out_loss" in tiny.metrics_of(tmp_path / str(limit))[-1]
     settings = tiny.settings_of(config)
-    changed = config_lib.override(settings, {"data.stream": "on", "data.unreadable": "skip"})
+    changed = tiny.changed(settings, {"data.stream": "on", "data.unreadable": "skip"})
     allowed, wrong = differences(settings, changed)
     assert len(allowed) == 2 and not wrong

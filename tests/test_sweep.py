@@ -2,26 +2,39 @@
 
 import csv
 import dataclasses
+import errno
 import json
+import pathlib
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
+import time
+import types
 
 import numpy as np
 import pytest
 import tiny
+from absl import flags
+from ml_collections import config_flags
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from test_training import _kill, _Killed, _signal
 
+from configs import folder as folder_config
 from configs import scenes
-from mcm_jax import config, sweep
-from mcm_jax.errors import Interrupted, UserError
+from mcm_jax import config as config_lib
+from mcm_jax import sweep
+from mcm_jax.errors import Busy, Interrupted, UserError
 from mcm_jax.files import lock
+from mcm_jax.modalities import Modality
+from mcm_jax.sweep import folder as folders
 from mcm_jax.sweep import outcomes, plots, results, run, trials
 from mcm_jax.sweep.run import run_sweep
-from mcm_jax.training import caching, loop, step, train_and_evaluate
+from mcm_jax.training import caching, loop, read_run, step, train_and_evaluate
+from mcm_jax.training import settings as settings_lib
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
@@ -33,6 +46,17 @@ def get_hyper():
     return sweep.product(
         [{"train.learning_rate": 1e-3}], sweep.values("seed", [0, 1])
     ) + [{"train.learning_rate": 2e-3, "seed": 0}]
+"""
+# The same by another label, and with a key that may change in a run.
+RENAMED = """
+from mcm_jax import sweep
+
+def get_hyper():
+    return sweep.product(
+        [{"train.log_every": 7}],
+        sweep.choices("rate", {"low": {"train.learning_rate": 1e-3}}),
+        sweep.values("seed", [0, 1]),
+    ) + [{"train.learning_rate": 2e-3, "seed": 0, "train.log_every": 7}]
 """
 ROWS = [(0.001, 0), (0.001, 1), (0.002, 0)]
 NAMES = [f"{i:03d}_learning_rate={rate}_seed={seed}" for i, (rate, seed) in enumerate(ROWS)]
@@ -106,7 +130,8 @@ def test_a_search_is_repeatable_and_stays_in_its_bounds():
 
 
 def _read(hyper, changes=()):
-    return trials.read(tiny.settings_of(small("nowhere", changes)), hyper)
+    config = small("nowhere", changes)
+    return trials.read(config, tiny.settings_of(config), hyper)
 
 
 def test_folders_are_short_safe_and_say_what_differs():
@@ -124,6 +149,54 @@ def test_folders_are_short_safe_and_say_what_differs():
     assert all(t.settings.train.evaluate_every == 2 for t in found)
     # A trial that leaves a key alone has the config's value.
     assert [t.labels for t in _read([{}, {"train.steps": 5}])] == [{"steps": 4}, {"steps": 5}]
+    # Or its choice's.
+    hyper = sweep.choices("form", {"paper": {"train.learning_rate": 1e-5}}) + sweep.values("train.learning_rate", [0.1])
+    assert [t.labels["learning_rate"] for t in _read(hyper)] == [1e-5, 0.1]
+
+
+def test_a_trial_takes_what_the_command_line_takes():
+    depth = {"modalities.depth.kind": "map", "modalities.depth.channels": 1, "evaluation.judges.depth": "none"}
+    hyper = [{}, {"modalities.sketch.kind": "none"}, depth]
+    found = _read(hyper, {"data.name": "folder", "data.path": "data"})
+    names = [[m.name for m in t.settings.modalities.shown] for t in found]
+    assert names == [["segmentation", "sketch"], ["segmentation"], ["depth", "segmentation", "sketch"]]
+    assert found[1].overrides == hyper[1] and found[1].labels["modalities.sketch.kind"] == "none"
+    assert found[2].settings.evaluation.judges["depth"] == "none"
+    numpy = {"seed": np.int64(3), "mcm.inputs": np.array(["eps"]), "train.learning_rate": np.float64(0.5)}
+    assert _read([numpy])[0].overrides == {"seed": 3, "mcm.inputs": ["eps"], "train.learning_rate": 0.5}
+
+
+def test_each_trial_has_the_modalities_of_its_own_folder(tmp_path, monkeypatch):
+    """Also when the sweep goes on, its data gone."""
+    looked = []
+
+    def discover(path, said, share):
+        looked.append(path)
+        m = Modality("areas", said.get("areas", {}).get("kind", "labels"), {"a": 3, "b": 5}[path])
+        return types.SimpleNamespace(findings=[types.SimpleNamespace(modality=m)])
+
+    monkeypatch.setattr(settings_lib, "discover", discover)
+    config = folder_config.get_config()
+    config.data.path = "a"
+    base = read_run(config)
+    hyper = [{"modalities.areas.kind": "map"}, {"data.path": "b"}, {"seed": 1}, {}]
+    found = trials.read(config, base, hyper)
+    shown = [(m.kind, m.channels) for t in found for m in t.settings.modalities.shown]
+    assert shown == [("map", 3), ("labels", 5), ("labels", 3), ("labels", 3)] and looked == ["a", "a", "b"]
+    folders.claim(base, found, tmp_path)
+    assert folders.find(tmp_path) is None
+    (tmp_path / found[0].name).mkdir()
+    config_lib.save(found[0].settings, tmp_path / found[0].name)
+    begun = folders.find(tmp_path)
+    assert begun.base == base and begun.trials == [t.settings for t in found]
+    assert trials.read(config, read_run(config, known=begun.base.modalities.shown), hyper, begun.trials) == found
+    assert len(looked) == 3
+    # Older sweeps had the config's modalities, but for what a trial overrides of them.
+    content = json.loads((tmp_path / "sweep.json").read_text())
+    for entry in content["trials"]:
+        del entry["modalities"]
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    assert [t.modalities.shown[0].channels for t in folders.find(tmp_path).trials] == [3, 3, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +211,10 @@ def test_folders_are_short_safe_and_say_what_differs():
         ([{"seed": 1}, {}, {"seed": 1}], "trials 0 and 2 of the sweep are the same: seed=1 and seed=1"),
         ([{}, {"seed": 0}], "trials 0 and 1 of the sweep are the same: nothing overridden and seed=0"),
         ([{"form": sweep.Choice("a", {"seed": 1}), "seed": 2}], "trial 0 of the sweep sets seed twice"),
+        (
+            [{"form": sweep.Choice(name, {"train.steps": steps})} for name, steps in (("a", 5), ("b", 6), ("a", 7))],
+            "trials 0 and 2 of the sweep .000_form=a, 002_form=a. have the same labels, but differ in train.steps",
+        ),
     ],
 )
 def test_all_trials_are_checked_and_named(hyper, words):
@@ -172,6 +249,9 @@ def test_a_bad_sweep_is_explained_and_writes_nothing(script, small_path, tmp_pat
         (["--sweep={sweep}", "--sweep_index=3"], ["--sweep_index=3", "3 trials, 0 to 2"]),
         (["--sweep={sweep}", "--sweep_index=-1"], ["--sweep_index=-1", "3 trials"]),
         (["--sweep={sweep}", "--sweep_width=0"], ["--sweep_width=0", "at least 1"]),
+        (["--sweep={sweep}", "--sweep_width=2", "--sweep_mode=serial"], ["--sweep_width=2", "--sweep_mode=serial"]),
+        (["--sweep={sweep}", "--sweep_width=2", "--sweep_index=1"], ["--sweep_width=2", "--sweep_index=1"]),
+        (["--sweep={sweep}", "--sweep_mode=together", "--sweep_index=1"], ["--sweep_index=1", "together"]),
         (["--sweep_index=1"], ["--sweep_index goes with --sweep"]),
         (["--sweep={sweep}", "--profile=1:2"], ["sweep", "profile"]),
         (["--sweep={sweep}", "--sweep_mode=parallel"], ["sweep_mode", "together"]),
@@ -222,12 +302,17 @@ def test_the_report_averages_seeds_and_names_the_best(whole):
     assert "3 trials: 3 done" in text and "`loss`" in text
 
 
-def test_the_metric_is_the_files_or_the_first_that_all_have(whole, small_path, folder):
-    settings = tiny.settings_of(small(small_path))
-    found = outcomes.collect(trials.read(settings, trials.load(save(folder))[0]), whole)
+def test_the_metric_is_the_files_or_the_first_that_all_have(whole, folder):
+    found = outcomes.collect(_read(trials.load(save(folder))[0]), whole)
     assert outcomes.metric_of(found, None) == "loss" and outcomes.metric_of(found, "mse") == "mse"
-    with pytest.raises(UserError, match=r"METRIC='edge_f1' .*trial 0 \(.*did not measure it, but .*mse_of_base"):
-        outcomes.metric_of(found, "edge_f1")
+    # What has not measured it is not ranked, and nothing else is held up.
+    text = results.summary(found, whole, outcomes.metric_of(found, "edge_f1"), ["train.py"])
+    assert re.search(r"done without a finite `edge_f1`: trials 0, 1, 2\. METRIC may be one of .*mse_of_base", text)
+    assert "done without" not in results.summary(found, whole, "loss", ["train.py"])
+    # Nor does an older number stand for the MCM at the end.
+    older = dataclasses.replace(found[0], reports=[{"step": 2, "mean_iou": 0.9}, *found[0].reports])
+    assert older.score("mean_iou") is None and older.score("loss") == found[0].score("loss")
+    assert dataclasses.replace(older, status="unfinished").numbers["mean_iou"] == 0.9
     # Seeds are averaged before settings are ranked: the best trial need not be the highest of all.
     scored = [
         dataclasses.replace(o, reports=[*o.reports, {"step": 4, "held_out_loss": 1.0, "mean_iou": value}])
@@ -251,6 +336,11 @@ def test_losses_that_do_not_compare_are_pointed_out(tmp_path):
         results.write(found, tmp_path, "held_out_mse", ["python", "train.py"])
         text = (tmp_path / "results.md").read_text()
         assert f"The trials differ in {key}, and `held_out_mse` compares only" in text and "METRIC" not in text
+    for key in ("data.seed", "train.held_out"):
+        of_examples = outcomes.collect(_read(sweep.values(key, [5, 6])), tmp_path)
+        results.write(of_examples, tmp_path, "held_out_loss", ["python", "train.py"])
+        text = (tmp_path / "results.md").read_text()
+        assert f"differ in {key}, and `held_out_loss` compares only where these are the same.\n" in text
     results.write(found, tmp_path, "mean_iou", ["python", "train.py"])
     text = (tmp_path / "results.md").read_text()
     assert "2 trials: 2 not begun" in text and "The trials differ" not in text and "The best" not in text
@@ -270,6 +360,41 @@ def test_tensorboard_shows_the_hyperparameters(whole):
         assert {k: v.number_value for k, v in start.hparams.items()} == {"learning_rate": rate, "seed": seed}
         tags = {m.name.tag for m in found["_hparams_/experiment"].experiment.metric_infos}
         assert {"loss", "mse"} <= tags and "_hparams_/session_end_info" in found
+
+
+def test_hyperparameters_that_were_cut_off_are_written_again(tmp_path, monkeypatch):
+    outcome = outcomes.Outcome(_read([{}])[0], "done", 4, [{"step": 4, "loss": 1.0}])
+    with monkeypatch.context() as patch:
+        patch.setattr("tensorboardX.event_file_writer.EventsWriter.close", lambda _: _kill())
+        with pytest.raises(_Killed):
+            results._write_hparams(outcome, tmp_path)
+    for _ in range(2):
+        results._write_hparams(outcome, tmp_path)
+        (path,) = tmp_path.iterdir()
+        assert path.suffix == ".hparams" and path.stat().st_size
+
+
+def test_the_commands_of_the_best_are_typed_as_flags_are_read():
+    """Tuples, quotes, spaces, and a modality that is left out."""
+    hyper = {"mcm.inputs": ("x_t", "eps"), "train.wandb": 'it\'s "mine"', "evaluation.strengths": (1.5,)}
+    hyper |= {"modalities.sketch.kind": "none", "data.name": "folder", "data.path": "my data"}
+    (trial,) = _read([hyper])
+    command = ["python", "train.py", *tiny.config_flags("nowhere", CHANGES)]
+    alone, sample = results.commands(outcomes.Outcome(trial, "done", 4, []), pathlib.Path("a run"), command)
+    argv, values = shlex.split(alone)[1:], flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", None, "", values, lock_config=True, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "", values)
+    values(argv)
+    assert read_run(holder.value) == trial.settings and values.workdir == "a run_best"
+    assert shlex.split(sample)[3:-1] == ["--segmentation=PICTURE"]  # there is none of these data
+
+
+def test_dollars_are_drawn_as_they_are(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = {"5$ or $\\less": {}, "$": {"train.steps": 5}}
+    found = _read(sweep.product(sweep.choices("cost", names), sweep.choices("$\\x$", {"a": {}, "b": {"seed": 1}})))
+    scored = [outcomes.Outcome(t, "done", 4, [{"step": 4, "loss": 1.0}]) for t in found]
+    assert plots.draw(scored, tmp_path / "results.png", "loss")
 
 
 def test_the_picture_is_drawn_or_said_to_be_left_out(whole, tmp_path, monkeypatch, capsys):
@@ -342,6 +467,24 @@ def test_killed_stopped_and_ended_by_a_job_array_it_is_the_uninterrupted_one(
     assert f"{best} is finished" in script("train.py", *again).out  # it is that trial's own config
 
 
+def test_a_process_that_is_killed_leaves_what_the_same_command_ends(script, small_path, folder, whole, tmp_path):
+    """A real SIGKILL, as soon as a trial has a checkpoint."""
+    workdir = _begun(whole, tmp_path / "run", 1, 2)
+    arguments = [*tiny.config_flags(small_path, CHANGES), f"--sweep={save(folder)}", f"--workdir={workdir}"]
+    arguments.append("--sweep_mode=serial")
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments],
+        **dict(cwd=tiny.ROOT, env=tiny.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
+    )
+    until = time.monotonic() + 120
+    while process.poll() is None and not (workdir / NAMES[1] / "checkpoints/2").exists() and time.monotonic() < until:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    assert script("train.py", *arguments).status == 0
+    assert table(workdir) == table(whole)
+
+
 def test_a_trial_that_diverges_is_recorded_and_the_others_go_on(
     small_path, folder, whole, tmp_path, monkeypatch, capsys
 ):
@@ -373,20 +516,31 @@ def test_a_workdir_of_another_sweep_or_a_run_is_refused(small_path, folder, whol
     with pytest.raises(UserError, match=r"(?s)another sweep.*train.ema_decay: there 0.999, now 0.9\n.*Take another"):
         serially(small(small_path, {"train.ema_decay": 0.9}), save(folder), whole)
     other = save(tmp_path, SWEEP.replace("2e-3", "3e-3").rstrip() + " + [{'sampling.steps': 1001}]")
-    words = (
-        r"(?s)trials: there 3, now 4\n  trial 2: there train.learning_rate=0.002, seed=0, now train.learning_rate=0.003"
-    )
+    words = r"(?s)trials: there 3, now 4\n  trial 2: train.learning_rate: there 0.002, now 0.003"
     with pytest.raises(UserError, match=words):
         serially(small(small_path), other, whole)
     with pytest.raises(UserError, match="holds a run, expected a sweep"):
         serially(small(small_path), save(folder), whole / NAMES[0])
+    with pytest.raises(UserError, match="holds a sweep, expected a run or nothing.*--sweep=FILE"):
+        train_and_evaluate(small(small_path), whole)
+    keys = save(tmp_path, SWEEP.replace('"seed": 0}', '"seed": 0, "train.keep": 5}'), "keys.py")
+    with pytest.raises(UserError, match="trial 2: train.keep: there 2, now 5\n"):  # it tells trials apart
+        serially(small(small_path), keys, whole)
     # What may change in a run may change in a sweep; one that has not begun is nobody's.
     workdir = _begun(whole, tmp_path / "run")
     serially(small(small_path, {"train.keep": 5}), save(folder), workdir)
     assert json.loads((workdir / "sweep.json").read_text())["config"]["train"]["keep"] == 5
     serially(small(small_path, {"cache.mode": "on"}), save(folder), workdir)  # as a run takes it
+    (workdir / "cache" / caching.store.MANIFEST).touch()  # as precompute.py makes one there
+    serially(small(small_path), save(tmp_path, RENAMED, "renamed.py"), workdir)
+    assert f"{workdir}/cache is a cache that no trial reads" in capsys.readouterr().out
+    assert [row["workdir"] for row in table(workdir)] == NAMES and table(workdir)[0]["rate"] == "low"
+    assert sorted(p.name for p in workdir.iterdir() if re.match(r"\d", p.name)) == NAMES
     (tmp_path / "new" / NAMES[0]).mkdir(parents=True)  # made before its data were looked at
     shutil.copy(whole / "sweep.json", tmp_path / "new")
+    (tmp_path / "new/cache/0/held_out-4").mkdir(parents=True)
+    with lock(tmp_path / "new/cache/0/held_out-4", "building", ""), pytest.raises(Busy, match="building a cache"):
+        folders.claim(tiny.settings_of(small(small_path)), [], tmp_path / "new")
     with pytest.raises(UserError, match="trial 3 .*got 1001"):  # what is wrong now is not whose it is
         serially(small(small_path), other, tmp_path / "new")
 
@@ -414,6 +568,7 @@ def test_what_another_process_holds_is_waited_for_or_passed_over(
         with lock(tmp_path, "building", "path"):
             pass
 
+    monkeypatch.setattr(run.jax, "process_count", lambda: 2)  # the others of them wait for this one
     run._patiently(act)
     assert len(tries) == 3 and capsys.readouterr().out.count("waiting for it") == 1
 
@@ -426,6 +581,9 @@ def test_a_cache_is_shared_where_what_is_in_it_is_the_same(small_path, tmp_path)
     def made_of(settings):
         return caching.made_of(settings, card, caching._find(settings, card, "train").fingerprints())
 
+    def shared_by(settings):
+        return caching.shared_by(settings, card)
+
     same = {
         "seed": 1,
         "train.steps": 9,
@@ -433,9 +591,14 @@ def test_a_cache_is_shared_where_what_is_in_it_is_the_same(small_path, tmp_path)
         "loss.l1": 0.1,
         "modalities.drop_rate": 0.1,
         "train.held_out": 3,
+        **{
+            "mcm.conditions": "encoder",
+            "data.prompt_drop_rate": 0.5,
+        },  # which say nothing on bases of pixels, without text
     }
     for key, value in same.items():
-        assert caching.shared_by(config.override(base, {key: value})) == caching.shared_by(base), key
+        changed = tiny.changed(base, {key: value})
+        assert made_of(changed) == made_of(base) and shared_by(changed) == shared_by(base), key
     other = [{"draws.count": 3}, {"draws.seed": 1}, {"draws.density": [1.0, 2.0]}, {"draws.offset": 0.1}]
     other += [
         {"data.size": 9},
@@ -448,19 +611,21 @@ def test_a_cache_is_shared_where_what_is_in_it_is_the_same(small_path, tmp_path)
     # Caches of versions that did not know the key are found as long as it is not set.
     assert made_of(base)["modalities.segmentation"] == "labels, channels=6" and "ignore" not in repr(base.modalities)
     for changes in other:
-        changed = config.override(base, changes)
+        changed = tiny.changed(base, changes)
         assert made_of(changed) != made_of(base), changes
-        assert caching.shared_by(changed) != caching.shared_by(base), changes
+        assert shared_by(changed) != shared_by(base), changes
     shares = [{"data.name": "folder", "data.path": str(tmp_path), "data.held_out_share": s} for s in (0.1, 0.2)]
-    assert len({caching.shared_by(config.override(base, changes)) for changes in shares}) == 2
+    assert len({shared_by(tiny.changed(base, changes)) for changes in shares}) == 2
     (tmp_path / "test").mkdir()  # its own split is held out, whatever the share
-    assert len({caching.shared_by(config.override(base, changes)) for changes in shares}) == 1
+    assert len({shared_by(tiny.changed(base, changes)) for changes in shares}) == 1
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (tiny.ROOT / "configs/sweeps").glob("*.py")))
 def test_shipped_sweeps_read(name):
     hyper, metric = trials.load(tiny.ROOT / f"configs/sweeps/{name}.py")
-    assert metric == "mean_iou" and len(trials.read(tiny.settings_of(scenes.get_config()), hyper)) == len(hyper)
+    found = trials.read(scenes.get_config(), tiny.settings_of(scenes.get_config()), hyper)
+    assert metric == "mean_iou" and len(found) == len(hyper)
+    assert all(t.settings.train.checkpoint_every < t.settings.train.steps for t in found)  # a kill does not lose all
 
 
 def test_a_metric_that_no_trial_will_measure_is_refused_before_the_first_one(small_path, folder, tmp_path):
@@ -468,3 +633,20 @@ def test_a_metric_that_no_trial_will_measure_is_refused_before_the_first_one(sma
     with pytest.raises(UserError, match=r"METRIC='mean_iou'.*trial 0 \(.*has config.train.evaluate_every=0"):
         run_sweep(small(small_path, {"train.evaluate_every": 0}), path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    beside = small(small_path, {"train.evaluate_every": 2})  # a cache without the base
+    with pytest.raises(
+        UserError, match=r"METRIC='mean_iou'.*trial 0 \(.*no base to sample with: config.cache.load_base"
+    ):
+        run_sweep(beside, path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for metric, changes in (("images_per_second", {}), ("held_out_mse", {"train.evaluate_every": 2})):
+        outcomes.check_measured(_read([{}], changes), metric)
+
+
+def test_a_full_disk_is_told_before_the_first_trial(small_path, folder, tmp_path, monkeypatch):
+    def write(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folders, "write_atomically", write)
+    with pytest.raises(UserError, match=r"sweep.json could not be written .*No space.*Whole are 0 of 3 trials"):
+        run_sweep(small(small_path), save(folder), tmp_path / "run")

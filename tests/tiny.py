@@ -19,9 +19,10 @@ import pytest
 from absl import app, flags
 
 from configs import default
+from mcm_jax import config as config_lib
 from mcm_jax.base import load_base, loading
 from mcm_jax.data.pipeline import InMemory
-from mcm_jax.training import read_run, train_and_evaluate
+from mcm_jax.training import RunSettings, read_run, train_and_evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZE = 16
@@ -220,6 +221,11 @@ def leave_gaps(patch):
 def settings_of(config):
     """A config as the library has it."""
     return read_run(config)
+
+
+def changed(settings, changes):
+    """Settings with some keys changed."""
+    return read_run(config_lib.override(RunSettings, config_lib.to_dict(settings), changes))
 
 
 def modulator_of(config, base):

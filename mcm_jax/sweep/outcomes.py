@@ -7,20 +7,20 @@ import math
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mcm_jax import config
 from mcm_jax.errors import UserError
-from mcm_jax.sweep.trials import SEEDS, Trial
+from mcm_jax.sweep.trials import Trial, without_seeds
 from mcm_jax.training import RunSettings
 from mcm_jax.training.actions import DIVERGED as DIVERGED_FILE
-from mcm_jax.training.actions import less_is_better
+from mcm_jax.training.actions import HeldOutLoss, less_is_better
 from mcm_jax.training.workdir import saved_steps
 
 STATUSES = DONE, DIVERGED, UNFINISHED, WAITING = "done", "diverged", "unfinished", "not begun"
 ENDED = (DONE, DIVERGED)
 
-_OF_EACH_STEP = ("loss", "mse", "mse_of_base", "modulation", "gradient_norm")
+OF_THE_MACHINE = ("images_per_second", "input_wait")
+_OF_EACH_STEP = ("loss", "mse", "mse_of_base", "modulation", "gradient_norm", "learning_rate", *OF_THE_MACHINE)
 _RANKED_BY = ("mean_iou", "edge_f1", "held_out_loss", "loss")  # the first that all trials have
 
 
@@ -42,10 +42,10 @@ class Outcome:
 
     @functools.cached_property
     def numbers(self) -> dict[str, float]:
-        """The last of each."""
+        """The last of each; of a trial that is done those of its end alone, as older ones are not the MCM's."""
         last: dict[str, float] = {}
         for report in self.reports:
-            last |= report
+            last |= report if self.status != DONE or report["step"] == self.step else {}
         return {name: value for name, value in last.items() if name != "step"}
 
     def score(self, metric: str) -> float | None:
@@ -103,12 +103,21 @@ def _outcome(trial: Trial, workdir: pathlib.Path) -> Outcome:
 
 def check_measured(trials: Sequence[Trial], wanted: str | None) -> None:
     """Raises UserError where a trial will not have the number that the sweep file ranks by."""
+    if wanted is None or wanted in _OF_EACH_STEP:
+        return
     for trial in trials:
-        if wanted and wanted not in _OF_EACH_STEP and not trial.settings.train.evaluate_every:
+        t, cache = trial.settings.train, trial.settings.cache
+        if not t.evaluate_every:
             raise UserError(
                 f"METRIC={wanted!r} of the sweep file is measured on held-out examples, but {trial} has "
                 f"config.train.evaluate_every=0. Set it to every how many steps that shall be, or take one of "
                 f"{', '.join(_OF_EACH_STEP)}"
+            )
+        if wanted not in HeldOutLoss.names and cache.mode != "off" and not cache.load_base:
+            raise UserError(
+                f"METRIC={wanted!r} of the sweep file is measured on samples, but {trial} has no base to sample with: "
+                f"config.cache.load_base=False. Set it to True, or take one of "
+                f"{', '.join((*HeldOutLoss.names, *_OF_EACH_STEP))}"
             )
 
 
@@ -118,26 +127,17 @@ def metric_of(outcomes: Sequence[Outcome], wanted: str | None) -> str:
     Args:
       outcomes: of all trials.
       wanted: what the sweep file says; None for the first that all have of mean_iou, edge_f1, held_out_loss, loss.
-
-    Raises:
-      UserError: a trial is done that has not what is wanted.
     """
     done = [o for o in outcomes if o.status == DONE]
-    if wanted:
-        if lacking := [o for o in done if wanted not in o.numbers]:
-            raise UserError(
-                f"METRIC={wanted!r} of the sweep file: {lacking[0].trial} did not measure it, but "
-                f"{', '.join(lacking[0].numbers)}. Name one of these, and run the same command again"
-            )
-        return wanted
-    return next((name for name in _RANKED_BY if done and all(name in o.numbers for o in done)), _RANKED_BY[-1])
+    known = (name for name in _RANKED_BY if done and all(name in o.numbers for o in done))
+    return wanted or next(known, _RANKED_BY[-1])
 
 
 def settings_of(outcomes: Sequence[Outcome], metric: str) -> list[Setting]:
     """Trials gathered over seeds, the best first, and last those of which none is done."""
     groups: dict[tuple, list[Outcome]] = {}
     for outcome in outcomes:
-        groups.setdefault(tuple(_without_seeds(outcome.trial.labels).items()), []).append(outcome)
+        groups.setdefault(tuple(without_seeds(outcome.trial.labels).items()), []).append(outcome)
     rows = [
         Setting(dict(labels), group, [s for o in group if (s := o.score(metric)) is not None])
         for labels, group in groups.items()
@@ -151,7 +151,3 @@ def best_of(rows: Sequence[Setting], metric: str) -> Outcome | None:
     done = [o for o in rows[0].outcomes if o.score(metric) is not None]
     choose = min if less_is_better(metric) else max
     return choose(done, key=lambda o: o.score(metric), default=None)
-
-
-def _without_seeds(labels: Mapping[str, Any]) -> dict[str, Any]:
-    return {axis: value for axis, value in labels.items() if axis not in SEEDS}

@@ -73,12 +73,12 @@ def _over(plot: Any, axis: str, rows: Sequence[Setting], metric: str) -> None:
     if numeric and min(values) > 0 and max(values) >= 8 * min(values):
         plot.set_xscale("log")
     if not numeric or len(values) <= 6:
-        plot.set_xticks([at[v] for v in values], [f"{v:g}" if numeric else str(v) for v in values])
+        plot.set_xticks([at[v] for v in values], [f"{v:g}" if numeric else _text(v) for v in values])
         plot.minorticks_off()
     if not numeric:
         plot.tick_params(axis="x", labelrotation=30 if len(values) > 3 else 0)
-    plot.set_xlabel(axis)
-    plot.set_ylabel(metric)
+    plot.set_xlabel(_text(axis))
+    plot.set_ylabel(_text(metric))
     if any(lines):
         plot.legend(fontsize=7)
 
@@ -104,7 +104,7 @@ def _curves(plot: Any, outcomes: Sequence[Outcome], rows: Sequence[Setting], met
     if shown.endswith(("loss", "mse")):
         plot.set_yscale("log")
     plot.set_xlabel("step")
-    plot.set_ylabel(shown)
+    plot.set_ylabel(_text(shown))
     if any(plot.get_legend_handles_labels()[1]):
         plot.legend(fontsize=7)
 
@@ -115,4 +115,9 @@ def _curve(outcome: Outcome, name: str) -> list[tuple[float, float]]:
 
 def _named(row: Setting, without: str = "") -> str:
     shown = {axis: v for axis, v in row.labels.items() if axis != without}
-    return ", ".join(f"{axis}={v:g}" if isinstance(v, float) else f"{axis}={v}" for axis, v in shown.items())
+    return _text(", ".join(f"{axis}={v:g}" if isinstance(v, float) else f"{axis}={v}" for axis, v in shown.items()))
+
+
+def _text(value: Any) -> str:
+    """As it is: matplotlib would take what stands between dollars for mathematics."""
+    return str(value).replace("$", r"\$")

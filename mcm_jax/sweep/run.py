@@ -1,35 +1,35 @@
-"""The runs of a sweep: whose folder it is, whose turn, and what follows when one of them ends early."""
+"""The runs of a sweep: whose turn it is, and what follows when one of them ends early."""
 
-import dataclasses
+import contextlib
 import gc
-import json
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from mcm_jax import config as config_lib
 from mcm_jax import distributed, sharding
+from mcm_jax.base import BaseCard, BaseSettings
+from mcm_jax.cache import store
 from mcm_jax.errors import Busy, UserError
-from mcm_jax.files import check_writable, lock, write_atomically
+from mcm_jax.files import check_writable, lock
+from mcm_jax.sweep import folder as folders
 from mcm_jax.sweep import results
 from mcm_jax.sweep import trials as trials_lib
 from mcm_jax.sweep.outcomes import DONE, ENDED, Outcome, check_measured, collect, metric_of, status
 from mcm_jax.sweep.trials import Trial
-from mcm_jax.training import RunSettings, read_run, train_and_evaluate
+from mcm_jax.training import read_run, train_and_evaluate
 from mcm_jax.training.actions import Diverged
-from mcm_jax.training.caching import known_card, shared_by
+from mcm_jax.training.caching import known_card
 from mcm_jax.training.parts import fitting_modulator
 from mcm_jax.training.together import check_together, shared_by_all, train_together
-from mcm_jax.training.workdir import differences, is_disk_error
+from mcm_jax.training.workdir import is_disk_error
 
-FILE = "sweep.json"
 MODES = ("auto", "serial", "together")
 
 _LOOKS = 2.0  # seconds between two looks at what another process holds
-_SHOWN = 12  # lines of what differs
 
 
 def run_sweep(
@@ -66,28 +66,41 @@ def run_sweep(
       Interrupted: SIGINT or SIGTERM came; the state of what was training was saved.
     """
     workdir = pathlib.Path(workdir)
-    base = read_run(config, _begun(workdir))  # whose modalities are known, though the data may be gone
     if width is not None and width < 1:
         raise UserError(f"--sweep_width={width}: expected at least 1 trial on each device")
+    if width is not None and (mode == "serial" or index is not None):
+        apart = "--sweep_mode=serial" if index is None else f"--sweep_index={index}"
+        raise UserError(f"--sweep_width={width} is of trials that train together; leave it out with {apart}")
+    if index is not None and mode == "together":
+        raise UserError(f"--sweep_index={index} is one trial, alone; leave out --sweep_mode=together")
+    begun = folders.find(workdir)
+    base = read_run(config, known=begun and begun.base.modalities.shown)  # the data may be gone
     hyper, metric = trials_lib.load(sweep)
-    trials = trials_lib.read(base, hyper)
+    trials = trials_lib.read(config, base, hyper, begun.trials if begun else ())
     if index is not None and not 0 <= index < len(trials):
         raise UserError(f"--sweep_index={index}: the sweep has {len(trials)} trials, 0 to {len(trials) - 1}")
     check_measured(trials, metric)
-    _check_one_cache_a_path(trials)
-    trials = _with_caches(trials, workdir, _check_workdir(base, trials, workdir))
+    if begun:
+        folders.check_same(begun, trials, workdir)
+    card = _cards(workdir)
+    trials = folders.placed(trials, workdir, begun, card)
     groups = [[trials[index]]] if index is not None else groups_of(trials, mode)
-    _check_fit([trial for group in groups for trial in group], workdir)
+    _check_fit([trial for group in groups for trial in group], workdir, card)
     distributed.synchronise("sweep")  # all have read what the first one writes
     if distributed.is_first():
         check_writable(workdir, "--workdir")
-        _patiently(lambda: _claim(base, trials, workdir))
+        with _disk_errors("sweep.json", trials, workdir):
+            _patiently(lambda: folders.claim(base, trials, workdir))
+    own = workdir / "cache"
+    if (own / store.MANIFEST).is_file() and str(own) not in {trial.settings.cache.path for trial in trials}:
+        print(f"{own} is a cache that no trial reads; with --config.cache.path={own} all of them do")
     if not any(trial.settings.train.evaluate_every for trial in trials):
         print("train.evaluate_every is 0: nothing is measured on held-out examples, training's last loss ranks")
 
     def show() -> None:
         if distributed.is_first():
-            _patiently(lambda: _write(trials, workdir, metric, command))
+            with _disk_errors("the results", trials, workdir):
+                _patiently(lambda: _write(trials, workdir, metric, command))
 
     for group in groups:
         _train(group, trials, workdir, show, width, alone=index is not None)
@@ -151,7 +164,10 @@ def _train(
             train_and_evaluate(config_lib.to_dict(trial.settings), folder)
 
     try:
-        _patiently(train, unless=list(left))
+        if jax.process_count() > 1:  # what one of them holds, the others hold, too
+            train()
+        else:
+            _patiently(train, unless=list(left))
     except Busy as e:
         if alone or e.folder not in left:
             raise
@@ -180,7 +196,7 @@ def _patiently(act: Callable[[], object], unless: Sequence[pathlib.Path] = ()) -
     """Does something that another process may hold a folder for, as soon as it lets go, but for some folders.
 
     Raises:
-      Busy: one of these is held, or this is one of several processes, which would wait for this one.
+      Busy: one of these is held.
     """
     said = False
     while True:
@@ -188,7 +204,7 @@ def _patiently(act: Callable[[], object], unless: Sequence[pathlib.Path] = ()) -
             act()
             return
         except Busy as e:
-            if e.folder in unless or jax.process_count() > 1:
+            if e.folder in unless:
                 raise
             if not said:
                 print(f"{e.folder}: another process is at work there, waiting for it")
@@ -196,120 +212,59 @@ def _patiently(act: Callable[[], object], unless: Sequence[pathlib.Path] = ()) -
             time.sleep(_LOOKS)
 
 
-def _write(trials: Sequence[Trial], workdir: pathlib.Path, metric: str | None, command: Sequence[str]) -> None:
-    """Writes the results, one process at a time."""
+@contextlib.contextmanager
+def _disk_errors(what: str, trials: Sequence[Trial], workdir: pathlib.Path) -> Iterator[None]:
+    """Turns a failed write into one message that says which trials are whole."""
     try:
-        with lock(workdir, "writing the results", "--workdir"):
-            found = collect(trials, workdir)
-            results.write(found, workdir, metric_of(found, metric), command)
+        yield
     except OSError as e:
         if not is_disk_error(e):
             raise
-        why = f"{workdir}: the results could not be written ({e}). Free space there"
+        why = f"{workdir}: {what} could not be written ({e}). Free space there"
         raise UserError(f"{why}. {_whole(trials, workdir)}") from e
 
 
-def _check_one_cache_a_path(trials: Sequence[Trial]) -> None:
-    """Refuses a path of the user's for caches that are not the same."""
-    firsts: dict[str, Trial] = {}
-    for trial in trials:
-        cache = trial.settings.cache
-        if cache.mode == "off" or not cache.path:
-            continue
-        first = firsts.setdefault(cache.path, trial)
-        if shared_by(first.settings) != shared_by(trial.settings):
-            raise UserError(
-                f"config.cache.path={cache.path!r} can hold one cache, but {first} and {trial} need one each. Leave it "
-                f"'', and each is made in --workdir"
-            )
+def _write(trials: Sequence[Trial], workdir: pathlib.Path, metric: str | None, command: Sequence[str]) -> None:
+    """Writes the results, one process at a time."""
+    with lock(workdir, "writing the results", "--workdir"):
+        found = collect(trials, workdir)
+        results.write(found, workdir, metric_of(found, metric), command)
 
 
-def _check_workdir(base: RunSettings, trials: Sequence[Trial], workdir: pathlib.Path) -> dict[str, Any] | None:
-    """What a folder says of the sweep in it; None in one that holds none.
+def _cards(workdir: pathlib.Path) -> Callable[[Trial], BaseCard]:
+    """Returns a function that gives what is known of a trial's base, which is read once for all."""
+    known: dict[BaseSettings, BaseCard] = {}
 
-    What may change in a run may change here.
+    def card(trial: Trial) -> BaseCard:
+        base = trial.settings.base
+        if base not in known:
+            with _named(trial):
+                known[base] = known_card(trial.settings, workdir / trial.name)
+        return known[base]
 
-    Raises:
-      UserError: it holds another sweep of which a trial has begun, or a run.
-    """
-    path = workdir / FILE
-    if (workdir / config_lib.FILE).exists():
-        raise UserError(f"--workdir={workdir} holds a run, expected a sweep or nothing. Take another --workdir")
-    if not path.is_file():
-        return None
-    try:
-        there = json.loads(path.read_text())
-        found = config_lib.read(RunSettings, there["config"])  # an older one may lack keys
-        before = [(entry["name"], entry["overrides"]) for entry in there["trials"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: not what train.py --sweep wrote ({e!r}). Take another --workdir") from e
-    if not any((workdir / name / config_lib.FILE).is_file() for name, _ in before):
-        return None
-    lines = differences(found, base)[1]
-    if len(before) != len(trials):
-        lines.append(f"  trials: there {len(before)}, now {len(trials)}")
-    lines += [
-        f"  trial {trial.number}: there {trials_lib.describe(overrides)}, now {trials_lib.describe(trial.overrides)}"
-        for (_, overrides), trial in zip(before, trials, strict=False)
-        if overrides != trial.overrides
-    ]
-    if lines:
-        more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        differs = "\n".join([*lines[:_SHOWN], *more])
-        raise UserError(
-            f"{path} is of another sweep. It differs in\n{differs}\n"
-            f"Take another --workdir, or the same values to go on with that sweep"
-        )
-    return there
+    return card
 
 
-def _begun(workdir: pathlib.Path) -> pathlib.Path | None:
-    """A trial of the sweep in a folder that has begun; None where there is none, or what says so cannot be read."""
-    try:
-        names = [entry["name"] for entry in json.loads((workdir / FILE).read_text())["trials"]]
-        return next((workdir / name for name in names if (workdir / name / config_lib.FILE).is_file()), None)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _claim(base: RunSettings, trials: Sequence[Trial], workdir: pathlib.Path) -> None:
-    """Writes whose folder this is. Raises UserError where another process has just made it another sweep's."""
-    with lock(workdir, "beginning a sweep", "--workdir"):
-        there = _check_workdir(base, trials, workdir)
-        entries = [{"name": t.name, "overrides": dict(t.overrides), "cache": t.settings.cache.path} for t in trials]
-        content = {"config": config_lib.to_dict(base), "trials": entries}
-        if content != there:
-            write_atomically(workdir / FILE, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _with_caches(trials: Sequence[Trial], workdir: pathlib.Path, there: dict[str, Any] | None) -> list[Trial]:
-    """The trials, each with the path of its cache, unless the user gave one or it needs none.
-
-    A cache that is there keeps its name, though the base or the data may have moved.
-    """
-    placed = []
-    for trial in trials:
-        cache = trial.settings.cache
-        if cache.mode != "off" and not cache.path:
-            before = there["trials"][trial.number].get("cache") if there else None
-            name = pathlib.Path(before).name if before else shared_by(trial.settings)
-            cache = dataclasses.replace(cache, path=str(workdir / "cache" / name))
-        placed.append(dataclasses.replace(trial, settings=dataclasses.replace(trial.settings, cache=cache)))
-    return placed
-
-
-def _check_fit(trials: Sequence[Trial], workdir: pathlib.Path) -> None:
+def _check_fit(trials: Sequence[Trial], workdir: pathlib.Path, card: Callable[[Trial], BaseCard]) -> None:
     """Raises UserError, before the first trial, where a network or batch of one that is left does not fit."""
     known = set()
     for trial in trials:
-        s, folder = trial.settings, workdir / trial.name
+        s = trial.settings
         parts = repr((s.base, s.modalities, s.mcm, s.sampling, s.mesh, s.train.batch_size, s.train.accumulate))
-        if parts in known or status(s, folder) in ENDED:
+        if parts in known or status(s, workdir / trial.name) in ENDED:
             continue
         known.add(parts)
-        try:
+        of = card(trial)
+        with _named(trial):
             mesh = sharding.make_mesh(s.mesh)
             sharding.check_batch_size(s.train.batch_size, mesh, "config.train.batch_size", s.train.accumulate)
-            fitting_modulator(s, known_card(s, folder))
-        except UserError as e:
-            raise UserError(f"{trial} of the sweep: {e}") from e
+            fitting_modulator(s, of)
+
+
+@contextlib.contextmanager
+def _named(trial: Trial) -> Iterator[None]:
+    """Says of which trial a UserError is."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{trial} of the sweep: {e}") from e

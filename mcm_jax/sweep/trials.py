@@ -18,7 +18,7 @@ import numpy as np
 
 from mcm_jax import config as config_lib
 from mcm_jax.errors import UserError
-from mcm_jax.training import RunSettings
+from mcm_jax.training import RunSettings, read_run
 
 Hyper = list[dict[str, Any]]
 Distribution = Callable[[np.random.Generator], Any]
@@ -176,45 +176,89 @@ def load(path: str | pathlib.Path) -> tuple[Hyper, str | None]:
     return hyper, metric
 
 
-def read(base: RunSettings, hyper: Hyper) -> list[Trial]:
+def read(config: Any, base: RunSettings, hyper: Hyper, begun: Sequence[RunSettings] = ()) -> list[Trial]:
     """The trials of a sweep, all checked.
 
     Args:
-      base: what each of them overrides.
+      config: what each of them overrides, as configs/default.py has it.
+      base: its settings.
       hyper: as ``get_hyper`` returns it.
+      begun: settings of the trials as they began, as far as they did: where ``data.discover`` is set, what it found
+        then is not looked for again.
 
     Raises:
-      UserError: a key or value that no config has, or two trials that are the same: names them.
+      UserError: a key or value that no config has, two trials that are the same, or that are called the same: names
+        them.
     """
+    hyper = [{axis: _plain(value) for axis, value in trial.items()} for trial in hyper]
     flat = [_flat(i, trial) for i, trial in enumerate(hyper)]
-    found = []
+    modalities, found = {_looked_at(config_lib.given(config)): base.modalities.shown}, []
     for number, overrides in enumerate(flat):
         try:
-            found.append(config_lib.override(base, overrides))
+            own = config_lib.override(RunSettings, config, overrides)
+            known = begun[number].modalities.shown if number < len(begun) else modalities.get(_looked_at(own))
+            found.append(read_run(own, known=known))
         except UserError as e:
             raise UserError(f"trial {number} of the sweep ({describe(overrides)}): {e}") from e
+        modalities.setdefault(_looked_at(own), found[-1].modalities.shown)
+    settings_of = [config_lib.flatten(settings) for settings in found]
     first: dict[str, int] = {}
-    for number, settings in enumerate(found):
-        same = first.setdefault(json.dumps(config_lib.flatten(settings), sort_keys=True), number)
+    for number, settings in enumerate(settings_of):
+        same = first.setdefault(json.dumps(settings, sort_keys=True), number)
         if same != number:
             raise UserError(
                 f"trials {same} and {number} of the sweep are the same: {describe(flat[same])} and "
                 f"{describe(flat[number])}. Leave one out, or let them differ, e.g. in seed"
             )
-    base_keys = config_lib.flatten(base)
-    labels = [{axis: _label(value) for axis, value in trial.items()} for trial in hyper]
-    axes = list(dict.fromkeys(axis for trial in labels for axis in trial))
-    # A trial that leaves a key alone has the config's value.
-    full = [{a: t.get(a, _label(base_keys[a]) if a in base_keys else "as configured") for a in axes} for t in labels]
-    varying = [a for a in axes if len({str(trial[a]) for trial in full}) > 1]
+    axes = list(dict.fromkeys(axis for trial in hyper for axis in trial))
+    # A trial that leaves a key alone has the config's value, or that of a choice.
+    labels = [
+        {a: _label(trial.get(a, settings.get(a, "as configured"))) for a in axes}
+        for trial, settings in zip(hyper, settings_of, strict=True)
+    ]
+    varying = [a for a in axes if len({str(trial[a]) for trial in labels}) > 1]
     short = _short(varying)
     trials = []
-    for number, (settings, overrides, all_labels) in enumerate(zip(found, flat, full, strict=True)):
+    for number, (settings, overrides, all_labels) in enumerate(zip(found, flat, labels, strict=True)):
         own = {short[a]: all_labels[a] for a in varying}
-        of_settings = config_lib.flatten(settings)
-        as_read = {key: of_settings[key] for key in overrides}
+        as_read = {key: settings_of[number].get(key, value) for key, value in overrides.items()}
         trials.append(Trial(number, _name(number, own), own, as_read, settings))
+    _check_labels(trials)
     return trials
+
+
+def without_seeds(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Labels, or settings by dotted keys, that all seeds share."""
+    return {key: value for key, value in values.items() if key not in SEEDS}
+
+
+def _check_labels(trials: Sequence[Trial]) -> None:
+    """Refuses other settings by the same labels, which would be averaged as if they were seeds."""
+    firsts: dict[tuple, Trial] = {}
+    for trial in trials:
+        first = firsts.setdefault(tuple(without_seeds(trial.labels).items()), trial)
+        one, other = (without_seeds(config_lib.flatten(t.settings)) for t in (first, trial))
+        if keys := sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key)):
+            raise UserError(
+                f"trials {first.number} and {trial.number} of the sweep ({first.name}, {trial.name}) have the same "
+                f"labels, but differ in {', '.join(keys)}. Give choices that differ names that do"
+            )
+
+
+def _looked_at(config: Mapping[str, Any]) -> str:
+    """All that ``data.discover`` goes by: configs that agree in it have the same modalities."""
+    data, said = config["data"], config.get("modalities", {})
+    own = {name: section for name, section in said.items() if isinstance(section, Mapping)}
+    return repr((data.get("path"), data.get("held_out_share"), sorted(own.items())))
+
+
+def _plain(value: Any) -> Any:
+    """A value as configs have it, where NumPy made it."""
+    if isinstance(value, Choice):
+        return Choice(value.name, {key: _plain(v) for key, v in value.overrides.items()})
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return type(value)(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def _flat(number: int, trial: Mapping[str, Any]) -> dict[str, Any]:

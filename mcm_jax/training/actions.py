@@ -30,6 +30,7 @@ from mcm_jax.training.settings import RunSettings
 from mcm_jax.training.step import Record
 
 _LESS_IS_BETTER = ("held_out_loss", "held_out_mse", "depth_rmse", "delta_e", "angular_error", "loss", "mse")
+_LESS_IS_BETTER += ("input_wait",)
 DIVERGED = "diverged.json"
 
 

@@ -17,7 +17,7 @@ from mcm_jax import config as config_lib
 from mcm_jax import distributed, sharding
 from mcm_jax.base import Base, BaseCard
 from mcm_jax.cache import Cache, build, store
-from mcm_jax.data import Emoji, Folder, Scenes
+from mcm_jax.data import DataSettings, Emoji, Folder, Scenes
 from mcm_jax.data.inputs import PREPROCESSING
 from mcm_jax.data.unreadable import said
 from mcm_jax.errors import Interrupted, UserError
@@ -238,8 +238,7 @@ def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict
     density = [float(part) / sum(settings.draws.density) for part in settings.draws.density]
     text = {"prompt_drop_rate": f"{float(d.prompt_drop_rate)}"} if card.is_text_conditional else {}
     offset = {"draws.offset": f"{float(settings.draws.offset)}"} if settings.draws.offset else {}
-    finer = settings.mcm.conditions == "encoder" and not card.is_of_pixels
-    full = {"conditions": "at the pictures' resolution"} if finer else {}
+    full = {"conditions": "at the pictures' resolution"} if _finer(settings, card) else {}
     return {
         "format": str(store.FORMAT),
         "preprocessing": str(PREPROCESSING),
@@ -261,22 +260,28 @@ def made_of(settings: RunSettings, card: BaseCard, data: dict[str, str]) -> dict
     }
 
 
+def _finer(settings: RunSettings, card: BaseCard) -> bool:
+    """Whether conditions are kept finer than the latent grid."""
+    return settings.mcm.conditions == "encoder" and not card.is_of_pixels
+
+
 def _facts(m: Modality) -> str:
     return f"{m.kind}, channels={m.channels}" + ("" if m.ignore == -1 else f", ignore={m.ignore}")
 
 
-def shared_by(settings: RunSettings) -> str:
-    """A short name, the same for all runs that one cache can serve.
+def shared_by(settings: RunSettings, card: BaseCard) -> str:
+    """A short name, the same for all runs on a base that one cache can serve.
 
-    It is made of the settings that :func:`made_of` depends on, so that neither base nor data need be at hand. That
-    some of them may not matter, such as ``data.crop`` with one view, or ``data.held_out_share`` while a folder is not
-    there that has a test split, costs a cache.
+    It is made of the settings that :func:`made_of` depends on, so that the data need not be at hand. That some of them
+    may not matter, such as ``data.crop`` with one view, or ``data.held_out_share`` while a folder is not there that has
+    a test split, costs a cache.
     """
-    s = settings
-    parts = [s.base, s.data, s.draws, s.modalities.shown, s.cache.dtype]
+    s, without_text = settings, {"prompt_drop_rate": DataSettings.prompt_drop_rate}
+    data = s.data if card.is_text_conditional else dataclasses.replace(s.data, **without_text)
+    parts = [s.base, data, s.draws, s.modalities.shown, s.cache.dtype]
     parts += [_facts(m) for m in s.modalities.shown if m.ignore != -1]
     parts += ["partial"] if s.data.partial else []
-    parts += ["full resolution"] if s.mcm.conditions == "encoder" else []
+    parts += ["full resolution"] if _finer(s, card) else []
     parts += [f"jitter={float(s.data.jitter)}"] if s.data.jitter else []
     parts += [f"held_out_share={float(s.data.shares_out)}"] if s.data.shares_out else []
     return store.fingerprint({str(i): repr(part) for i, part in enumerate(parts)})[:8]

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from mcm_jax import config as config_lib
@@ -16,7 +17,7 @@ from mcm_jax.errors import UserError, expect
 from mcm_jax.evaluation.evaluate import EvaluationSettings
 from mcm_jax.losses import LossSettings
 from mcm_jax.mcm import MCMSettings
-from mcm_jax.modalities import ModalitiesSettings
+from mcm_jax.modalities import ModalitiesSettings, Modality
 from mcm_jax.sampling import SamplingSettings
 from mcm_jax.sharding import MeshSettings
 from mcm_jax.training.optimizer import OPTIMIZERS, SCHEDULES
@@ -131,12 +132,14 @@ class RunSettings:
         return self.draws.of(card.schedule, self.data.prompt_drop_rate if card.is_text_conditional else 0.0)
 
 
-def read_run(config: Any, workdir: str | os.PathLike | None = None) -> RunSettings:
+def read_run(
+    config: Any, workdir: str | os.PathLike | None = None, known: Sequence[Modality] | None = None
+) -> RunSettings:
     """The settings of a run.
 
-    Where the config leaves it to ``data.discover``, the modalities are those of the workdir's own config, or else what
-    is found in the folder of pairs, which is printed. What the config says of them counts before that; of the kind
-    ``none`` is one that is left out.
+    Where the config leaves it to ``data.discover``, the modalities are the `known` ones, or those of the workdir's own
+    config, or else what is found in the folder of pairs, which is printed. What the config says of them counts before
+    that; of the kind ``none`` is one that is left out.
 
     Raises:
       UserError: a key is wrong, or the folder is not what docs/data.md says.
@@ -150,11 +153,13 @@ def read_run(config: Any, workdir: str | os.PathLike | None = None) -> RunSettin
         return _checked(config_lib.read(RunSettings, given))
     source = config_lib.read(DataSettings, data, where="config.data")
     own = {name: section for name, section in said.items() if isinstance(section, dict)}
-    if workdir is not None and (pathlib.Path(workdir) / config_lib.FILE).is_file():
+    if known is not None:
+        there = known
+    elif workdir is not None and (pathlib.Path(workdir) / config_lib.FILE).is_file():
         there = config_lib.load(RunSettings, workdir).modalities.shown
     else:
         print(found := discover(source.path, own, source.held_out_share))
-        there = tuple(finding.modality for finding in found.findings)
+        there = [finding.modality for finding in found.findings]
     sections = {m.name: {"kind": m.kind, "channels": m.channels, "ignore": m.ignore} for m in there}
     for name, section in own.items():
         sections[name] = sections.get(name, {}) | section

@@ -199,7 +199,13 @@ def _train(
 
     wide = -(-len(trials) // mesh.size)  # trials of each device
     wide = min(wide, width or (1 if jax.default_backend() == "cpu" else wide))
-    calls = tuple(stacked(states, wide * mesh.size, mesh))
+    way_out = (
+        f"Fewer trials in a call of the program: --sweep_width={wide // 2}, here {wide}"
+        if wide > 1
+        else "Smaller steps of the same batch: config.train.accumulate=2 or more"
+    )
+    with memory_errors(way_out):
+        calls = tuple(stacked(states, wide * mesh.size, mesh))
     inputs = stacked(hypers, wide * mesh.size, mesh)
     states.clear()
     repeats = t.accumulate * len(calls)
@@ -212,11 +218,7 @@ def _train(
     clock, steps, each = Clock(), range(first, t.steps), _Each(trials, wide * mesh.size, mesh, looked)
     records = records_of(parts, trials[0].settings, seeds, rates, steps, mesh, clock)
     try:
-        with memory_errors(
-            f"Fewer trials in a call of the program: --sweep_width={wide // 2}, here {wide}"
-            if wide > 1
-            else "Smaller steps of the same batch: config.train.accumulate=2 or more"
-        ):
+        with memory_errors(way_out):
             train(calls, train_step, records, steps, [each], clock)
         assembly.say_what_was_skipped(parts.feed)
     except Interrupted as e:

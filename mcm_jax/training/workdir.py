@@ -3,7 +3,7 @@
 import errno
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from mcm_jax import config
@@ -27,13 +27,19 @@ _FREE = {
     *("train.log_every", "train.checkpoint_every", "train.keep", "train.best", "train.validate_every"),
     *("train.evaluate_every", "train.held_out", "train.wandb", "data.unreadable", "data.stream"),
 }
+SWEEP = "sweep.json"
+"""What a folder has that holds a sweep in place of a run."""
+
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 _ERRNO = re.compile(r"(?i)(?:errno|os.error(?:_code)?)\W{1,3}(\d+)")
 _FREE_SECTIONS = ("sampling.", "evaluation.")
 
 
-def differences(there: RunSettings, settings: RunSettings) -> tuple[list[str], list[str]]:
-    """A line for each key in which settings differ from a run's: those that may change on the way, and the others."""
+def differences(there: RunSettings, settings: RunSettings, fixed: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """A line for each key in which settings differ from a run's: those that may change on the way, and the others.
+
+    Among the others are `fixed` keys, whatever they are.
+    """
     found, wanted = config.flatten(there), config.flatten(settings)
     for flat in (found, wanted):
         flat["cache.mode"] = "on" if flat["cache.mode"] == "build" else flat["cache.mode"]
@@ -43,7 +49,7 @@ def differences(there: RunSettings, settings: RunSettings) -> tuple[list[str], l
         if found.get(key) != wanted.get(key):
             is_free = key in _FREE or key.startswith(_FREE_SECTIONS) or (key == "train.steps" and longer)
             line = f"  {key}: there {found.get(key, 'absent')!r}, now {wanted.get(key, 'absent')!r}"
-            (allowed if is_free else wrong).append(line)
+            (allowed if is_free and key not in fixed else wrong).append(line)
     return allowed, wrong
 
 
@@ -54,10 +60,15 @@ def check_same_run(settings: RunSettings, workdir: pathlib.Path) -> RunSettings 
       The settings there; None in a workdir that has none yet.
 
     Raises:
-      UserError: the workdir holds another run; lists each key that differs, and says what may.
+      UserError: the workdir holds another run; lists each key that differs, and says what may. Or it holds a sweep.
     """
     path = workdir / config.FILE
     if not path.exists():
+        if (workdir / SWEEP).exists():  # which a run within would lock out
+            raise UserError(
+                f"--workdir={workdir} holds a sweep, expected a run or nothing. Take another --workdir; --sweep=FILE "
+                f"goes on with the sweep, and the folders in it are workdirs of runs"
+            )
         return None
     there = config.load(RunSettings, workdir)
     allowed, wrong = differences(there, settings)
