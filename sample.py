@@ -49,17 +49,15 @@ def main(argv: list[str]) -> object:
     single = ", ".join(f"--{flag.name}" for flag in _ONE)
     if given and (len(given) > 1 or conditions or one):
         raise UserError(f"--{given[0].name}: goes with no condition, no other list, no {single}")
-    controls, settings, preview = _CONTROLS(), _BASE() | _SETTINGS(), {"preview_every": _PREVIEW.value}
+    typed, base, preview = _CONTROLS() | _SETTINGS(), _BASE(), {"preview_every": _PREVIEW.value}
     if _REPLAY.value:
         workdir = _WORKDIR.value if _WORKDIR.present else None
-        return jobs.replay(_REPLAY.value, _OUT.value, workdir, **preview, **controls, **settings)
+        return jobs.replay(_REPLAY.value, _OUT.value, workdir, **preview, **base, **typed)
     if not given:
-        return generate(_WORKDIR.value, conditions, _OUT.value, **one, **preview, **controls, **settings)
-    drawer, problems = jobs.Drawer(_WORKDIR.value, **settings), []
-    if _JOBS.value:
-        todo, problems = jobs.read_jobs(_JOBS.value, drawer, **controls)
-    else:
-        todo = jobs.jobs_of_folder(_FOLDER.value, drawer, **controls)
+        return generate(_WORKDIR.value, conditions, _OUT.value, **one, **preview, **base, **typed)
+    drawer = jobs.Drawer(_WORKDIR.value, **base, **_SETTINGS())
+    read = jobs.read_jobs if _JOBS.value else jobs.jobs_of_folder
+    todo, problems = read(given[0].value, drawer, **typed)
     return drawer.draw(todo, _OUT.value, problems, **preview)
 
 

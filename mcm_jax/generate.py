@@ -16,9 +16,9 @@ from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.jobs import CONTROLS, TEXT, Drawer, Job
 from mcm_jax.jobs.intermediates import Intermediates
+from mcm_jax.jobs.job import check_typed
 from mcm_jax.jobs.record import check_target, is_ours
 from mcm_jax.jobs.watch import PREVIEW, Watch
-from mcm_jax.request import check_shown
 
 _WAY_OUT = "take less guidance and strength, or float32"
 
@@ -73,7 +73,7 @@ def generate(
     own["conditions"] = dict(conditions)
     jobs = [drawer.job(f"sample_{i:03d}", own | {"sample": i}) for i in range(num_samples)]
     first, settings = jobs[0], jobs[0].settings
-    check_shown(conditions, strength=first.strength, window=first.window)
+    check_typed([first], {**changes, **own})
     sized, steps = drawer.pipeline.sized(settings.height, settings.width), drawer.steps(first)
     size = sized.image_shape[:2]
     shown = [drawer.files.show(path, name, size) for name, path in sorted(conditions.items())]
