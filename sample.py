@@ -51,22 +51,26 @@ def main(argv: list[str]) -> object:
     single = ", ".join(f"--{flag.name}" for flag in _ONE)
     if given and (len(given) > 1 or conditions or one):
         raise UserError(f"--{given[0].name}: goes with no condition, no other list, no {single}")
-    controls, settings, preview = _CONTROLS(), _BASE() | _SETTINGS(), {"preview_every": _PREVIEW.value}
+    typed, base, preview = _CONTROLS() | _SETTINGS(), _BASE(), {"preview_every": _PREVIEW.value}
     if _SHEET.value is not None and not (_JOBS.value or _FOLDER.value):
         raise UserError("--sheet: goes with --jobs or --conditions; a single run has its grid.png")
     if _REPLAY.value:
         if _SHOW_BASE.value:
             raise UserError("--show_base: goes with a single run, or with --jobs or --conditions and --sheet")
         workdir = _WORKDIR.value if _WORKDIR.present else None
-        return jobs.replay(_REPLAY.value, _OUT.value, workdir, **preview, **controls, **settings)
+        return jobs.replay(_REPLAY.value, _OUT.value, workdir, **preview, **base, **typed)
     if not given:
-        show = {"show_base": bool(_SHOW_BASE.value)}
-        return generate(_WORKDIR.value, conditions, _OUT.value, **one, **show, **preview, **controls, **settings)
-    drawer, problems = jobs.Drawer(_WORKDIR.value, **settings), []
-    if _JOBS.value:
-        todo, problems = jobs.read_jobs(_JOBS.value, drawer, **controls)
-    else:
-        todo = jobs.jobs_of_folder(_FOLDER.value, drawer, **controls)
+        return generate(
+            *(_WORKDIR.value, conditions, _OUT.value),
+            **one,
+            show_base=bool(_SHOW_BASE.value),
+            **preview,
+            **base,
+            **typed,
+        )
+    drawer = jobs.Drawer(_WORKDIR.value, **base, **_SETTINGS())
+    read = jobs.read_jobs if _JOBS.value else jobs.jobs_of_folder
+    todo, problems = read(given[0].value, drawer, **typed)
     show = {"sheet": _SHEET.value or 0, "show_base": bool(_SHOW_BASE.value)}
     return drawer.draw(todo, _OUT.value, problems, **preview, **show)
 

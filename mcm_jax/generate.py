@@ -16,9 +16,9 @@ from mcm_jax.errors import UserError, expect
 from mcm_jax.files import write_atomically
 from mcm_jax.jobs import CONTROLS, Drawer
 from mcm_jax.jobs.intermediates import Intermediates
+from mcm_jax.jobs.job import check_typed
 from mcm_jax.jobs.record import check_target, is_ours
 from mcm_jax.jobs.watch import PREVIEW
-from mcm_jax.request import check_shown
 
 _OWN = ("grid.png", "intermediates.png", PREVIEW)
 
@@ -77,7 +77,7 @@ def generate(
     names = [f"sample_{i:03d}" for i in range(num_samples)]
     jobs = [drawer.job(name, own | {"sample": i}, name) for i, name in enumerate(names)]
     first, settings = jobs[0], jobs[0].settings
-    check_shown(conditions, strength=first.strength, window=first.window)
+    check_typed([first], {**changes, **own})
     look = Intermediates(intermediates, drawer.steps(first)) if intermediates else None
     sized = drawer.pipeline.sized(settings.height, settings.width)
     shown = [drawer.files.show(path, name, sized.image_shape[:2]) for name, path in sorted(conditions.items())]

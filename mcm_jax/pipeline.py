@@ -109,7 +109,8 @@ class Pipeline:
         for folder, path, one in zip(folders, paths, found, strict=True):
             settings = dataclasses.replace(one.mcm, dtype=dtype or one.mcm.dtype)
             modulator = settings.modulator(one.modalities.shown, loaded.schedule)
-            params, step = read_mcm(path / WEIGHTS, modulator.shapes(loaded), loaded, one.base if accept_base else None)
+            accept, whose = one.base if accept_base else None, os.fspath(folders[0]) if mcms and base is None else ""
+            params, step = read_mcm(path / WEIGHTS, modulator.shapes(loaded), loaded, accept, whose)
             mcms.append(Trained(modulator, params, step, os.fspath(folder), one.data))
         return cls(loaded, mcms, found[0].sampling, mesh)
 
@@ -276,7 +277,7 @@ class Pipeline:
           inpaint: bool ``[N, H, W]``: which pixels of ``image`` are drawn anew; the others stay exactly.
           latents: noise to begin with in place of the keys', standard normal, ``[N, h, w, C]``.
           context: ``[N, L, D]``, in place of prompts.
-          negative_context: ``[N, L, D]``, in place of negative prompts.
+          negative_context: ``[N, L, D]``, in place of negative prompts, where there is text guidance.
           callback: is told how far each batch is, after every ``every`` steps and the last.
           every: steps.
           changes: fields of :class:`mcm_jax.sampling.SamplingSettings` that differ from :attr:`settings`, e.g.
@@ -301,6 +302,8 @@ class Pipeline:
         given = read_conditions(count, grid, self.modalities, names, conditions, present, strength, window, weights)
         places = read_places(base, count, mask=mask, image=image, inpaint=inpaint, latents=latents)
         guided = any(self.is_guided(s) for s in each)
+        if negative_context is not None and changes.get("negative_prompt") is not None:
+            raise UserError("negative_prompt and negative_context are the same thing twice; give one of them")
         negatives = [s.negative_prompt for s in each] if guided else None
         texts = read_texts(self.base, count, prompts, negatives, context, negative_context)
         batch_size = self.filled(settings.batch_size)
@@ -339,7 +342,7 @@ class Pipeline:
 
     def draw(
         self,
-        conditions: Mapping[str, str | os.PathLike | Image.Image | np.ndarray],
+        conditions: Mapping[str, str | os.PathLike | Image.Image | np.ndarray | jax.Array | Sequence],
         count: int = 1,
         *,
         seed: int = 0,
@@ -349,10 +352,10 @@ class Pipeline:
         """Samples pictures for one set of conditions: what a notebook wants.
 
         Args:
-          conditions: for each modality that is given, a picture file, a picture, or an array ``[H, W]`` or ``[H, W,
-            planes]``, of any size: brought to the grid, its middle where the aspect ratio is another. Pictures of
-            labels may be in the colours of the run's classes, arrays are of classes.
-          count: of the pictures.
+          conditions: for each modality that is given, a picture file, a picture, or an array (or lists) ``[H, W]`` or
+            ``[H, W, planes]``, of any size: brought to the grid, its middle where the aspect ratio is another. Pictures
+            of labels may be in the colours of the run's classes, arrays are of classes.
+          count: of the pictures, at least 1.
           seed: of the noise; picture i is the same whatever ``count`` is.
           prompt: for a text-conditional base.
           how: as in :meth:`__call__`, e.g. ``guidance=2.0``.
@@ -360,15 +363,17 @@ class Pipeline:
         Raises:
           UserError: as :meth:`__call__`; a file that cannot be read.
         """
+        expect(count >= 1, "count", "at least 1", count)
         base = self.sized(how.get("height") or self.settings.height, how.get("width") or self.settings.width)
         known, grid, maps = {m.name: m for m in self.modalities}, self.grid_for(base), {}
         for name, value in conditions.items():
             if name not in known:
                 raise UserError(f"this MCM knows the modalities {', '.join(known)}, got {name}")
-            if isinstance(value, np.ndarray):
-                known[name].check(value, name)
-            else:
+            if isinstance(value, str | os.PathLike | Image.Image):
                 value = self.read(value, name)
+            else:
+                value = np.asarray(value)
+                known[name].check(value, name)
             maps[name] = np.repeat(known[name].fit(value, *grid)[None], count, axis=0)
         prompts = None if prompt is None else [prompt] * count
         # Of the sizes that this program is compiled for already, the smallest that will do, unless it is far too large.

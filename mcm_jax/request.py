@@ -20,7 +20,7 @@ PER_SAMPLE = (
 )
 """Fields of :class:`mcm_jax.sampling.SamplingSettings` that each sample of a batch may have its own of."""
 
-OF_TEXT = ("prompt", "negative_prompt", "text_guidance", "text_rescale")
+OF_TEXT = ("prompt", "negative_prompt", "text_guidance", "text_rescale", "modulate")
 """What means something for a text-conditional base only."""
 
 
@@ -160,8 +160,8 @@ def read_conditions(
             shown = _of_each(f"presence of {name}", present.get(name, True), count)
             strengths[name] = _of_each(f"strength of {name}", strength.get(name, 1.0), count) * (shown > 0)
         value = modality.null(count, *grid) if value is None else value
-        # Classes come in several dtypes, each of which would compile anew.
-        values[name] = value if modality.continuous else value.astype(np.int32)
+        # Each dtype would compile anew, and maps of uint8 mean value * 255 to what resizes them.
+        values[name] = value.astype(np.float32 if modality.continuous else np.int32, copy=False)
         bounds = np.asarray(window.get(name, (0, 1)), np.float32)
         fits = bounds.shape in ((2,), (count, 2)) and np.all((bounds >= 0) & (bounds <= 1))
         rising = fits and np.all(bounds[..., :1] <= bounds[..., 1:])
@@ -228,13 +228,18 @@ def read_texts(
       UserError: a text for an unconditional base, no text, or another number or shape.
     """
     lengths = set()
-    for name, value, asked in (("context", context, True), ("negative_context", negative_context, negatives)):
+    for name, value, asked in (
+        ("context", context, True),
+        ("negative_context", negative_context, negatives is not None),
+    ):
         if value is not None:
             expect(base.is_text_conditional, name, f"none: the base {base.name!r} is unconditional", "one")
             shape, width = np.shape(value), base.text_encoder.config.hidden_size
             fits = len(shape) == 3 and (shape[0], shape[2]) == (count, width)
             expect(fits, name, f"of shape [{count}, L, {width}]", list(shape))
-        if base.is_text_conditional and asked is not None:
+            if not asked:
+                raise UserError(f"{name}: does nothing at text_guidance=1; set another text_guidance, or leave it out")
+        if base.is_text_conditional and asked:
             lengths.add(base.tokenizer.length if value is None else np.shape(value)[1])
     if len(lengths) > 1:
         raise UserError(f"context and negative_context must be of one length, got {sorted(lengths)}; give both")

@@ -99,7 +99,7 @@ def check_same_shapes(found: dict[str, Any], expected: dict[str, Any], source: s
 
 
 def read_mcm(
-    path: pathlib.Path, like: Any, base: Base | BaseCard, accept: BaseSettings | None = None
+    path: pathlib.Path, like: Any, base: Base | BaseCard, accept: BaseSettings | None = None, whose: str = ""
 ) -> tuple[Any, int]:
     """Reads the params of an MCM, and how long it was trained.
 
@@ -109,6 +109,7 @@ def read_mcm(
       base: the base that it shall work on.
       accept: takes another base than it was trained on, with one warning, where noise schedule and latents are the
         same; and says which base that was, which is looked at where the file is older than these in its header.
+      whose: the other MCM that the base is of, which this one shall act together with.
 
     Raises:
       UserError: the file is not of this MCM, or of another base: lists what differs.
@@ -122,7 +123,7 @@ def read_mcm(
     except (safetensors.SafetensorError, OSError) as e:
         raise UserError(f"{path}: corrupt or cut short ({e}); export or train it again") from e
     if metadata.get("fingerprint") != base.fingerprint:
-        _check_accepted(path, metadata, base, accept)
+        _check_accepted(path, metadata, base, accept, whose)
     expected = traverse_util.flatten_dict(like, sep="/")
     check_same_shapes({k: v.shape for k, v in found.items()}, {k: v.shape for k, v in expected.items()}, str(path))
     return traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in found.items()}, sep="/"), int(
@@ -131,16 +132,18 @@ def read_mcm(
 
 
 def _check_accepted(
-    path: pathlib.Path, metadata: dict[str, str], base: Base | BaseCard, accept: BaseSettings | None
+    path: pathlib.Path, metadata: dict[str, str], base: Base | BaseCard, accept: BaseSettings | None, whose: str
 ) -> None:
     """Warns of a base that an MCM was not trained on. Raises UserError unless it is accepted, and can be."""
     found, now = metadata.get("fingerprint", ""), _diffusion(base)
     trained_on = f"{path} was trained on the base {metadata.get('base')!r} with fingerprint {found[:16]}"
-    other = f"the base {base.name!r} has {base.fingerprint[:16]}"
+    other = f"the base {base.name!r}{f' of {whose}' if whose else ''} has {base.fingerprint[:16]}"
     if accept is None:
+        together = f"Sample with it and {whose} one at a time, MCMs act together on one base"
+        alone = "Set base.path to the base that it was trained on"
         raise UserError(
-            f"{trained_on}, but {other}. Set base.path to the base that it was trained on; sample.py and evaluate.py "
-            f"take a fine-tune of that base with --accept_base"
+            f"{trained_on}, but {other}. {together if whose else alone}; sample.py and evaluate.py take a fine-tune "
+            f"of that base with --accept_base"
         )
     then = {k: metadata[k] for k in now if k in metadata} or _diffusion_of(accept, found)
     if lines := [f"  {k}: there {then[k]}, here {v}" for k, v in now.items() if then.get(k, v) != v]:

@@ -323,6 +323,12 @@ def maps(tmp_path):
         (["--sketch={maps}/sketch.png", "--weights=1,2"], ["weights", "1, one an MCM", "2.0"]),
         (["--sketch={maps}/sketch.png", "--inpaint={maps}/sketch.png"], ["inpaint", "given with an image"]),
         (["--sketch={maps}/sketch.png", "--image={maps}/text.png"], ["text.png: not a picture"]),
+        (
+            ["--sketch={maps}/sketch.png", "--image={maps}/colours.png", "--inpaint={maps}/sketch.png"],
+            ["sketch.png: is 9x31 pixels", "colours.png: 16x16 pixels"],
+        ),
+        (["--sketch={maps}/sketch.png", "--image_strength=0.5"], ["image_strength", "without an image"]),
+        (["--sketch={maps}/sketch.png", "--modulate=after_cfg"], ["--modulate", "unconditional"]),
         (["--sketch={maps}/sketch.png", "--width=19"], ["width", "a multiple of 2", "20", "got 19"]),
         (["--sketch={maps}/sketch.png", "--variation=0.5"], ["variation", "variation_seed"]),
         (["--jobs={maps}/text.png", "--show_base"], ["--jobs", "--show_base"]),

@@ -15,7 +15,7 @@ from mcm_jax.control import plan
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality
 from mcm_jax.pipeline import Pipeline
-from mcm_jax.request import settings_of_each
+from mcm_jax.request import read_conditions, settings_of_each
 from mcm_jax.sampling import SamplingSettings
 from mcm_jax.trained import Trained
 
@@ -191,6 +191,31 @@ def test_a_picture_to_begin_with_and_a_region_to_paint(both, base, conditions, k
     assert far[0] < far[1] and both.engine.compilations == 1
 
 
+def test_known_pixels_are_kept_by_solvers_with_a_memory(two, conditions, keys):
+    """And by several MCMs."""
+    image = np.tanh(np.random.default_rng(1).normal(size=(N, tiny.SIZE, tiny.SIZE, 3))).astype(np.float32)
+    anew = np.zeros((N, tiny.SIZE, tiny.SIZE), bool)
+    anew[:, 4:9, 3:12] = True
+    for sampler in ("heun", "plms", "unipc"):
+        how = {"image": image, "inpaint": anew, "image_strength": 1.0, "sampler": sampler}
+        painted = two(conditions, keys, **how)
+        np.testing.assert_array_equal(painted[~anew], image[~anew])
+        assert np.isfinite(painted).all() and np.abs(painted - image)[anew].max() > 1e-2
+        assert np.abs(painted - two(conditions, keys, guidance=0.0, **how))[anew].max() > 1e-3
+    assert two.engine.compilations == 1
+
+
+def test_maps_of_integers_are_what_they_say(conditions):
+    """Also to what brings them to another grid, where uint8 is value * 255."""
+    ink = np.asarray(conditions["sketch"] > 0.5)
+    for dtype in (np.uint8, bool, np.float64):
+        given = {"sketch": ink.astype(dtype)}
+        read = read_conditions(N, (tiny.SIZE, tiny.SIZE), MODALITIES, ["mcm"], given, None, None, None, None)
+        found = MODALITIES[1].resize_all(read.values["sketch"], 8, 8)
+        np.testing.assert_array_equal(found, MODALITIES[1].resize_all(ink.astype(np.float32), 8, 8))
+        assert found.dtype == np.float32
+
+
 def test_given_noise_is_that_of_the_keys(both, base, conditions, keys):
     noise = sampling.initial_noise(keys, base.latent_shape)
     np.testing.assert_array_equal(both(conditions, keys, latents=noise), both(conditions, keys))
@@ -273,7 +298,9 @@ def test_large_pictures_are_decoded_in_slices(sd_path, monkeypatch):
     painted = sliced({}, keys, prompts=prompts[::-1], image=image, inpaint=anew)
     np.testing.assert_array_equal(painted[~anew], image[~anew])
     assert np.abs(painted - image).max() > 1e-2
-    for odd, words in (({"context": context[..., 1:]}, "context must be of shape"),
+    for odd, words in (({"negative_context": negative, "text_guidance": 1}, "negative_context: does nothing at text_"),
+                       ({"negative_context": negative, "negative_prompt": "night"}, "the same thing twice"),
+                       ({"context": context[..., 1:]}, "context must be of shape"),
                        ({"context": context[:, 1:]}, "of one length")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             sliced({}, keys, **odd)

@@ -69,8 +69,8 @@ def maps(tmp_path_factory):
     for name, shape in (("a", (23, 37)), ("b", (16, 16))):
         pictures.save_png(folder / f"sketch/{name}.png", np.where(rng.random(shape) < 0.8, 255, 0).astype(np.uint8))
     pictures.save_png(folder / "segmentation/a.png", rng.integers(0, 6, (23, 37)).astype(np.uint8))
-    pictures.save_png(folder / "mask.png", np.where(np.arange(16) < 8, 255, 0).astype(np.uint8)[None].repeat(16, 0))
-    pictures.save_png(folder / "hole.png", np.where(np.arange(32) < 20, 0, 255).astype(np.uint8)[:, None].repeat(32, 1))
+    pictures.save_png(folder / "mask.png", np.where(np.arange(18) < 9, 255, 0).astype(np.uint8)[None].repeat(10, 0))
+    pictures.save_png(folder / "hole.png", np.where(np.arange(40) < 25, 0, 255).astype(np.uint8)[:, None].repeat(72, 1))
     pictures.save_png(folder / "image.png", rng.integers(0, 256, (20, 36, 3)).astype(np.uint8))
     (folder / "jobs.jsonl").write_text("\n".join(map(json.dumps, LINES)) + "\n")
     return folder
@@ -194,11 +194,19 @@ def test_a_picture_is_drawn_again_from_what_it_says(script, drawer, whole, maps,
         for name in NAMES:
             if name != "here":
                 jobs_lib.replay(out / f"{name}.png", tmp_path)
-        jobs_lib.replay(out / "turns.png", tmp_path / "whole", window={})
+        jobs_lib.replay(out / "turns.png", tmp_path / "half", window={"sketch": (0, 1)})
+        jobs_lib.replay(out / "turns.png", tmp_path / "whole", window={"sketch": (0, 1), "segmentation": (0, 1)})
+        for idle, words in (
+            ({"strength": {"segmentation": 1}}, "strength: given of segmentation"),
+            ({"image_strength": 0.5}, "image_strength: does nothing without an image"),
+        ):
+            with pytest.raises(UserError, match=words):
+                jobs_lib.replay(out / "lines.png", tmp_path / "idle", **idle)
     for name in NAMES:
         _assert_same(_pixels(tmp_path / f"{name}.png"), _pixels(out / f"{name}.png"))
         before, now = (jobs_lib.read_record(folder / f"{name}.png") for folder in (out, tmp_path))
         assert before == now
+    assert jobs_lib.read_record(tmp_path / "half/turns.png")["window"] == {"segmentation": [0, 0.5]}
     _assert_same(_pixels(tmp_path / "whole/turns.png"), _pixels(out / "both.png"))
     before = jobs_lib.read_record(out / "here.png")
     plain, other, moved = (tmp_path / f"{name}.png" for name in ("plain", "other", "moved"))
@@ -265,12 +273,11 @@ def test_what_is_typed_for_a_replay_goes_with_the_picture(whole, mcm, tmp_path):
 def test_prompts_are_found_wherever_a_split_has_them(tmp_path):
     lines = [{"file": "a.png", "caption": "a  lake"}, {"file": "c.png", "text": "a hill"}]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert lists._captions(tmp_path, {"a", "b"}) == {"a": "a lake"}  # c has no conditions, b no line
-    decomposed = "e\u0301"
-    (tmp_path / "captions.jsonl").write_text('{"file": "\u00e9.png", "caption": "a hill"}')
-    assert lists._captions(tmp_path, {decomposed}) == {decomposed: "a hill"}
+    assert lists._captions(tmp_path, {"a", "b"}) == ({"a": "a lake"}, [])  # c has no conditions, b no line
+    (tmp_path / "captions.jsonl").write_text('{"file": "e\u0301.png", "caption": "a hill"}')
+    assert lists._captions(tmp_path, {"\u00e9"}) == ({"\u00e9": "a hill"}, [])
     (tmp_path / "captions.jsonl").write_text('{"file_name": "a.png", "label": 3}\n{"file_name": "b.png", "label": 4}')
-    assert lists._captions(tmp_path, {"a", "b"}) == {}  # metadata of another kind
+    assert lists._captions(tmp_path, {"a", "b"}) == ({}, [])  # metadata of another kind
     (tmp_path / "captions.jsonl").write_text('{"file": "a.png", "caption": "a lake"}\n{')
     with pytest.raises(UserError, match="captions.jsonl: line 2: no JSON"):
         lists._captions(tmp_path, {"a"})
@@ -279,7 +286,64 @@ def test_prompts_are_found_wherever_a_split_has_them(tmp_path):
     with pytest.raises(UserError, match="prompts are in .*caption and in .*captions.jsonl"):
         lists._captions(tmp_path, {"a"})
     (tmp_path / "captions.jsonl").unlink()
-    assert lists._captions(tmp_path, {"a", "b"}) == {"a": "a lake"}
+    (tmp_path / "caption/b.txt").write_text("a hill\nby day\n")
+    prompts, (problem,) = lists._captions(tmp_path, {"a", "b", "c"})
+    assert prompts == {"a": "a lake"} and "b.txt: expected one line, the prompt, found 2" in str(problem)
+
+
+def test_what_goes_by_modality_is_put_together(drawer, maps, tmp_path):
+    """A line's over the command's. What is typed for all and does nothing for any is refused."""
+    (maps / "by_name.jsonl").write_text(
+        json.dumps({"conditions": BOTH, "strength": {"segmentation": 0.8}, "window": {"sketch": [0.5, 1]}}) + "\n{}"
+    )
+    typed = {"strength": {"sketch": 0.5, "segmentation": 2.0}, "window": {"segmentation": (0.0, 0.5)}}
+    (job, plain), problems = jobs_lib.read_jobs(maps / "by_name.jsonl", drawer, **typed)
+    assert job.strength == {"sketch": 0.5, "segmentation": 0.8} and plain.strength == typed["strength"]
+    assert job.window == {"sketch": (0.5, 1), "segmentation": (0, 0.5)} and not problems
+    (tmp_path / "jobs.jsonl").write_text(json.dumps({"conditions": {"sketch": str(maps / "sketch/a.png")}}))
+    shutil.copytree(maps / "sketch", tmp_path / "sketch")
+    for idle, words in (
+        ({"strength": {"segmentation": 0.5}}, "strength: given of segmentation"),
+        ({"window": {"segmentation": (0, 0.5)}}, "window: given of segmentation"),
+        ({"image_strength": 0.5}, "image_strength: does nothing without an image"),
+    ):
+        for read, path in ((jobs_lib.read_jobs, tmp_path / "jobs.jsonl"), (jobs_lib.jobs_of_folder, tmp_path)):
+            with pytest.raises(UserError, match=words):
+                read(path, drawer, **idle)
+
+
+def test_masks_are_white_strokes_of_their_picture(drawer, whole, maps, tmp_path, monkeypatch):
+    """What is transparent is black; a mask of another aspect ratio would move. Pictures with such a one replay."""
+    jobs, _ = whole
+    alpha = np.asarray(Image.open(maps / "mask.png"))
+    strokes = Image.fromarray(np.stack([np.full_like(alpha, 255)] * 3 + [alpha], -1))
+    strokes.save(tmp_path / "strokes.png")
+    plain, found = (drawer.files.mask(str(path), (16, 16)) for path in (maps / "mask.png", tmp_path / "strokes.png"))
+    np.testing.assert_array_equal(found, plain)
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    for name, size, orientation in (
+        ("turned", (20, 36), exif),
+        ("rounded", (37, 20), None),
+        ("square", (20, 20), None),
+    ):
+        Image.new("RGB", size).save(tmp_path / f"{name}.jpg", **({"exif": orientation} if orientation else {}))
+        how = {"image": str(tmp_path / f"{name}.jpg"), "mask": str(maps / "mask.png")}
+        if name != "square":
+            assert len(jobs_lib.jobs_of_folder(maps, drawer, **how)[0]) == 2
+            continue
+        with pytest.raises(UserError, match=r"mask.png: is 18x10 pixels, which is another shape than .*: 20x20 pixels"):
+            jobs_lib.jobs_of_folder(maps, drawer, **how)
+
+    hole = str(maps / "sketch/b.png")
+    job = dataclasses.replace(jobs[NAMES.index("filled")], inpaint=hole)
+    drawer.draw([job], tmp_path / "out")
+    monkeypatch.setattr(lists, "Drawer", lambda *_, **__: drawer)
+    jobs_lib.replay(tmp_path / "out/filled.png", tmp_path / "again")
+    _assert_same(_pixels(tmp_path / "again/filled.png"), _pixels(tmp_path / "out/filled.png"))
+    with pytest.raises(UserError, match="b.png: is 16x16 pixels, which is another shape"):
+        jobs_lib.replay(tmp_path / "out/filled.png", tmp_path / "again", inpaint=hole)
 
 
 def test_mcms_act_together_and_their_pictures_name_them_all(mcm, trained, whole, maps, tmp_path, monkeypatch):
@@ -428,6 +492,11 @@ def test_bad_jobs_are_named_by_line_and_the_others_drawn(script, drawer, mcm, ma
         json.dumps({"inpaint": str(maps / "mask.png")}): "inpaint must be given with an image",
         json.dumps({"image": "absent.png"}): "image: ",
         json.dumps({"height": 15}): "height must be a multiple of 2",
+        json.dumps(
+            {"image": str(maps / "image.png"), "inpaint": str(maps / "sketch/b.png")}
+        ): f"{maps / 'sketch/b.png'}: is 16x16 pixels, which is another shape than {maps / 'image.png'}: 36x20",
+        json.dumps({"image_strength": 0.5}): "image_strength: does nothing without an image",
+        json.dumps({"modulate": "after_cfg"}): "modulate: the base",
         json.dumps({"variation": 0.5}): "variation must be given with a variation_seed",
         json.dumps({"variation_seed": 5}): "variation_seed goes with a variation",
         json.dumps({"sampler": "euler_a"}): "sampler must be one of",
@@ -447,7 +516,8 @@ def test_bad_jobs_are_named_by_line_and_the_others_drawn(script, drawer, mcm, ma
 
 
 def test_a_folder_of_conditions_has_a_job_for_each_name(script, drawer, mcm, maps, tmp_path):
-    jobs = jobs_lib.jobs_of_folder(maps, drawer, seed=1)
+    jobs, problems = jobs_lib.jobs_of_folder(maps, drawer, seed=1)
+    assert not problems
     assert [(j.name, sorted(j.conditions)) for j in jobs] == [("a", ["segmentation", "sketch"]), ("b", ["sketch"])]
     command = ["sample.py", f"--workdir={mcm}", f"--conditions={maps}", f"--out={tmp_path}", "--seed=1"]
     outcome = script(*command)
@@ -457,3 +527,36 @@ def test_a_folder_of_conditions_has_a_job_for_each_name(script, drawer, mcm, map
     assert script(*command, "--num_samples=2").explains("--conditions", "--num_samples")
     with pytest.raises(UserError, match="holds no conditions"):
         jobs_lib.jobs_of_folder(tmp_path, drawer)
+
+
+def test_a_folder_of_conditions_with_an_image_and_a_mask(drawer, maps, tmp_path):
+    files = {key: str(maps / f"{key}.png") for key in ("image", "mask")}
+    jobs, problems = jobs_lib.jobs_of_folder(maps, drawer, image_strength=0.7, **files)
+    assert drawer.draw(jobs, tmp_path, problems) == 2
+    for job in jobs:
+        line = {"conditions": job.conditions, "image_strength": 0.7, "seed": job.seed, **files}
+        _assert_same(_alone(drawer.pipeline, line, maps), _pixels(tmp_path / f"{job.name}.png"))
+
+
+def test_what_a_folder_of_conditions_has_wrong_is_named_and_the_others_drawn(script, drawer, mcm, maps, tmp_path):
+    """A name is not drawn from less than it has; it pairs as in data folders, whichever way accents are written."""
+    folder, long = tmp_path / "maps", "x" * 245
+    sketch, labels = maps / "sketch/a.png", maps / "segmentation/a.png"
+    (folder / "sketch").mkdir(parents=True)
+    (folder / "segmentation").mkdir()
+    for name in ("a", "b", "e\u0301", long):
+        shutil.copy(sketch, folder / f"sketch/{name}.png")
+    shutil.copy(labels, folder / "segmentation/\u00e9.png")
+    Image.open(labels).save(folder / "segmentation/a.jpg")
+    Image.open(sketch).save(folder / "sketch/b.webp")
+    (folder / "sketch/c").mkdir()
+    (folder / "sketch/.hidden").write_text("")
+    wrong = ("a.jpg: expected .png files only. Labels are PNGs", "b.webp: has the same name as b.png", "c: a folder")
+    jobs, problems = jobs_lib.jobs_of_folder(folder, drawer)
+    assert [(job.name, sorted(job.conditions)) for job in jobs] == [("\u00e9", ["segmentation", "sketch"])]
+    assert len(problems) == 4
+    assert all(any(words in p for p in problems) for words in (*wrong, f"{long}: name must be of at most")), problems
+    command = ["sample.py", f"--workdir={mcm}", f"--conditions={folder}", f"--out={tmp_path / 'out'}"]
+    outcome = script(*command)
+    assert outcome.status == 1 and all(words in outcome.err for words in ("4 jobs failed", *wrong)), outcome.err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["\u00e9.png"]

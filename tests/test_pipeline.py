@@ -290,6 +290,7 @@ def test_a_notebooks_pictures(pipeline, strong, trained, conditions, keys, tmp_p
     indexed = Image.fromarray(labels)
     indexed.putpalette(colors[::-1].tobytes())  # other colours than the classes': of two that fit, colours count
     given = [tmp_path / "labels.png", Image.fromarray(labels), labels, Image.fromarray(colors[labels])]
+    given += [jnp.asarray(labels), labels.tolist()]
     drawn = [np.asarray(run.draw({"segmentation": one}, 2, seed=3)[1]) for one in given]
     assert all((picture == drawn[0]).all() for picture in drawn)
     other = np.asarray(run.draw({"segmentation": indexed}, 2, seed=3)[1])
@@ -298,6 +299,8 @@ def test_a_notebooks_pictures(pipeline, strong, trained, conditions, keys, tmp_p
     few = Image.fromarray(labels)
     few.putpalette(colors[::-1].tobytes()[:18])  # as few colours as classes: no bit is lost on the way
     assert (np.asarray(run.draw({"segmentation": few}, 2, seed=3)[1]) == other).all()
+    with pytest.raises(UserError, match="count must be at least 1, got 0"):
+        run.draw({"segmentation": labels}, 0)
     with pytest.raises(UserError, match="found a colour picture .mode F."):
         run.draw({"segmentation": Image.fromarray(labels.astype(np.float32))})
     lossy = io.BytesIO()
@@ -420,3 +423,13 @@ def test_the_other_base_is_told_by_its_weights(trained, other_base_path, tmp_pat
     with pytest.raises(UserError, match=trained.base.fingerprint[:16]) as error:
         Pipeline.from_folder(folder)
     assert load_base(other_base_path).fingerprint[:16] in str(error.value)
+
+
+def test_mcms_of_different_bases_are_told_apart(trained, pipeline, other_base_path, tmp_path):
+    shutil.copy(trained.workdir / "config.json", tmp_path)
+    _edit_config(tmp_path, base__path=str(other_base_path))
+    save_mcm(tmp_path, pipeline.mcms[0].params, base=load_base(other_base_path), step=1)
+    with pytest.raises(UserError) as error:
+        Pipeline.from_folder(trained.workdir, tmp_path)
+    words = [f"{tmp_path}/mcm.safetensors was trained on the base 'other'", f"the base 'tiny' of {trained.workdir} has"]
+    assert all(word in str(error.value) for word in [*words, "one at a time"]), error.value

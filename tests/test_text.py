@@ -21,7 +21,7 @@ from mcm_jax.data.scenes import Scenes
 from mcm_jax.draws import Draws
 from mcm_jax.errors import UserError
 from mcm_jax.generate import generate
-from mcm_jax.jobs import Drawer, read_jobs
+from mcm_jax.jobs import Drawer, jobs_of_folder, lists, read_jobs, read_record, replay
 from mcm_jax.pictures import to_uint8
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.sharding import make_mesh, replicate
@@ -174,22 +174,58 @@ def test_sample_script_with_a_prompt(script, workdir, tmp_path):
     assert np.any(same != other)
 
 
-def test_jobs_have_their_own_prompts_and_two_programs(workdir, tmp_path):
-    """One with text guidance, whatever its scale and negative prompt, and one without."""
+def test_jobs_have_their_own_prompts_and_few_programs(workdir, tmp_path, monkeypatch):
+    """One with text guidance, whatever its scale and negative prompt, one without, and one a place of the MCM."""
     drawer = Drawer(str(workdir), steps=2, batch_size=2)
     how = ({"text_guidance": 3}, {"negative_prompt": "night"}, {"text_guidance": 1}, {"prompt": "a meadow by day"})
+    how += ({"negative_prompt": "night", "modulate": "prompt_only"},)
     lines = [{"name": str(i), "seed": 1, "prompt": PROMPT, **more} for i, more in enumerate(how)]
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     jobs, problems = read_jobs(tmp_path / "jobs.jsonl", drawer)
-    assert not problems and drawer.draw(jobs, tmp_path) == 4
-    assert {*drawer.pipeline.engine.programs} == {(False, "before_cfg"), (True, "before_cfg")}
-    assert drawer.pipeline.engine.compilations == 2
+    assert not problems and drawer.draw(jobs, tmp_path) == 5
+    programs = {(False, "before_cfg"), (True, "before_cfg"), (True, "prompt_only")}
+    assert {*drawer.pipeline.engine.programs} == programs and drawer.pipeline.engine.compilations == 3
     found = [np.asarray(Image.open(tmp_path / f"{job.name}.png")).astype(int) for job in jobs]
     for job, line, picture in zip(jobs, lines, found, strict=True):
-        own = {k: line[k] for k in ("text_guidance", "negative_prompt") if k in line}
+        own = {k: line[k] for k in ("text_guidance", "negative_prompt", "modulate") if k in line}
         alone = drawer.pipeline({}, sampling.sample_keys(1, 1), prompts=[job.prompt], steps=2, batch_size=2, **own)
         assert np.abs(to_uint8(alone[0]).astype(int) - picture).max() <= 1
-    assert all((a != b).any() for i, a in enumerate(found) for b in found[:i])
+    # The last one differs in where the MCM stands alone, which three steps of training hardly tell.
+    assert all((a != b).any() for i, a in enumerate(found[:4]) for b in found[:i])
+    monkeypatch.setattr(lists, "Drawer", lambda *_, **__: drawer)
+    for name in ("1", "4"):
+        replay(tmp_path / f"{name}.png", tmp_path / "again")
+        said, again = (read_record(folder / f"{name}.png") for folder in (tmp_path, tmp_path / "again"))
+        assert said == again and (said["prompt"], said["negative_prompt"]) == (PROMPT, "night")
+        picture = np.asarray(Image.open(tmp_path / f"again/{name}.png")).astype(int)
+        assert np.abs(picture - found[int(name)]).max() <= 1
+    assert said["modulate"] == "prompt_only"
+    replay(tmp_path / "1.png", tmp_path / "other", prompt="a meadow by day", negative_prompt="")
+    other = np.asarray(Image.open(tmp_path / "other/1.png")).astype(int)
+    assert np.abs(other - found[3]).max() <= 1
+    with pytest.raises(UserError, match="negative_prompt: does nothing at text_guidance=1"):
+        replay(tmp_path / "2.png", tmp_path / "again", negative_prompt="night")
+
+    odd = ({"text_guidance": 1, "negative_prompt": "night"}, {"text_guidance": 1, "modulate": "after_cfg"})
+    (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, odd)))
+    _, problems = read_jobs(tmp_path / "odd.jsonl", drawer)
+    for words, problem in zip(("negative_prompt", "modulate"), problems, strict=True):
+        assert f"{words}: does nothing at text_guidance=1" in problem
+    (tmp_path / "odd.jsonl").write_text('{"text_guidance": 1}')
+    with pytest.raises(UserError, match="text_rescale: does nothing at text_guidance=1"):
+        read_jobs(tmp_path / "odd.jsonl", drawer, text_rescale=0.7)
+    assert not read_jobs(tmp_path / "jobs.jsonl", drawer, text_rescale=0.7)[1]  # most lines have guidance
+
+
+def test_a_bad_caption_of_a_folder_is_named(workdir, tmp_path):
+    for folder in ("sketch", "caption"):
+        (tmp_path / folder).mkdir()
+    for name, text in (("a", PROMPT), ("b", "a lake\nby day")):
+        Image.fromarray(np.full((16, 16), 255, np.uint8)).save(tmp_path / f"sketch/{name}.png")
+        (tmp_path / f"caption/{name}.txt").write_text(text)
+    jobs, (problem,) = jobs_of_folder(tmp_path, Drawer(str(workdir)))
+    assert [(job.name, job.prompt) for job in jobs] == [("a", PROMPT)]
+    assert "b.txt: expected one line, the prompt, found 2" in problem
 
 
 def test_a_prompt_that_is_too_long_says_what_is_cut(workdir, tmp_path):

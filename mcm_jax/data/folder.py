@@ -244,13 +244,13 @@ def has_split(path: str | os.PathLike, split: str, held_out_share: float) -> boo
     path = pathlib.Path(path)
     if os.path.isdir(path / split) or split != "test" or held_out_share <= 0:
         return os.path.isdir(path / split)
-    return len(_files(path / "train" / "image", PICTURES)[0]) >= 2
+    return len(list_files(path / "train" / "image", PICTURES)[0]) >= 2
 
 
 def bare_pictures(path: str | os.PathLike) -> pathlib.Path | None:
     """Where a folder without splits has pictures: itself, its folder ``image``, or None."""
     for folder in (pathlib.Path(path), pathlib.Path(path, "image")):
-        if os.path.isdir(folder) and _files(folder, PICTURES)[0]:
+        if os.path.isdir(folder) and list_files(folder, PICTURES)[0]:
             return folder
     return None
 
@@ -290,22 +290,22 @@ def scan(
         if name in partial and not os.path.lexists(root / name):
             files[name], wrong = {}, [Problem(str(root / name), "no such folder, so no picture has one", _NO_SUCH)]
         else:
-            files[name], wrong = _files(root / name, known)
+            files[name], wrong = list_files(root / name, known)
         if name == "image":
-            spoilt = _stems(wrong)  # of these it is said what is wrong
+            spoilt = stems(wrong)  # of these it is said what is wrong
         if name == "image" and not files[name] and not wrong:
             wrong = [Problem(str(root / name), "holds no pictures", f"Expected {_layout(root)}")]
         elif name != "image" and (root / name).is_dir():
             some = name in partial and not files[name].keys().isdisjoint(files["image"])
-            missing = () if some else files["image"].keys() - files[name].keys() - _stems(wrong)
+            missing = () if some else files["image"].keys() - files[name].keys() - stems(wrong)
             extra = files[name].keys() - files["image"].keys() - spoilt
             wrong += _unpaired(root / name, missing, [files[name][n] for n in extra], known[0], len(files["image"]))
         problems += wrong
     return files, problems
 
 
-def _files(folder: pathlib.Path, endings: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
-    """File names by what they are called without ending, and what else there is."""
+def list_files(folder: pathlib.Path, endings: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
+    """File names by what they are called without ending (NFC), and what else there is: hidden files are nothing."""
     try:
         entries = sorted(os.listdir(folder))
     except OSError as e:
@@ -333,7 +333,8 @@ def _files(folder: pathlib.Path, endings: Sequence[str]) -> tuple[dict[str, str]
     return names, problems
 
 
-def _stems(problems: Iterable[Problem]) -> set[str]:
+def stems(problems: Iterable[Problem]) -> set[str]:
+    """What files with problems are called without ending."""
     return {unicodedata.normalize("NFC", pathlib.Path(p.path).stem) for p in problems}
 
 

@@ -145,6 +145,18 @@ def check_shape(path: Source, condition: np.ndarray, image: Source, picture: Ima
         )
 
 
+def check_mask(path: Source, image: Source) -> None:
+    """Raises UserError where a mask has another aspect ratio than the picture that it is of; decodes neither."""
+    with open_picture(path) as mask, open_picture(image) as picture:
+        own, shape = (mask.height, mask.width), (picture.height, picture.width)
+        shape = shape[::-1] if turn_of(picture) in SIDEWAYS else shape
+    if not _same_aspect_ratio(own, shape):
+        raise UserError(
+            f"{path}: is {_size(*own)}, which is another shape than {image}: {_size(*shape)}{_turned(image)}. Of each "
+            f"the centre is taken, so a mask must have its picture's aspect ratio; its resolution may differ"
+        )
+
+
 def _same_aspect_ratio(a: tuple[int, int], b: tuple[int, int]) -> bool:
     """Whether two sizes can be one picture's, each rounded: within a pixel of the smaller."""
     (height, width), (large_height, large_width) = sorted((a, b), key=lambda size: size[0] * size[1])

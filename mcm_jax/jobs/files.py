@@ -12,7 +12,9 @@ from mcm_jax import pictures
 from mcm_jax.base import Base
 from mcm_jax.data.reading import read_image
 from mcm_jax.jobs.job import Job
-from mcm_jax.modalities import Modality, cover, read_png
+from mcm_jax.modalities import Modality, cover
+from mcm_jax.modalities.files import over
+from mcm_jax.modalities.modality import open_condition
 from mcm_jax.pipeline import Pipeline
 
 _MASK = Modality("mask", "map", 1)
@@ -78,8 +80,11 @@ class Files:
         return self.known[name].fit(self.read(path, name), *size)
 
     def _mask(self, path: str, size: tuple[int, int]) -> np.ndarray:
-        """Values in [0, 1], float32 ``[H, W]``: 1 is white."""
-        return _MASK.fit(read_png(path, _MASK), *size)
+        """Values in [0, 1], float32 ``[H, W]``: 1 is white. What is transparent is black: strokes alone are a mask."""
+        picture = open_condition(path, _MASK)
+        if picture.has_transparency_data and not picture.mode.startswith("I;16"):  # which have one grey, at most
+            picture = over(picture, "black")
+        return _MASK.fit(_MASK.definition.decode(picture, path), *size)
 
     def _image(self, path: str, size: tuple[int, int]) -> np.ndarray:
         """float32 ``[H, W, 3]`` in [-1, 1]."""

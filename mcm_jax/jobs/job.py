@@ -2,9 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from mcm_jax.errors import expect
+from mcm_jax.data.reading import check_mask
+from mcm_jax.errors import UserError, expect
+from mcm_jax.request import check_shown
 from mcm_jax.sampling import SamplingSettings, is_text
 
 FILES = ("mask", "image", "inpaint")
@@ -92,3 +95,26 @@ class Job:
         """All picture files that it names: ``conditions.MODALITY``, and those of :data:`FILES` that are given."""
         given = {key: getattr(self, key) for key in FILES if getattr(self, key)}
         return {f"conditions.{name}": path for name, path in self.conditions.items()} | given
+
+
+def check_typed(jobs: Sequence[Job], given: Mapping[str, Any]) -> None:
+    """Raises UserError where something that was typed for jobs does nothing for any, or files do not go together.
+
+    Args:
+      jobs: as they are, with what is there by default.
+      given: what was typed, fields of jobs and of their settings; None is not given.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    shown = {name for job in jobs for name in job.conditions}
+    check_shown(shown, **{key: given.get(key) for key in ("strength", "window")})
+    if "image_strength" in given and not any(job.image for job in jobs):
+        raise UserError("image_strength: does nothing without an image to begin with; give one, or leave it out")
+    idle = [key for key in ("negative_prompt", "text_rescale", "modulate") if given.get(key)]
+    if idle and all(job.settings.text_guidance == 1 for job in jobs):
+        raise UserError(
+            f"{', '.join(idle)}: does nothing at text_guidance=1; set another text_guidance, or leave it out"
+        )
+    if given.keys() & {*FILES}:
+        masks = {(mask, job.image) for job in jobs if job.image for mask in (job.mask, job.inpaint) if mask}
+        for mask, image in sorted(masks):
+            check_mask(mask, image)

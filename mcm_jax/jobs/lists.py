@@ -4,19 +4,19 @@ import dataclasses
 import json
 import os
 import pathlib
-import unicodedata
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mcm_jax.data.captions import find_captions, read_lines
+from mcm_jax.data.folder import list_files, stems
+from mcm_jax.data.problems import Problem
 from mcm_jax.data.reading import read_caption
 from mcm_jax.errors import UserError, expect
 from mcm_jax.jobs.drawer import Drawer
-from mcm_jax.jobs.job import FILES, Job
+from mcm_jax.jobs.job import FILES, Job, check_typed
 from mcm_jax.jobs.record import check_target, is_drawn, read_record, sha256
 from mcm_jax.modalities import PICTURES
-from mcm_jax.request import check_shown
 from mcm_jax.sampling import SamplingSettings
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(SamplingSettings) if f.name != "batch_size")
@@ -28,6 +28,12 @@ _MOST = 100_000  # pictures of a line
 def _seed_of(seed: int | None, name: Any) -> int:
     """A seed of its own for each name: other jobs that come or go leave its picture as it is."""
     return zlib.crc32(f"{seed or 0}/{name}".encode(errors="surrogatepass"))
+
+
+def _over(default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a job in place of others; what goes by modality in place of the same modality's alone."""
+    named = [k for k in ("strength", "window") if isinstance(default.get(k), dict) and isinstance(given.get(k), dict)]
+    return {**default, **given, **{key: default[key] | given[key] for key in named}}
 
 
 def _jobs_of_line(
@@ -50,11 +56,11 @@ def _jobs_of_line(
     given |= {key: there(given[key]) for key in FILES if key in given}
     if isinstance(conditions := given.get("conditions"), dict):
         given["conditions"] = {modality: there(path) for modality, path in conditions.items()}
-    own = {key: given.get(key) for key in ("strength", "window")}  # a list's defaults are for those that show it
-    given = {**default, "seed": _seed_of(default.get("seed"), name), **given}
+    own = given  # a list's defaults are for those lines that they do something for
+    given = _over({**default, "seed": _seed_of(default.get("seed"), name)}, given)
     if count is None:
         job = drawer.job(name, given, source)
-        check_shown(job.conditions, **own)
+        check_typed([job], own)
         return [job]
     expect(type(count) is int and 1 <= count <= _MOST, "num_samples", f"a whole number in 1..{_MOST}", count)
     expect(
@@ -65,8 +71,13 @@ def _jobs_of_line(
     )
     expect(isinstance(name, str), "name", "a text", name)
     jobs = [drawer.job(f"{name}_{i:03d}", given | {"sample": i}, source) for i in range(count)]
-    check_shown(jobs[0].conditions, **own)
+    check_typed(jobs[:1], own)
     return jobs
+
+
+def _check_for_all(jobs: Sequence[Job], given: Mapping[str, Any], problems: Sequence[str]) -> None:
+    """What was typed for all jobs. What does nothing for those that are good could be meant for those that are not."""
+    check_typed(jobs, {key: given.get(key) for key in FILES} if problems else given)
 
 
 def read_jobs(path: str | os.PathLike, drawer: Drawer, **given: Any) -> tuple[list[Job], list[str]]:
@@ -75,14 +86,15 @@ def read_jobs(path: str | os.PathLike, drawer: Drawer, **given: Any) -> tuple[li
     Args:
       path: the file; files that it names are relative to its folder.
       drawer: of the MCM.
-      given: fields of jobs that do not have their own, :data:`mcm_jax.jobs.CONTROLS`; None is not given. The seed, with
-        a job's name, decides the seeds that are not given.
+      given: what was typed for all, fields of jobs that do not have their own: :data:`mcm_jax.jobs.CONTROLS`, or of
+        :class:`mcm_jax.sampling.SamplingSettings`; None is not given. The seed, with a job's name, decides the seeds
+        that are not given.
 
     Returns:
       ``(jobs, problems)``: of the good lines, and what is wrong with each of the others.
 
     Raises:
-      UserError: the file cannot be read, or holds nothing.
+      UserError: the file cannot be read, or holds nothing; what was typed for all does nothing for any.
     """
     path = pathlib.Path(path)
     try:
@@ -106,10 +118,11 @@ def read_jobs(path: str | os.PathLike, drawer: Drawer, **given: Any) -> tuple[li
             problems.append(f"{source}: {e}")
     if not jobs and not problems:
         raise UserError(f"--jobs {path}: holds no jobs; expected one JSON object a line")
+    _check_for_all(list(jobs.values()), given, problems)
     return list(jobs.values()), problems
 
 
-def jobs_of_folder(path: str | os.PathLike, drawer: Drawer, **given: Any) -> list[Job]:
+def jobs_of_folder(path: str | os.PathLike, drawer: Drawer, **given: Any) -> tuple[list[Job], list[str]]:
     """A job for each name in a folder that is laid out as a split of a data folder.
 
     ``FOLDER/MODALITY/NAME.png`` are its conditions, whichever there are, and ``FOLDER/caption/NAME.txt`` its prompt, or
@@ -118,49 +131,65 @@ def jobs_of_folder(path: str | os.PathLike, drawer: Drawer, **given: Any) -> lis
     Args:
       path: the folder.
       drawer: of the MCM.
-      given: fields of all jobs, :data:`mcm_jax.jobs.CONTROLS`; None is not given. The seed, with a job's name, decides
-        its seed; the prompt is of jobs without a caption.
+      given: what was typed for all, fields of the jobs: :data:`mcm_jax.jobs.CONTROLS`, or of
+        :class:`mcm_jax.sampling.SamplingSettings`; None is not given. The seed, with a job's name, decides its seed;
+        the prompt is of jobs without a caption.
+
+    Returns:
+      ``(jobs, problems)``: of the names all of whose files can be what they are called, and what is wrong with others.
 
     Raises:
-      UserError: there are no conditions, two of one name, or captions that cannot be read.
+      UserError: there are no conditions, captions in several places, or a file of captions that cannot be read; what
+        was typed does nothing for any.
     """
-    path, found = pathlib.Path(path), {}
+    path, found, wrong = pathlib.Path(path), {}, []
     for name, modality in drawer.files.known.items():
-        for file in sorted((path / name).glob("[!.]*")):
-            if file.suffix.lower() in modality.endings:
-                there = found.setdefault(file.stem, {})
-                if name in there:
-                    raise UserError(f"{file}: {there[name]} has the same name; keep one")
-                there[name] = str(file)
-    if not found:
+        if os.path.lexists(path / name):
+            files, odd = list_files(path / name, modality.endings)
+            wrong += odd
+            for stem, file in files.items():
+                found.setdefault(stem, {})[name] = str(path / name / file)
+    if not found and not wrong:
         folders = ", ".join(f"{path / name}/NAME.png" for name in drawer.files.known)
         raise UserError(f"--conditions {path}: holds no conditions; expected {folders}, or some of these")
     drawer.check_text(given, "--")
-    prompts = _captions(path, found) if drawer.pipeline.base.is_text_conditional else {}
+    prompts, odd = _captions(path, found) if drawer.pipeline.base.is_text_conditional else ({}, [])
+    wrong += odd
+    jobs, problems = [], list(map(str, wrong))
+    for name in sorted(found.keys() - stems(wrong)):  # without what is wrong it would be drawn from less
+        prompt, source = prompts.get(name, given.get("prompt")), f"{path}: {name}"
+        own = {"conditions": found[name], "prompt": prompt, "seed": _seed_of(given.get("seed"), name)}
+        try:
+            jobs.append(drawer.job(name, {**given, **own}, source))
+        except UserError as e:
+            problems.append(f"{source}: {e}")
+    _check_for_all(jobs, given, problems)
+    return jobs, problems
 
-    def own(name: str) -> dict[str, Any]:
-        prompt = prompts.get(name, given.get("prompt"))
-        return {"conditions": found[name], "prompt": prompt, "seed": _seed_of(given.get("seed"), name)}
 
-    return [drawer.job(name, {**given, **own(name)}, f"{path}: {name}") for name in sorted(found)]
-
-
-def _captions(path: pathlib.Path, names: Collection[str]) -> dict[str, str]:
-    """The prompts that a folder has for some names, wherever it has them."""
+def _captions(path: pathlib.Path, names: Collection[str]) -> tuple[dict[str, str], list[Problem]]:
+    """The prompts that a folder has for some names, wherever it has them, and what is wrong with those of others."""
     places = find_captions(path)
     if len(places) > 1:
         where = " and in ".join(map(str, places))
         raise UserError(f"--conditions {path}: prompts are in {where}; keep those that count")
-    if not places or places[0].is_dir():
-        files = {name: path / "caption" / f"{name}.txt" for name in names}
-        return {name: read_caption(file) for name, file in files.items() if file.is_file()}
-    own = {unicodedata.normalize("NFC", name): name for name in names}
-    prompts, problems = read_lines(places[0], PICTURES, own)
+    if not places:
+        return {}, []
+    if places[0].is_dir():
+        files, wrong = list_files(places[0], (".txt",))
+        prompts = {}
+        for name in sorted(files.keys() & {*names}):
+            try:
+                prompts[name] = read_caption(places[0] / files[name])
+            except UserError as e:
+                wrong.append(Problem.of(e, places[0] / files[name]))
+        return prompts, wrong
+    prompts, problems = read_lines(places[0], PICTURES, names)
     # Lines of other pictures, and pictures without a line, are no mistake here; nor is metadata that says no prompts.
     wrong = [p for p in problems if "there is no picture" not in p.found and not p.found.startswith("no line for")]
     if wrong and (prompts or not all("expected one of caption, text" in p.found for p in wrong)):
         raise UserError(f"--conditions {path}: {wrong[0]}")
-    return {own[name]: prompt for name, prompt in prompts.items()}
+    return prompts, []
 
 
 def replay(
@@ -183,14 +212,15 @@ def replay(
       base: another base than it was drawn on, as :class:`Drawer` takes it, with ``accept_base``.
       dtype: another one than it was computed in.
       changes: what shall be otherwise: :data:`mcm_jax.jobs.CONTROLS`, or fields of
-        :class:`mcm_jax.sampling.SamplingSettings`; None is as it was.
+        :class:`mcm_jax.sampling.SamplingSettings`; None is as it was, and so are modalities that are not named.
 
     Raises:
-      UserError: it carries no settings, the MCM or the base is another one, or a file of it is gone or changed.
+      UserError: it carries no settings, the MCM or the base is another one, a file of it is gone or changed, or a
+        change does nothing.
     """
     said, changes = read_record(picture), {k: v for k, v in changes.items() if v is not None}
     try:
-        given = {k: said[k] for k in (*_JOB, *_SETTINGS) if said.get(k) is not None} | changes
+        given = _over({k: said[k] for k in (*_JOB, *_SETTINGS) if said.get(k) is not None}, changes)
         files = {f"conditions.{name}": file for name, file in said["conditions"].items()}
         files |= {key: said[key] for key in FILES if key in given and key not in changes}
         for file, expected in ((file["file"], file["sha256"]) for file in files.values()):
@@ -230,6 +260,7 @@ def replay(
         raise UserError(f"{picture}: was drawn by another scheduler_config.json of {now.name!r} ({odd}); put that back")
     # What a picture does not say is the default, not the run's.
     job = drawer.job(pathlib.Path(picture).stem, given, str(picture), SamplingSettings())
+    check_typed([job], changes)
     target = pathlib.Path(out) / f"{job.name}.png"
     if not is_drawn(target, drawer.record(job)):
         check_target(target, {os.path.realpath(picture): "--replay"})

@@ -96,7 +96,7 @@ class Recorder:
             **{"seed": job.seed, "sample": job.sample, "prompt": job.prompt or None},
             **{k: v for k, v in younger.items() if v not in (None, [], {})},
         }
-        text = OF_TEXT if not own.is_text_conditional else ()
+        text = {*OF_TEXT} - {"modulate"} if not own.is_text_conditional else ()  # which pictures always said
         return {k: v for k, v in said.items() if k not in text}
 
 
