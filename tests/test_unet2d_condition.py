@@ -13,6 +13,7 @@ import pytest
 import torch
 from flax import traverse_util
 
+from mcm_jax.base import blocks
 from mcm_jax.base.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
 from mcm_jax.base.weights import params_from_torch, torch_name, torch_shape
 
@@ -311,3 +312,23 @@ def test_unsupported_options_are_named(options, words):
     with pytest.raises(ValueError) as error:
         UNet2DConditionConfig.from_dict(TINY | options)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("length", "keys", "causal"), [(1, 3, False), (77, 77, True), (300, 5, False), (521, 40, False), (300, 300, True)]
+)
+def test_attention_of_one_head_at_a_time_is_pytorchs(length, keys, causal):
+    """As one processor device takes it; the suite's two take all heads at once. Gradients, too."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, n, 3, 6)).astype(np.float32) for n in (length, keys, keys))
+    there = [torch.tensor(x).swapaxes(1, 2).requires_grad_() for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*there, is_causal=causal).swapaxes(1, 2)
+    (expected**2).sum().backward()
+    assert not blocks.loops_over_heads()
+    for attend in (blocks._by_heads, blocks.attend):
+        found = attend(q, k, v, causal)
+        np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-5)
+        slopes = jax.grad(lambda *parts, attend=attend: (attend(*parts, causal) ** 2).sum(), (0, 1, 2))(q, k, v)
+        for slope, part in zip(slopes, there, strict=True):
+            wanted = part.grad.swapaxes(1, 2).numpy()
+            np.testing.assert_allclose(slope, wanted, atol=1e-5 * np.abs(wanted).max())
