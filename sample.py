@@ -54,9 +54,9 @@ def main(argv: list[str]) -> object:
     typed, base, preview = _CONTROLS() | _SETTINGS(), _BASE(), {"preview_every": _PREVIEW.value}
     if _SHEET.value is not None and not (_JOBS.value or _FOLDER.value):
         raise UserError("--sheet: goes with --jobs or --conditions; a single run has its grid.png")
+    if given and _SHOW_BASE.value and not _SHEET.value:
+        raise UserError(f"--show_base: with --{given[0].name} it goes with --sheet, of a list, which shows it")
     if _REPLAY.value:
-        if _SHOW_BASE.value:
-            raise UserError("--show_base: goes with a single run, or with --jobs or --conditions and --sheet")
         workdir = _WORKDIR.value if _WORKDIR.present else None
         return jobs.replay(_REPLAY.value, _OUT.value, workdir, **preview, **base, **typed)
     if not given:
