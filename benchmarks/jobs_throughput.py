@@ -1,8 +1,10 @@
-"""A thousand jobs on the shipped MCM of scenes: programs, pictures a second beside single runs, and two interrupts.
+"""A thousand jobs on a shipped MCM of scenes: programs, pictures a second beside single runs, and two interrupts.
 
-python -m benchmarks.jobs_throughput --out=benchmarks/results/jobs_1000.json
+python -m benchmarks.jobs_throughput --steps=4 --singles=20 --out=benchmarks/results/jobs_1000.json
+python -m benchmarks.jobs_throughput --mcm=scenes-sd-mcm --steps=4 --out=benchmarks/results/jobs_1000_sd.json
 
-Held-out maps in seven kinds of jobs: subsets, strengths, windows, a guidance schedule, a mask, a weight, a variation.
+Held-out maps in seven kinds of jobs: subsets, strengths, windows, a guidance schedule, a mask, a weight, a variation;
+on a base with text each with the map's own prompt, and with text guidances and negative prompts that differ.
 sample.py draws the list, is stopped twice by SIGINT and goes on; this process draws it without a break and counts
 programs and pictures a second; both folders must hold the same bytes. Then a batch of each kind alternates with single
 runs of it, of batch size 1; both are compiled before.
@@ -21,12 +23,11 @@ import time
 import numpy as np
 
 from benchmarks import common
-from mcm_jax import pictures
-from mcm_jax.data import DataSettings
+from mcm_jax import assets, config, pictures
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.jobs import Drawer, read_jobs
+from mcm_jax.training import RunSettings
 
-WORKDIR = "scenes-mcm"
 KINDS = (
     {"of": ("segmentation", "sketch")},
     {"of": ("segmentation",), "guidance": 1.5},
@@ -40,7 +41,8 @@ KINDS = (
 
 def write_list(folder: pathlib.Path, drawer: Drawer, count: int, maps: int) -> pathlib.Path:
     """Files of held-out maps, and a list of jobs for them."""
-    held_out = HeldOut(DataSettings(), drawer.pipeline.base.card, drawer.pipeline.modalities, maps)
+    data, base = config.load(RunSettings, assets.resolve(drawer.workdirs[0])).data, drawer.pipeline.base
+    held_out = HeldOut(data, base.card, drawer.pipeline.modalities, maps)
     for modality in drawer.pipeline.modalities:
         for i, condition in enumerate(held_out.conditions[modality.name]):
             pictures.save_png(folder / modality.name / f"{i:04d}.png", modality.pack(condition))
@@ -50,6 +52,9 @@ def write_list(folder: pathlib.Path, drawer: Drawer, count: int, maps: int) -> p
     for i in range(count):
         kind = dict(KINDS[i % len(KINDS)])
         conditions = {name: f"{name}/{i % maps:04d}.png" for name in kind.pop("of")}
+        if base.is_text_conditional:
+            kind |= {"prompt": held_out.captions[i % maps], "text_guidance": 2 + i % 3}
+            kind |= {"negative_prompt": "night"} if i % 2 else {}
         lines.append({"name": f"{i % len(KINDS)}_{i:04d}", "conditions": conditions, "seed": i, **kind})
     (folder / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder / "jobs.jsonl"
@@ -93,6 +98,7 @@ def beside_single_runs(drawer: Drawer, jobs: list, out: pathlib.Path, batch: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mcm", default="scenes-mcm")
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--maps", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6)
@@ -102,16 +108,17 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
     shutil.rmtree(args.workdir / "drawn", ignore_errors=True)
+    conditions = args.workdir / args.mcm
     common.use_compilation_cache(args.workdir)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str((args.workdir / "compiled").absolute())
     how = {"sampler": "dpm++2m", "spacing": "trailing", "steps": args.steps, "batch_size": args.batch}
-    drawer = Drawer(WORKDIR, **how)
-    path = write_list(args.workdir, drawer, args.jobs, min(args.maps, args.jobs))
+    drawer = Drawer(args.mcm, **how)
+    path = write_list(conditions, drawer, args.jobs, min(args.maps, args.jobs))
     jobs, problems = read_jobs(path, drawer)
     assert not problems, problems
 
     broken, whole = (args.workdir / "drawn" / name for name in ("broken", "whole"))
-    command = [sys.executable, "sample.py", f"--workdir={WORKDIR}", f"--jobs={path}", f"--out={broken}"]
+    command = [sys.executable, "sample.py", f"--workdir={args.mcm}", f"--jobs={path}", f"--out={broken}"]
     command += [f"--{key}={value}" for key, value in how.items()]
     there = interrupted(command, broken, [args.jobs // 3, 2 * args.jobs // 3])
     began = time.perf_counter()
@@ -128,6 +135,7 @@ def main() -> None:
     assert not differ, f"{len(differ)} of {args.jobs} differ, the first {differ[0]}"
     ratios = beside_single_runs(drawer, jobs, args.workdir / "drawn" / "beside", args.batch, args.singles)
     report = {
+        "mcm": args.mcm,
         "jobs": args.jobs,
         "kinds": len(KINDS),
         "how": how,
