@@ -2,8 +2,7 @@
 
 python sample.py --segmentation=docs/examples/segmentation.png --sketch=docs/examples/sketch.png --out=runs/samples
 
-Either condition may be left out; one of any other modality is --condition=NAME=PICTURE. A list of pictures, each with
-its own conditions and settings (docs/sampling.md):
+Either may be left out; any other modality is --condition=NAME=PICTURE. Of many pictures (docs/sampling.md, lists):
 
 python sample.py --jobs=jobs.jsonl --out=runs/list      # or --conditions=FOLDER; the same command goes on
 python sample.py --replay=runs/list/000001.png --out=runs/again
@@ -31,10 +30,10 @@ _FOLDER = flags.DEFINE_string("conditions", None, "Folder laid out as a data fol
 _REPLAY = flags.DEFINE_string("replay", None, "PNG of this script, to be drawn again; what else is typed is otherwise")
 _ONE = (
     flags.DEFINE_integer("num_samples", None, "How many. Default: 8"),
+    flags.DEFINE_bool("show_base", None, "In grid.png, below each sample the base alone from the same noise"),
     flags.DEFINE_integer("intermediates", None, "So many steps in intermediates.png: where and when the MCM acts"),
 )
-_SHOW_BASE = flags.DEFINE_bool("show_base", None, "In grid.png or sheet.png, too: the base alone from the same noise")
-_SHEET = flags.DEFINE_integer("sheet", None, "Of a list: so many pictures beside their conditions, in sheet.png")
+_SHEET = flags.DEFINE_integer("sheet", 0, "So many of a list's pictures, conditions and the base alone in sheet.png")
 _PREVIEW = flags.DEFINE_integer("preview_every", 0, "Steps after which preview.png shows what is drawn now; 0: none")
 _BASE = cli.define_base_flags()
 _CONTROLS, _SETTINGS = cli.define_flags(jobs.Job, jobs.CONTROLS, ""), cli.define_flags(SamplingSettings)
@@ -52,27 +51,17 @@ def main(argv: list[str]) -> object:
     if given and (len(given) > 1 or conditions or one):
         raise UserError(f"--{given[0].name}: goes with no condition, no other list, no {single}")
     typed, base, preview = _CONTROLS() | _SETTINGS(), _BASE(), {"preview_every": _PREVIEW.value}
-    if _SHEET.value is not None and not (_JOBS.value or _FOLDER.value):
+    if _SHEET.value and not (_JOBS.value or _FOLDER.value):
         raise UserError("--sheet: goes with --jobs or --conditions; a single run has its grid.png")
-    if given and _SHOW_BASE.value and not _SHEET.value:
-        raise UserError(f"--show_base: with --{given[0].name} it goes with --sheet, of a list, which shows it")
     if _REPLAY.value:
         workdir = _WORKDIR.value if _WORKDIR.present else None
         return jobs.replay(_REPLAY.value, _OUT.value, workdir, **preview, **base, **typed)
     if not given:
-        return generate(
-            *(_WORKDIR.value, conditions, _OUT.value),
-            **one,
-            show_base=bool(_SHOW_BASE.value),
-            **preview,
-            **base,
-            **typed,
-        )
+        return generate(_WORKDIR.value, conditions, _OUT.value, **one, **preview, **base, **typed)
     drawer = jobs.Drawer(_WORKDIR.value, **base, **_SETTINGS())
     read = jobs.read_jobs if _JOBS.value else jobs.jobs_of_folder
     todo, problems = read(given[0].value, drawer, **typed)
-    show = {"sheet": _SHEET.value or 0, "show_base": bool(_SHOW_BASE.value)}
-    return drawer.draw(todo, _OUT.value, problems, **preview, **show)
+    return drawer.draw(todo, _OUT.value, problems, **preview, sheet=_SHEET.value)
 
 
 if __name__ == "__main__":

@@ -415,6 +415,7 @@ def test_a_second_run_into_a_folder_replaces_the_first(trained, maps, tmp_path):
 
 
 def test_an_interrupt_leaves_whole_samples_and_the_same_call_goes_on(trained, maps, tmp_path, monkeypatch):
+    out = tmp_path / "out"
     how = {"num_samples": 3, "seed": 7, "batch_size": 1}
     sketch, save, left = {"sketch": str(maps / "sketch.png")}, pictures.save_png, [2]
 
@@ -426,12 +427,12 @@ def test_an_interrupt_leaves_whole_samples_and_the_same_call_goes_on(trained, ma
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pictures, "save_png", stops)
-        generate(str(trained.workdir), sketch, tmp_path, **how)
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["sample_000.png", "sample_001.png"]
-    times = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    assert len(generate(str(trained.workdir), sketch, tmp_path, **how)) == 3
+        generate(str(trained.workdir), sketch, out, **how)
+    assert [p.name for p in sorted(out.iterdir())] == ["sample_000.png", "sample_001.png"]
+    times = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert len(generate(str(trained.workdir), sketch, out, **how)) == 3
     assert all(p.stat().st_mtime_ns == t for p, t in times.items())
-    assert len([*tmp_path.iterdir()]) == 5  # with the third, the grid and samples.json
+    assert len([*out.iterdir()]) == 5  # with the third, the grid and samples.json
 
 
 def test_a_sample_that_is_nan_is_named_and_the_others_are_written(trained, maps, tmp_path, monkeypatch):

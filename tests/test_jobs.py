@@ -377,7 +377,7 @@ def test_a_contact_sheet_shows_what_was_given_and_drawn(drawer, whole, maps, tmp
     first = [jobs[NAMES.index(name)] for name in ("lines", "both", "alone", "wide")]
     broken = dataclasses.replace(jobs[0], name="broken", conditions={"sketch": str(maps / "jobs.jsonl")})
     with pytest.raises(UserError, match=r"jobs.jsonl: not a picture"):
-        drawer.draw([broken, *first], tmp_path, sheet=3, show_base=True)
+        drawer.draw([broken, *first], tmp_path, sheet=3)
     sheet = _pixels(tmp_path / "sheet.png")
     assert sheet.shape == (20 + 3 * 132, 150 + 4 * 132, 3)
     cells = {(i, j): sheet[20 + 132 * i :, 150 + 132 * j :][:128, :128] for i in range(3) for j in range(4)}
@@ -386,9 +386,8 @@ def test_a_contact_sheet_shows_what_was_given_and_drawn(drawer, whole, maps, tmp
     assert (cells[0, 0] == 160).all() and (cells[0, 1] != 160).any() and (cells[2, 1] == 160).all()
     _assert_same(cells[2, 2], cells[2, 3])  # it had no guidance
     assert np.abs(cells[1, 2] - cells[1, 3]).max() > 4
-    with pytest.raises(UserError, match="show_base must be given with a sheet"):
-        drawer.draw(first, tmp_path, show_base=True)
-    assert drawer.draw(first[3:], tmp_path, sheet=1) == 0 and _pixels(tmp_path / "sheet.png").shape[1] == 150 + 3 * 132
+    assert drawer.draw(first[3:], tmp_path, sheet=1) == 0  # "wide": 24 pixels of 16
+    assert (_pixels(tmp_path / "sheet.png")[-47:, -132:-4] == 255).all()
 
 
 def test_what_was_trained_in_one_dtype_draws_in_another(drawer, whole, mcm, tmp_path):

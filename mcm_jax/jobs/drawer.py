@@ -169,7 +169,6 @@ class Drawer:
         problems: Sequence[str] = (),
         preview_every: int = 0,
         sheet: int = 0,
-        show_base: bool = False,
     ) -> int:
         """:meth:`attempt`, and says how many pictures there are.
 
@@ -178,8 +177,8 @@ class Drawer:
           out: folder.
           problems: of other jobs.
           preview_every: steps.
-          sheet: so many of the jobs are shown in ``OUT/sheet.png`` (:mod:`mcm_jax.jobs.sheet`); 0 for none.
-          show_base: the sheet has what the base alone makes of each, from the same noise.
+          sheet: so many of the jobs are shown in ``OUT/sheet.png`` (:mod:`mcm_jax.jobs.sheet`), each with what the base
+            alone makes of the same noise; 0 for none.
 
         Returns:
           How many were drawn.
@@ -189,14 +188,13 @@ class Drawer:
         """
         out = pathlib.Path(out)
         expect(sheet >= 0, "sheet", "a number of pictures, or 0 (none)", sheet)
-        expect(sheet or not show_base, "show_base", "given with a sheet, which shows it", show_base)
         if sheet:
             self._check_own(SHEET, "--sheet", jobs, out)
         done = self.attempt(jobs, out, problems, preview_every)
         print(f"{len(done.new)} pictures drawn, {len(done.kept)} were there: {out}")
         whole = {*done.new, *done.kept}
         if sheet and (shown := [job for job in jobs if job.name in whole][:sheet]):
-            alone = self.alone(shown, self.batch_size(len(jobs))) if show_base else None
+            alone = self.alone(shown, self.batch_size(len(jobs)))
             write_picture(out / SHEET, contact_sheet(shown, self.files, self.pipeline, out, alone))
         if problems := done.problems:
             more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []

@@ -19,22 +19,22 @@ def contact_sheet(
     files: Files,
     pipeline: Pipeline,
     out: pathlib.Path,
-    alone: Mapping[str, np.ndarray] | None = None,
+    alone: Mapping[str, np.ndarray],
 ) -> np.ndarray:
-    """Columns the modalities that any job shows, the base alone where there is such, and the picture.
+    """Columns the modalities that any job shows, the base alone, and the picture.
 
     Args:
       jobs: whose pictures are there.
       files: reads their conditions.
       pipeline: knows each job's size.
       out: folder of the pictures, ``OUT/NAME.png``.
-      alone: uint8 ``[H, W, 3]`` by name.
+      alone: what the base makes of each, uint8 ``[H, W, 3]`` by name.
 
     Returns:
       uint8 ``[H', W', 3]``, labelled; cells are 128 pixels large, grey where a job does not show a modality.
     """
     names = [name for name in files.known if any(name in job.conditions for job in jobs)]
-    columns = [*names, *(["base alone"] if alone else []), "picture"]
+    columns = [*names, "base alone", "picture"]
     cell = _SIDE + _GAP
     size = _MARGIN + len(columns) * cell, _HEADER + len(jobs) * cell
     sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)
@@ -49,9 +49,8 @@ def contact_sheet(
         cells = [
             files.show(path, name, (height, width))[0] if (path := job.conditions.get(name)) else None for name in names
         ]
-        cells += [alone[job.name]] if alone else []
         with Image.open(out / f"{job.name}.png") as picture:
-            cells.append(np.asarray(picture.convert("RGB")))
+            cells += [alone[job.name], np.asarray(picture.convert("RGB"))]
         for column, pixels in enumerate(cells):
             left = _MARGIN + column * cell
             if pixels is None:
