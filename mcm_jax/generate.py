@@ -17,7 +17,7 @@ from mcm_jax.files import write_atomically
 from mcm_jax.jobs import CONTROLS, Drawer
 from mcm_jax.jobs.intermediates import Intermediates
 from mcm_jax.jobs.job import check_typed
-from mcm_jax.jobs.record import check_target, is_ours
+from mcm_jax.jobs.record import check_target, is_drawn, is_ours
 from mcm_jax.jobs.watch import PREVIEW
 
 _OWN = ("grid.png", "intermediates.png", PREVIEW)
@@ -90,6 +90,9 @@ def generate(
     inputs = {os.path.realpath(path): key for key, path in first.files.items()}
     for path in {*new, *earlier, *(out / name for name in _OWN)}:
         check_target(path, inputs, own=path not in new)
+    if not all(is_drawn(path, drawer.record(job)) for path, job in zip(new, jobs, strict=True)):
+        for name in ("grid.png", "samples.json"):  # of other samples than will be there
+            (out / name).unlink(missing_ok=True)
     done = drawer.attempt(jobs, out, preview_every=preview_every)
     whole, problems = {*done.new, *done.kept}, "\n".join(done.problems)
     if not whole:

@@ -390,6 +390,41 @@ def test_a_contact_sheet_shows_what_was_given_and_drawn(drawer, whole, maps, tmp
     assert (_pixels(tmp_path / "sheet.png")[-47:, -132:-4] == 255).all()
 
 
+def test_nothing_is_drawn_from_less_than_a_folder_has(drawer, maps, tmp_path):
+    """A file of another kind beside a good one takes nothing away; one in its place does, and a broken folder all."""
+    for name in ("segmentation", "sketch"):
+        shutil.copytree(maps / name, tmp_path / name)
+    (tmp_path / "sketch/a.json").write_text("{}")
+    (tmp_path / "segmentation/b.jpg").write_bytes(b"")
+    jobs, problems = jobs_lib.jobs_of_folder(tmp_path, drawer)
+    assert [(j.name, sorted(j.conditions)) for j in jobs] == [("a", ["segmentation", "sketch"])]
+    assert len(problems) == 2 and "a.json" in problems[1] and "b.jpg" in problems[0]
+    shutil.rmtree(tmp_path / "segmentation")
+    (tmp_path / "segmentation").write_text("no folder")
+    with pytest.raises(UserError, match="segmentation: cannot be read as a folder"):
+        jobs_lib.jobs_of_folder(tmp_path, drawer)
+
+
+def test_a_sheet_replaces_no_picture_of_another_list(drawer, whole, tmp_path):
+    jobs, out = whole
+    shutil.copy(out / "both.png", tmp_path / "sheet.png")
+    with pytest.raises(UserError, match="sheet.png is a picture of another list"):
+        drawer.draw(jobs[1:2], tmp_path, sheet=1)
+    assert (tmp_path / "sheet.png").read_bytes() == (out / "both.png").read_bytes()
+
+
+def test_a_transparent_mask_is_another_one_than_it_was(drawer, whole, tmp_path):
+    jobs, out = whole
+    job = jobs[NAMES.index("here")]
+    pixels = np.full((16, 16, 4), 255, np.uint8)
+    pixels[:, 8:, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    said = [
+        drawer.record(dataclasses.replace(job, mask=str(path)))["mask"] for path in (tmp_path / "mask.png", job.mask)
+    ]
+    assert [set(each) for each in said] == [{"file", "sha256", "alpha"}, {"file", "sha256"}]
+
+
 def test_what_was_trained_in_one_dtype_draws_in_another(drawer, whole, mcm, tmp_path):
     """It is the same base, and pictures say so."""
     jobs, out = whole
@@ -402,6 +437,7 @@ def test_what_was_trained_in_one_dtype_draws_in_another(drawer, whole, mcm, tmp_
     jobs_lib.replay(tmp_path / "both.png", tmp_path / "again")
     np.testing.assert_array_equal(_pixels(tmp_path / "again/both.png"), _pixels(tmp_path / "both.png"))
     assert drawer.draw(jobs[:1], tmp_path) == 1  # another picture
+    assert Drawer(mcm, batch_size=4, dtype="float32").draw(jobs[:1], tmp_path) == 0  # as it was trained
     with pytest.raises(UserError, match="dtype must be one of float32, bfloat16, float16"):
         Drawer(mcm, dtype="int8")
 

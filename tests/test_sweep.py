@@ -545,6 +545,23 @@ def test_a_workdir_of_another_sweep_or_a_run_is_refused(small_path, folder, whol
         serially(small(small_path), other, tmp_path / "new")
 
 
+def test_a_sweep_of_several_caches_goes_on_after_what_an_older_version_wrote(small_path, tmp_path):
+    base = tiny.settings_of(small(small_path))
+    card, swept = base.base.outline().card, [{"draws.count": n} for n in (1, 2)]
+    each = [trials.Trial(i, f"{i:03d}", c, c, tiny.changed(base, c)) for i, c in enumerate(swept)]
+    folders.claim(base, folders.placed(each, tmp_path, None, lambda _: card), tmp_path)
+    (tmp_path / "000").mkdir()
+    (tmp_path / "000/config.json").write_text(json.dumps(config_lib.to_dict(each[0].settings)))
+    content = json.loads((tmp_path / "sweep.json").read_text())
+    before = [entry["cache"] for entry in content["trials"]]
+    for entry in content["trials"]:
+        del entry["modalities"]
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    folders.claim(base, folders.placed(each, tmp_path, folders.find(tmp_path), lambda _: card), tmp_path)
+    after = json.loads((tmp_path / "sweep.json").read_text())["trials"]
+    assert [entry["cache"] for entry in after] == before and len({*before}) == 2 and "modalities" in after[0]
+
+
 def test_what_another_process_holds_is_waited_for_or_passed_over(
     small_path, folder, whole, tmp_path, monkeypatch, capsys
 ):

@@ -191,7 +191,7 @@ def evaluate(
         "mcm_step": pipeline.mcms[0].step,
         "base": pipeline.base.name,
         "fingerprint": pipeline.base.fingerprint,
-        **({"dtype": dtype} if dtype else {}),
+        **({"dtype": pipeline.dtype} if pipeline.dtype else {}),
         "versions": {"mcm_jax": __version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
     }

@@ -21,7 +21,7 @@ from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable
 from mcm_jax.jobs.files import Files
 from mcm_jax.jobs.job import Job
-from mcm_jax.jobs.record import TEXT, Recorder, check_target, is_drawn
+from mcm_jax.jobs.record import TEXT, Recorder, check_target, is_drawn, is_ours
 from mcm_jax.jobs.sheet import SHEET, contact_sheet
 from mcm_jax.jobs.watch import PREVIEW, Watch, write_picture
 from mcm_jax.pipeline import Pipeline
@@ -74,7 +74,7 @@ class Drawer:
         self.check_text(changes, "--")
         self.settings.check_for(self.pipeline.base.schedule)
         self.files = Files(self.pipeline)
-        self.recorder = Recorder(self.workdirs, self.pipeline, base, dtype)
+        self.recorder = Recorder(self.workdirs, self.pipeline, base)
         self._table = functools.lru_cache(256)(self._table_of)
         self._programs: set[Any] = set()
 
@@ -222,6 +222,8 @@ class Drawer:
         Raises:
           UserError: the folder cannot be written.
         """
+        if jax.process_count() > 1:  # each would look for itself which pictures are there
+            raise UserError("jobs are drawn by one process; start it alone, or give each a list of its own")
         out, problems, todo, new, kept = pathlib.Path(out), list(problems), [], [], []
         check_writable(out, "--out")
         if preview_every:
@@ -287,6 +289,8 @@ class Drawer:
         """Raises UserError where a picture beside the jobs' would replace something."""
         if any(f"{job.name}.png" == name for job in jobs):
             raise UserError(f"{flag}: {name} is a job's own picture; give that job another name")
+        if is_ours(out / name):
+            raise UserError(f"{flag}: {out / name} is a picture of another list; take another --out")
         check_target(out / name, _inputs(jobs), own=True)
 
     def steps(self, job: Job) -> int:

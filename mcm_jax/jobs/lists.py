@@ -31,8 +31,8 @@ def _seed_of(seed: int | None, name: Any) -> int:
 
 
 def _over(default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a job in place of others; what goes by modality in place of the same modality's alone."""
-    named = [k for k in ("strength", "window") if isinstance(default.get(k), dict) and isinstance(given.get(k), dict)]
+    """Fields of a job in place of others; by modality in place of the same one's alone, {} in place of all."""
+    named = [k for k in ("strength", "window") if all(isinstance(x.get(k), dict) and x[k] for x in (default, given))]
     return {**default, **given, **{key: default[key] | given[key] for key in named}}
 
 
@@ -142,11 +142,12 @@ def jobs_of_folder(path: str | os.PathLike, drawer: Drawer, **given: Any) -> tup
       UserError: there are no conditions, captions in several places, or a file of captions that cannot be read; what
         was typed does nothing for any.
     """
-    path, found, wrong = pathlib.Path(path), {}, []
+    path, found, wrong, spoilt = pathlib.Path(path), {}, [], set()
     for name, modality in drawer.files.known.items():
         if os.path.lexists(path / name):
-            files, odd = list_files(path / name, modality.endings)
+            files, odd = _listed(path / name, modality.endings)
             wrong += odd
+            spoilt |= stems(p for p in odd if "has the same name" in p.found) | (stems(odd) - files.keys())
             for stem, file in files.items():
                 found.setdefault(stem, {})[name] = str(path / name / file)
     if not found and not wrong:
@@ -154,9 +155,9 @@ def jobs_of_folder(path: str | os.PathLike, drawer: Drawer, **given: Any) -> tup
         raise UserError(f"--conditions {path}: holds no conditions; expected {folders}, or some of these")
     drawer.check_text(given, "--")
     prompts, odd = _captions(path, found) if drawer.pipeline.base.is_text_conditional else ({}, [])
-    wrong += odd
+    wrong, spoilt = wrong + odd, spoilt | (stems(odd) - prompts.keys())
     jobs, problems = [], list(map(str, wrong))
-    for name in sorted(found.keys() - stems(wrong)):  # without what is wrong it would be drawn from less
+    for name in sorted(found.keys() - spoilt):  # without what is wrong it would be drawn from less
         prompt, source = prompts.get(name, given.get("prompt")), f"{path}: {name}"
         own = {"conditions": found[name], "prompt": prompt, "seed": _seed_of(given.get("seed"), name)}
         try:
@@ -165,6 +166,14 @@ def jobs_of_folder(path: str | os.PathLike, drawer: Drawer, **given: Any) -> tup
             problems.append(f"{source}: {e}")
     _check_for_all(jobs, given, problems)
     return jobs, problems
+
+
+def _listed(folder: pathlib.Path, endings: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
+    """Files of a folder, which raises UserError where it cannot be read: all pictures would be drawn without it."""
+    files, problems = list_files(folder, endings)
+    if unreadable := [p for p in problems if p.path == str(folder)]:
+        raise UserError(f"--conditions {unreadable[0]}")
+    return files, problems
 
 
 def _captions(path: pathlib.Path, names: Collection[str]) -> tuple[dict[str, str], list[Problem]]:
@@ -176,7 +185,7 @@ def _captions(path: pathlib.Path, names: Collection[str]) -> tuple[dict[str, str
     if not places:
         return {}, []
     if places[0].is_dir():
-        files, wrong = list_files(places[0], (".txt",))
+        files, wrong = _listed(places[0], (".txt",))
         prompts = {}
         for name in sorted(files.keys() & {*names}):
             try:

@@ -40,14 +40,14 @@ class Recorder:
       workdirs: of the MCMs.
       pipeline: base and MCMs.
       base: where the base is, if not where the config says.
-      dtype: what is computed in, if not in what the config says.
 
     Attributes:
       facts: what all its pictures say; of one MCM its folder, digest and step, of several lists of these.
     """
 
-    def __init__(self, workdirs: Sequence[str], pipeline: Pipeline, base: str | None = None, dtype: str | None = None):
+    def __init__(self, workdirs: Sequence[str], pipeline: Pipeline, base: str | None = None):
         self._pipeline, self._sha256 = pipeline, functools.lru_cache(4096)(sha256)
+        self._is_transparent = functools.lru_cache(4096)(_is_transparent)
         of_each = {
             "workdir": list(workdirs),
             "mcm_sha256": [sha256(assets.resolve(folder) / WEIGHTS) for folder in workdirs],
@@ -59,7 +59,7 @@ class Recorder:
             "fingerprint": pipeline.base.fingerprint,
             "schedule": pipeline.base.schedule.options,
             **({} if base is None else {"base_path": base}),
-            **({} if dtype is None else {"dtype": dtype}),
+            **({"dtype": pipeline.dtype} if pipeline.dtype else {}),
             "device": jax.devices()[0].device_kind,
             "versions": {"mcm_jax": __version__, "jax": jax.__version__},
         }
@@ -69,6 +69,9 @@ class Recorder:
 
         def file(path: str) -> dict[str, str] | None:
             return {"file": os.path.abspath(path), "sha256": self._sha256(path)} if path else None
+
+        def mask(path: str) -> dict[str, str] | None:  # earlier versions took the colours behind what is transparent
+            return file(path) and {**file(path), **({"alpha": "black"} if self._is_transparent(path) else {})}
 
         how, own = dataclasses.asdict(job.settings), self._pipeline.base
         base = self._pipeline.sized(job.settings.height, job.settings.width)
@@ -84,7 +87,7 @@ class Recorder:
             "window": window,
             "weights": list(job.weights) if {*job.weights} - {1.0} else [],
             "image": file(job.image),
-            "inpaint": file(job.inpaint),
+            "inpaint": mask(job.inpaint),
             **dict(zip(("variation_seed", "variation"), varied, strict=True)),
         }
         said = self.facts | {
@@ -92,7 +95,7 @@ class Recorder:
             "timesteps": list(job.settings.timesteps),
             "conditions": {name: file(path) for name, path in sorted(job.conditions.items())},
             "strength": {name: float(s) for name, s in sorted(job.strength.items())},
-            "mask": file(job.mask),
+            "mask": mask(job.mask),
             **{"seed": job.seed, "sample": job.sample, "prompt": job.prompt or None},
             **{k: v for k, v in younger.items() if v not in (None, [], {})},
         }
@@ -106,6 +109,15 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
+
+
+def _is_transparent(path: str) -> bool:
+    """Whether a picture file has transparent parts; one that cannot be read is told of where it is drawn from."""
+    try:
+        with Image.open(path) as picture:
+            return picture.has_transparency_data
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any]:

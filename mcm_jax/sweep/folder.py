@@ -70,7 +70,7 @@ def check_same(begun: Begun, trials: Sequence[Trial], workdir: pathlib.Path) -> 
     What may change in a run may change here, but for what the trials differ in: that tells them apart.
     """
     now = [trial.settings for trial in trials]
-    swept = _swept(begun.trials) | _swept(now)
+    swept = (_swept(begun.trials) | _swept(now)) - {"cache.path"}  # where caches are tells no trials apart
     each = [differences(a, b, swept)[1] for a, b in zip(begun.trials, now, strict=False)]
     lines = [line for line in each[0] if all(line in own for own in each)]
     if len(begun.trials) != len(now):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from mcm_jax.base import blocks
 from mcm_jax.errors import UserError
 
 
@@ -33,7 +34,8 @@ class CompiledStep:
 
     Attributes:
       seconds: that compiling took.
-      flops: of a call, by the compiler's count, over all devices; None where it does not tell.
+      flops: of a call, by the compiler's count, over all devices; None where it does not tell, as on one CPU device,
+        whose attention is a loop.
       bytes: of memory that a call takes on a device, its arguments included; None where the compiler does not tell.
     """
 
@@ -48,7 +50,8 @@ class CompiledStep:
         cost, memory = self._compiled.cost_analysis(), self._compiled.memory_analysis()
         cost = cost[0] if isinstance(cost, list) else cost
         devices = {d for leaf in jax.tree.leaves(arguments) for d in getattr(leaf.sharding, "device_set", ())}
-        self.flops = cost["flops"] * max(1, len(devices)) * self._repeats if cost and "flops" in cost else None
+        known = cost and "flops" in cost and not blocks.loops_over_heads()  # the compiler counts a loop's body once
+        self.flops = cost["flops"] * max(1, len(devices)) * self._repeats if known else None
         self.bytes = None
         if memory:
             kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
