@@ -13,7 +13,7 @@ from PIL import Image
 
 from mcm_jax import assets, config, pictures
 from mcm_jax.errors import UserError, expect
-from mcm_jax.files import write_atomically
+from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.jobs import CONTROLS, Drawer
 from mcm_jax.jobs.intermediates import Intermediates
 from mcm_jax.jobs.job import check_typed
@@ -90,6 +90,7 @@ def generate(
     inputs = {os.path.realpath(path): key for key, path in first.files.items()}
     for path in {*new, *earlier, *(out / name for name in _OWN)}:
         check_target(path, inputs, own=path not in new)
+    check_writable(out, "--out")
     if not all(is_drawn(path, drawer.record(job)) for path, job in zip(new, jobs, strict=True)):
         for name in ("grid.png", "samples.json"):  # of other samples than will be there
             (out / name).unlink(missing_ok=True)

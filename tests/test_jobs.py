@@ -414,7 +414,7 @@ def test_a_sheet_replaces_no_picture_of_another_list(drawer, whole, tmp_path):
 
 
 def test_a_transparent_mask_is_another_one_than_it_was(drawer, whole, tmp_path):
-    jobs, out = whole
+    jobs, _ = whole
     job = jobs[NAMES.index("here")]
     pixels = np.full((16, 16, 4), 255, np.uint8)
     pixels[:, 8:, 3] = 0
