@@ -2,7 +2,9 @@
 
 python train.py --config=configs/scenes.py --sweep=configs/sweeps/draws.py --workdir=runs/draws
 
-10 trials, 5 caches: one for each number of draws, as the cache is what is swept.
+10 trials, 5 caches: one for each number of draws, as the cache is what is swept; 31 draws of 1,500 pictures to predict.
+So short a training sees no difference: expect a mean IoU of 0.60 for each, 0.600 +- 0.014 at 1, 0.606 +- 0.001 at 4,
+0.600 +- 0.003 at 16 (docs/cache.md has what longer ones see).
 """
 
 from configs import default
