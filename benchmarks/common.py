@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcm_jax.base import Base, blocks
+from mcm_jax.base import Base, attention
 from mcm_jax.base.autoencoders import AutoencoderKL, AutoencoderKLConfig
 from mcm_jax.base.clip import CLIPText, CLIPTextConfig
 from mcm_jax.base.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
@@ -121,7 +121,7 @@ def flops(function: Callable, *arguments: Any) -> float:
     """
     with (  # attention in XLA's operations, too, and not in a loop, which it counts once
         unittest.mock.patch.object(jax, "default_backend", lambda: "cpu"),
-        unittest.mock.patch.object(blocks, "loops_over_heads", lambda: False),
+        unittest.mock.patch.object(attention, "loops_over_heads", lambda: False),
     ):
         lowered = jax.jit(lambda *args: function(*args)).trace(*arguments).lower(lowering_platforms=("cpu",))
     analysis = lowered.cost_analysis()

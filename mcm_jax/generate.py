@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mcm_jax import assets, config, pictures
+from mcm_jax.data.reading import read_image
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, write_atomically
 from mcm_jax.jobs import CONTROLS, Drawer
 from mcm_jax.jobs.intermediates import Intermediates
 from mcm_jax.jobs.job import check_typed
-from mcm_jax.jobs.record import check_target, is_drawn, is_ours
+from mcm_jax.jobs.record import check_target, inputs_of, is_ours
 from mcm_jax.jobs.watch import PREVIEW
 
 _OWN = ("grid.png", "intermediates.png", PREVIEW)
@@ -87,13 +87,12 @@ def generate(
     new = [out / f"{job.name}.png" for job in jobs]
     earlier = [path for path in out.glob("sample_*.png") if re.fullmatch(r"sample_\d{3,}", path.stem)]
     earlier = [path for path in earlier if path not in new and is_ours(path)]  # of another run into this folder
-    inputs = {os.path.realpath(path): key for key, path in first.files.items()}
+    inputs = inputs_of(jobs[:1])
     for path in {*new, *earlier, *(out / name for name in _OWN)}:
         check_target(path, inputs, own=path not in new)
     check_writable(out, "--out")
-    if not all(is_drawn(path, drawer.record(job)) for path, job in zip(new, jobs, strict=True)):
-        for name in ("grid.png", "samples.json"):  # of other samples than will be there
-            (out / name).unlink(missing_ok=True)
+    for name in ("grid.png", "samples.json"):  # until all are drawn they would be of other samples
+        (out / name).unlink(missing_ok=True)
     done = drawer.attempt(jobs, out, preview_every=preview_every)
     whole, problems = {*done.new, *done.kept}, "\n".join(done.problems)
     if not whole:
@@ -104,7 +103,7 @@ def generate(
     alone = drawer.alone(jobs, size) if show_base else {}
 
     black, failed = np.zeros(sized.image_shape, np.uint8), [path for path in new if path.stem not in whole]
-    values = np.stack([black if path in failed else _read(path) for path in new])
+    values = np.stack([black if path in failed else np.asarray(read_image(path)) for path in new])
     strip = np.concatenate([*shown, values])
     columns = min(len(strip), 9)
     rows = pictures.rows_of(strip, columns)
@@ -134,8 +133,3 @@ def generate(
     if problems:
         raise UserError(f"{problems}\nIt is black in grid.png")
     return values
-
-
-def _read(path: pathlib.Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))

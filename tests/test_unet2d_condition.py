@@ -13,7 +13,7 @@ import pytest
 import torch
 from flax import traverse_util
 
-from mcm_jax.base import blocks
+from mcm_jax.base import attention
 from mcm_jax.base.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
 from mcm_jax.base.weights import params_from_torch, torch_name, torch_shape
 
@@ -324,8 +324,8 @@ def test_attention_of_one_head_at_a_time_is_pytorchs(length, keys, causal):
     there = [torch.tensor(x).swapaxes(1, 2).requires_grad_() for x in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*there, is_causal=causal).swapaxes(1, 2)
     (expected**2).sum().backward()
-    assert not blocks.loops_over_heads()
-    for attend in (blocks._by_heads, blocks.attend):
+    assert not attention.loops_over_heads()
+    for attend in (attention._by_heads, attention.attend):
         found = attend(q, k, v, causal)
         np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-5)
         slopes = jax.grad(lambda *parts, attend=attend: (attend(*parts, causal) ** 2).sum(), (0, 1, 2))(q, k, v)

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mcm_jax.base import blocks
+from mcm_jax.base import attention, blocks
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -231,7 +231,7 @@ class _SelfAttention(nn.Module):
             nn.Dense(width, dtype=self.dtype, name=name)(x).reshape(*x.shape[:2], heads, width // heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        h = blocks.attend(q, k, v, causal=self.causal).reshape(x.shape)
+        h = attention.attend(q, k, v, causal=self.causal).reshape(x.shape)
         return nn.Dense(width, dtype=self.dtype, name="out_proj")(h)
 
 

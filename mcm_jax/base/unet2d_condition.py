@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mcm_jax.base import blocks
+from mcm_jax.base import attention, blocks
 
 # diffusers' name -> has transformers
 _DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -157,7 +157,7 @@ class CrossAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """``[B, L, C]`` and ``[B, S, E]`` to ``[B, L, C]``."""
-        return blocks.multi_head(x, context, self.heads, self.head_dim, self.dtype, use_bias=False)
+        return attention.multi_head(x, context, self.heads, self.head_dim, self.dtype, use_bias=False)
 
 
 class GEGLU(nn.Module):

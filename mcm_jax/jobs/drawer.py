@@ -21,7 +21,7 @@ from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable
 from mcm_jax.jobs.files import Files
 from mcm_jax.jobs.job import Job
-from mcm_jax.jobs.record import TEXT, Recorder, check_target, is_drawn, is_ours
+from mcm_jax.jobs.record import TEXT, Recorder, check_target, inputs_of, is_drawn, is_ours
 from mcm_jax.jobs.sheet import SHEET, contact_sheet
 from mcm_jax.jobs.watch import PREVIEW, Watch, write_picture
 from mcm_jax.pipeline import Pipeline
@@ -228,7 +228,7 @@ class Drawer:
         check_writable(out, "--out")
         if preview_every:
             self._check_own(PREVIEW, "--preview_every", jobs, out)
-        inputs = _inputs(jobs)
+        inputs = inputs_of(jobs)
         records: dict[str, dict[str, Any]] = {}
         for job in jobs:
             try:
@@ -291,7 +291,7 @@ class Drawer:
             raise UserError(f"{flag}: {name} is a job's own picture; give that job another name")
         if is_ours(out / name):
             raise UserError(f"{flag}: {out / name} is a picture of another list; take another --out")
-        check_target(out / name, _inputs(jobs), own=True)
+        check_target(out / name, inputs_of(jobs), own=True)
 
     def steps(self, job: Job) -> int:
         """Sampling steps that a job takes. Raises UserError where the base's schedule does not have them."""
@@ -335,11 +335,6 @@ class Drawer:
             text = " with text guidance" if guided else ""
             what = f"compiling, once: batches of {batch_size}, {width}x{height} pixels{text}"
             tqdm.write(what, file=sys.stderr)
-
-
-def _inputs(jobs: Iterable[Job]) -> dict[str, str]:
-    """What is drawn from: what messages call each file, by its real path."""
-    return {os.path.realpath(path): key for job in jobs for key, path in job.files.items()}
 
 
 _noise = jax.jit(sampling.initial_noise, static_argnums=1)

@@ -147,7 +147,8 @@ def jobs_of_folder(path: str | os.PathLike, drawer: Drawer, **given: Any) -> tup
         if os.path.lexists(path / name):
             files, odd = _listed(path / name, modality.endings)
             wrong += odd
-            spoilt |= stems(p for p in odd if "has the same name" in p.found) | (stems(odd) - files.keys())
+            twice = stems(p for p in odd if pathlib.Path(p.path).suffix.lower() in modality.endings)
+            spoilt |= twice | (stems(odd) - files.keys())
             for stem, file in files.items():
                 found.setdefault(stem, {})[name] = str(path / name / file)
     if not found and not wrong:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,7 +71,7 @@ class Recorder:
             return {"file": os.path.abspath(path), "sha256": self._sha256(path)} if path else None
 
         def mask(path: str) -> dict[str, str] | None:  # earlier versions took the colours behind what is transparent
-            return file(path) and {**file(path), **({"alpha": "black"} if self._is_transparent(path) else {})}
+            return {**file(path), **({"alpha": "black"} if self._is_transparent(path) else {})} if path else None
 
         how, own = dataclasses.asdict(job.settings), self._pipeline.base
         base = self._pipeline.sized(job.settings.height, job.settings.width)
@@ -137,6 +137,11 @@ def is_ours(path: str | os.PathLike) -> bool:
         return bool(read_record(path))
     except UserError:
         return False
+
+
+def inputs_of(jobs: Iterable[Job]) -> dict[str, str]:
+    """What jobs are drawn from: what messages call each file, by its real path."""
+    return {os.path.realpath(path): key for job in jobs for key, path in job.files.items()}
 
 
 def check_target(path: pathlib.Path, inputs: Mapping[str, str], own: bool = False) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mcm_jax.data.reading import read_image
 from mcm_jax.jobs.files import Files
 from mcm_jax.jobs.job import Job
 from mcm_jax.pipeline import Pipeline
@@ -49,8 +50,7 @@ def contact_sheet(
         cells = [
             files.show(path, name, (height, width))[0] if (path := job.conditions.get(name)) else None for name in names
         ]
-        with Image.open(out / f"{job.name}.png") as picture:
-            cells += [alone[job.name], np.asarray(picture.convert("RGB"))]
+        cells += [alone[job.name], np.asarray(read_image(out / f"{job.name}.png"))]
         for column, pixels in enumerate(cells):
             left = _MARGIN + column * cell
             if pixels is None:

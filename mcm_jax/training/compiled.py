@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from mcm_jax.base import blocks
+from mcm_jax.base import attention
 from mcm_jax.errors import UserError
 
 
@@ -50,7 +50,7 @@ class CompiledStep:
         cost, memory = self._compiled.cost_analysis(), self._compiled.memory_analysis()
         cost = cost[0] if isinstance(cost, list) else cost
         devices = {d for leaf in jax.tree.leaves(arguments) for d in getattr(leaf.sharding, "device_set", ())}
-        known = cost and "flops" in cost and not blocks.loops_over_heads()  # the compiler counts a loop's body once
+        known = cost and "flops" in cost and not attention.loops_over_heads()  # the compiler counts a loop's body once
         self.flops = cost["flops"] * max(1, len(devices)) * self._repeats if known else None
         self.bytes = None
         if memory:
