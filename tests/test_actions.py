@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from mcm_jax import cli
 from mcm_jax import config as config_lib
+from mcm_jax.base import attention
 from mcm_jax.data import DataSettings
 from mcm_jax.errors import UserError
 from mcm_jax.evaluation.held_out import HeldOut
@@ -254,6 +255,15 @@ def test_a_step_that_is_compiled_again_says_why():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(jnp.ones((5, 5)))
+
+
+def test_a_step_says_what_is_known_of_it(monkeypatch):
+    """On one CPU device attention is a loop, whose body the compiler counts once: no FLOPs are told."""
+    monkeypatch.setattr(attention, "loops_over_heads", lambda: True)
+    step = CompiledStep(jax.jit(lambda x: x @ x), jnp.ones((4, 4)))
+    assert step.flops is None and "GFLOP" not in str(step) and "MiB" in str(step)
+    step.bytes = None
+    assert "what this device does not tell" in str(step)
 
 
 def test_weights_and_biases_are_an_extra(tmp_path, monkeypatch):

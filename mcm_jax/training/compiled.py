@@ -69,6 +69,6 @@ class CompiledStep:
 
     def __str__(self) -> str:
         """For people: FLOPs and memory, as far as they are known."""
-        parts = [f"{self.flops / 1e9:,.2f} GFLOP"] * bool(self.flops)
-        parts += [f"{self.bytes / 2**20:,.0f} MiB on each device"] * bool(self.bytes)
+        parts = [f"{self.flops / 1e9:,.2f} GFLOP"] if self.flops else []
+        parts += [f"{self.bytes / 2**20:,.0f} MiB on each device"] if self.bytes else []
         return f"a step takes {', '.join(parts) or 'what this device does not tell'}; compiled in {self.seconds:.1f} s"
