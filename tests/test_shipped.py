@@ -131,6 +131,18 @@ def test_shipped_mcm_controls(tmp_path):
     assert (tmp_path / "samples.png").stat().st_size > 10_000
 
 
+def test_docs_quote_the_shipped_reports():
+    text = (ROOT / "docs" / "experiments.md").read_text()
+    for base, name in (("scenes-ddpm", "scenes-mcm"), ("scenes-sd", "scenes-sd-mcm"), ("emoji-ddpm", "emoji-mcm")):
+        found = json.loads((assets.resolve(name) / "metrics.json").read_text())
+        table = text.split(f"| `{base}`")[1].split("\n")
+        for line, numbers in zip(table, (found["miou"], found["edge_f1"], found["diversity"]), strict=False):
+            rows = [numbers.get(row) for row in ("both", "segmentation", "sketch", "base", "real")]
+            rows = [row["f1"] if isinstance(row, dict) else row for row in rows]
+            cells = [cell.split()[0] for cell in line.split("|")[-6:-1] if cell.strip()]
+            assert cells == [f"{row:.3f}" for row in rows if row is not None], f"{base}: {line}"
+
+
 def test_examples_are_conditions():
     labels = read_png(EXAMPLES / "segmentation.png", Modality("segmentation", "labels", len(CLASSES)))
     assert len(np.unique(labels)) >= 4
