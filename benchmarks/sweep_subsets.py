@@ -1,9 +1,12 @@
-"""Control of a sweep's trials by every subset of the modalities: what hiding them in training buys.
+"""Control of a sweep's trials by every subset of the modalities: what hiding them in training, or a size, buys.
 
 python -m benchmarks.sweep_subsets --sweep=runs/modality_drop --axis=drop_rate \
     --out=benchmarks/results/modality_drop.json
+python -m benchmarks.sweep_subsets --sweep=runs/size --axis size learning_rate --guidances 1 1.5 --maps=128 \
+    --out=benchmarks/results/size.json
 
-Mean IoU and edge F1 over the same held-out maps and noise for all, sampled by the trials' own config.
+Mean IoU and edge F1 over the same held-out maps and noise for all, sampled by the trials' own config but for the
+modality guidance.
 """
 
 import argparse
@@ -32,30 +35,41 @@ def _form(pipeline: Pipeline) -> tuple:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", type=pathlib.Path, required=True, help="the sweep's workdir")
-    parser.add_argument("--axis", required=True, help="what is compared; trials that agree in it are averaged over")
+    parser.add_argument(
+        "--axis", nargs="+", required=True, help="what is compared; numbers of trials that agree are listed"
+    )
+    parser.add_argument("--guidances", type=float, nargs="+", help="modality guidance; default: the config's")
     parser.add_argument("--maps", type=int, default=64)
+    parser.add_argument(
+        "--skip", type=int, default=0, help="held-out maps before them, as those that rates are chosen by"
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     rows: dict[str, dict[str, list[float]]] = {}
     judges, pipeline = [], None
     for trial in done_trials(args.sweep):
-        workdir = args.sweep / trial["workdir"]
+        workdir, label = args.sweep / trial["workdir"], ", ".join(trial[axis] for axis in args.axis)
         made = Pipeline.from_folder(workdir)
         if pipeline is None:
             settings = config.load(RunSettings, workdir)
-            held_out = HeldOut(settings.data, made.base.card, made.modalities, args.maps)
+            held_out = HeldOut(settings.data, made.base.card, made.modalities, args.skip + args.maps)
+            which = np.arange(args.skip, len(held_out))
             judges, pipeline = judges_of(held_out, {}), made
         elif _form(made) != _form(pipeline):
             pipeline = made  # another network, which is compiled anew
         pipeline.update(made.mcms[0].params)
-        sampler, which = Sampler(pipeline, held_out, pipeline.settings), np.arange(args.maps)
-        for name, given in subsets([m.name for m in pipeline.modalities]).items():
-            images = sampler(Row(name, given, pipeline.settings.guidance), sampling.sample_keys(0, args.maps), which)
-            found = common.numbers_of(judges, images, which)
-            for key in NUMBERS:
-                rows.setdefault(trial[args.axis], {}).setdefault(f"{name}.{key}", []).append(found[key])
-        print(trial["trial"], trial[args.axis], {k: v[-1] for k, v in rows[trial[args.axis]].items()}, flush=True)
-    common.write_report(args.out, __doc__, {"axis": args.axis, "maps": args.maps, "rows": rows})
+        sampler, keys = Sampler(pipeline, held_out, pipeline.settings), sampling.sample_keys(0, len(which))
+        found: dict[str, float] = {}
+        for scale in args.guidances or [pipeline.settings.guidance]:
+            for name, given in subsets([m.name for m in pipeline.modalities]).items():
+                numbers = common.numbers_of(judges, sampler(Row(name, given, scale), keys, which), which)
+                row = f"{name}@{scale:g}" if args.guidances else name
+                found |= {f"{row}.{key}": numbers[key] for key in NUMBERS}
+        for key, value in found.items():
+            rows.setdefault(label, {}).setdefault(key, []).append(value)
+        print(trial["trial"], label, found, flush=True)
+    what = {"axis": ", ".join(args.axis), "maps": args.maps, "skipped": args.skip, "rows": rows}
+    common.write_report(args.out, __doc__, what)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python cluster_program.py SCENE PORT PROCESS
 """
 
+import faulthandler
 import os
 import signal
 import sys
@@ -109,5 +110,6 @@ if __name__ == "__main__":
     distributed._TOGETHER = 4 if SCENE == "alone" else 60
     cli.define_distributed_flags()
     sys.argv = [sys.argv[0], f"--coordinator=localhost:{PORT}", "--num_processes=2", f"--process_id={PROCESS}"]
+    faulthandler.dump_traceback_later(100)  # before the test gives up: where it hangs
     say("pid", os.getpid())
     cli.run(main)

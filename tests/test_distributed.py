@@ -67,6 +67,8 @@ class Process:
         """Waits for it."""
         try:
             status = self.started.wait(120)
+        except subprocess.TimeoutExpired:  # its stacks are on stderr
+            raise AssertionError(f"no end within 120 s:\n{''.join(self.out)}\n{''.join(self.err)}") from None
         finally:
             self.started.kill()
         at = time.monotonic()
