@@ -8,6 +8,7 @@ from mcm_jax import sweep
 
 METRIC = "mean_iou"
 EXAMPLES = 16_000
+SHORT = {k: v for k, v in default.SHORT.items() if k not in ("train.steps", "train.evaluate_every")}
 
 
 def batch_of(size):
@@ -17,7 +18,7 @@ def batch_of(size):
 
 def get_hyper():
     return sweep.product(
-        [default.SHORT | default.sized("tiny")],
+        [SHORT | default.sized("tiny")],
         sweep.choices("batch", {str(size): batch_of(size) for size in (8, 16, 32, 64)}),
         sweep.values("train.learning_rate", [1e-3, 2e-3, 4e-3, 8e-3]),
         sweep.values("seed", [0, 1]),
