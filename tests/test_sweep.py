@@ -211,6 +211,7 @@ def test_each_trial_has_the_modalities_of_its_own_folder(tmp_path, monkeypatch):
         ([{"seed": 1}, {}, {"seed": 1}], "trials 0 and 2 of the sweep are the same: seed=1 and seed=1"),
         ([{}, {"seed": 0}], "trials 0 and 1 of the sweep are the same: nothing overridden and seed=0"),
         ([{"form": sweep.Choice("a", {"seed": 1}), "seed": 2}], "trial 0 of the sweep sets seed twice"),
+        ([{}, {"data.discover": True}], r"trial 1 .*data.discover holds for all .*say --config.data.discover"),
         (
             [{"form": sweep.Choice(name, {"train.steps": steps})} for name, steps in (("a", 5), ("b", 6), ("a", 7))],
             "trials 0 and 2 of the sweep .000_form=a, 002_form=a. have the same labels, but differ in train.steps",

@@ -195,6 +195,10 @@ def read(config: Any, base: RunSettings, hyper: Hyper, begun: Sequence[RunSettin
     modalities, found = {_looked_at(config_lib.given(config)): base.modalities.shown}, []
     for number, overrides in enumerate(flat):
         try:
+            if "data.discover" in overrides:  # a trial's own config has what was found, and no longer that it was
+                raise UserError(
+                    "data.discover holds for all trials. Leave it out of the sweep file, and say --config.data.discover"
+                )
             own = config_lib.override(RunSettings, config, overrides)
             known = begun[number].modalities.shown if number < len(begun) else modalities.get(_looked_at(own))
             found.append(read_run(own, known=known))
