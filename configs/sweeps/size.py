@@ -1,4 +1,4 @@
-"""Control against size: each size trained to the config's end, at the two rates that short training leaves in question.
+"""Control against size: each trained to the config's end, at two rates about that which learning_rate_size.py found.
 
 python train.py --config=configs/scenes_sd.py --sweep=configs/sweeps/size.py --workdir=runs/size
 """
@@ -10,10 +10,12 @@ METRIC = "mean_iou"
 WHOLE = {"data.size": 4_000, "train.steps": 4_200, "train.evaluate_every": 4_200, "train.held_out": 64}
 
 
+RATES = {"tiny": (2e-3, 4e-3), "small": (2e-3, 4e-3), "medium": (2e-3, 4e-3), "large": (5e-4, 1e-3)}
+
+
 def get_hyper():
-    return sweep.product(
-        [WHOLE],
-        sweep.choices("size", {name: default.sized(name) for name in ("tiny", "small", "medium", "large")}),
-        sweep.values("train.learning_rate", [2e-3, 4e-3]),
-        sweep.values("seed", [0, 1]),
-    )
+    each = []
+    for name, rates in RATES.items():
+        size = sweep.choices("size", {name: default.sized(name)})
+        each += sweep.product(size, sweep.values("train.learning_rate", rates))
+    return sweep.product([WHOLE], each, sweep.values("seed", [0, 1]))
