@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mcm_jax import cli, distributed
+from mcm_jax.distributed import joining
 from mcm_jax.errors import Interrupted, UserError
 
 SCENE, PORT, PROCESS = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -107,7 +108,7 @@ def ctypes_sleep(seconds):
 
 
 if __name__ == "__main__":
-    distributed._TOGETHER = 4 if SCENE == "alone" else 60
+    joining._TOGETHER = 4 if SCENE == "alone" else 60
     cli.define_distributed_flags()
     sys.argv = [sys.argv[0], f"--coordinator=localhost:{PORT}", "--num_processes=2", f"--process_id={PROCESS}"]
     faulthandler.dump_traceback_later(100)  # before the test gives up: where it hangs

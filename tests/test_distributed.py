@@ -17,6 +17,7 @@ import pytest
 import tiny
 
 from mcm_jax import distributed
+from mcm_jax.distributed.ending import may_follow
 from mcm_jax.errors import UserError
 
 # tests/cluster_program.py says what happens in each.
@@ -235,6 +236,6 @@ def test_the_errors_that_may_follow_from_another_process_end():
     lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
     wrapped = UserError("a checkpoint could not be written")
     wrapped.__cause__ = lost
-    assert distributed._may_follow(lost) and distributed._may_follow(wrapped)
-    assert not distributed._may_follow(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
-    assert not distributed._may_follow(UserError("a picture is damaged"))
+    assert may_follow(lost) and may_follow(wrapped)
+    assert not may_follow(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    assert not may_follow(UserError("a picture is damaged"))

@@ -621,6 +621,7 @@ def test_processes_compare_their_source_files(base_path, tmp_path, monkeypatch):
 HANGS = """
 import sys, threading
 from mcm_jax import cli, distributed
+from mcm_jax.distributed import watch
 from mcm_jax.errors import UserError
 from mcm_jax.training import assembly
 
@@ -631,7 +632,7 @@ def main(_):
     with assembly.closed(threading.Event().wait):
         raise UserError("a picture is damaged")
 
-distributed._SILENCE = 4
+watch._SILENCE = 4
 cli.define_distributed_flags()
 cli.run(main)
 """
