@@ -41,9 +41,7 @@ class Pipeline:
       settings: how samples are drawn, unless :meth:`__call__` is told otherwise.
       mesh: the devices that share the work, which the base's params are put on unless they are there; those of this
         process if left out. One of several processes' devices has all of these processes make the same calls.
-
-    Attributes:
-      dtype: what is computed in, if not in what the MCMs were trained with; else None.
+      dtype: what base and MCMs compute in, where that is not what they were trained with: said of what is drawn.
 
     Raises:
       UserError: two MCMs mean different things by a modality's name.
@@ -55,9 +53,10 @@ class Pipeline:
         mcms: Trained | Sequence[Trained],
         settings: SamplingSettings | None = None,
         mesh: jax.sharding.Mesh | None = None,
+        dtype: str | None = None,
     ):
         self.mesh = sharding.local_mesh() if mesh is None else mesh
-        self.dtype: str | None = None
+        self.dtype = dtype
         self.base = dataclasses.replace(base, params=sharding.place(base.params, self.mesh))
         self.mcms = (mcms,) if isinstance(mcms, Trained) else tuple(mcms)
         self.settings = settings or SamplingSettings()
@@ -116,9 +115,8 @@ class Pipeline:
             accept, whose = one.base if accept_base else None, os.fspath(folders[0]) if mcms and base is None else ""
             params, step = read_mcm(path / WEIGHTS, modulator.shapes(loaded), loaded, accept, whose)
             mcms.append(Trained(modulator, params, step, os.fspath(folder), one.data))
-        pipeline = cls(loaded, mcms, found[0].sampling, mesh)
-        pipeline.dtype = dtype if {own.dtype, *(one.mcm.dtype for one in found)} != {dtype} else None
-        return pipeline
+        as_trained = {own.dtype, *(one.mcm.dtype for one in found)} == {dtype}
+        return cls(loaded, mcms, found[0].sampling, mesh, None if as_trained else dtype)
 
     def update(self, params: Any) -> None:
         """Takes other params for its one MCM: those of a training's moment."""
