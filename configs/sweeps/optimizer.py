@@ -1,6 +1,9 @@
 """Optimizer and schedule, each over five learning rates, which one rate cannot compare.
 
 python train.py --config=configs/scenes_sd.py --sweep=configs/sweeps/optimizer.py --workdir=runs/optimizer
+
+40 trials from one cache, 20 minutes on two cores. Expect a mean IoU of 0.650 +- 0.009 of AdamW by cosine and 0.653 +-
+0.005 by wsd, both at 0.008; 0.644 and 0.668 +- 0.007 of Muon, at 0.016 and 0.008 (docs/training.md).
 """
 
 from configs import default
