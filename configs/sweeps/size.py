@@ -14,7 +14,7 @@ RATES = {
     "tiny": (2e-3, 4e-3, 8e-3),
     "small": (2e-3, 4e-3, 8e-3),
     "medium": (1e-3, 2e-3, 4e-3),
-    "large": (5e-4, 1e-3, 2e-3),
+    "large": (5e-4, 1e-3),  # at 0.002 it falls back to the base
 }
 
 
