@@ -2,8 +2,8 @@
 
 python -m benchmarks.sweep_subsets --sweep=runs/modality_drop --axis=drop_rate \
     --out=benchmarks/results/modality_drop.json
-python -m benchmarks.sweep_subsets --sweep=runs/size --axis size learning_rate --guidances 1 1.5 --maps=128 \
-    --out=benchmarks/results/size.json
+python -m benchmarks.sweep_subsets --sweep=runs/size --axis size learning_rate --trials 2 3 8 9 --guidances 1 1.5 \
+    --skip=64 --maps=128 --out=benchmarks/results/size.json
 
 Mean IoU and edge F1 over the same held-out maps and noise for all, sampled by the trials' own config but for the
 modality guidance.
@@ -38,6 +38,9 @@ def main() -> None:
     parser.add_argument(
         "--axis", nargs="+", required=True, help="what is compared; numbers of trials that agree are listed"
     )
+    parser.add_argument(
+        "--trials", type=int, nargs="+", help="their numbers, e.g. those at their best rate; default: all"
+    )
     parser.add_argument("--guidances", type=float, nargs="+", help="modality guidance; default: the config's")
     parser.add_argument("--maps", type=int, default=64)
     parser.add_argument(
@@ -48,6 +51,8 @@ def main() -> None:
     rows: dict[str, dict[str, list[float]]] = {}
     judges, pipeline = [], None
     for trial in done_trials(args.sweep):
+        if args.trials and int(trial["trial"]) not in args.trials:
+            continue
         workdir, label = args.sweep / trial["workdir"], ", ".join(trial[axis] for axis in args.axis)
         made = Pipeline.from_folder(workdir)
         if pipeline is None:
