@@ -409,13 +409,13 @@ def test_the_picture_is_drawn_or_said_to_be_left_out(whole, tmp_path, monkeypatc
     assert capsys.readouterr().out.count("pip install 'mcm-jax[sweep]'") == 1
 
 
-def _hook(monkeypatch, action):
-    """Runs ``action`` in the middle of step 3 of the next run."""
+def _hook(monkeypatch, action, step=3):
+    """Runs ``action`` in the middle of a step of the next run."""
 
     class Bar(loop.tqdm):
         def update(self, n=1):
             super().update(n)
-            if self.n == 3:
+            if self.n == step:
                 action()
 
     monkeypatch.setattr(loop, "tqdm", Bar)
@@ -466,6 +466,19 @@ def test_killed_stopped_and_ended_by_a_job_array_it_is_the_uninterrupted_one(
     best = next(n for n in NAMES if f"`{n}`" in (workdir / "results.md").read_text())
     again = shlex.split(command.replace("run_best", f"run/{best}"))
     assert f"{best} is finished" in script("train.py", *again).out  # it is that trial's own config
+
+
+def test_a_signal_in_a_trials_last_step_ends_the_sweep_after_it(small_path, folder, whole, tmp_path, monkeypatch):
+    workdir, config = _begun(whole, tmp_path / "run", 1, 2), small(small_path)
+    with monkeypatch.context() as patch:
+        _hook(patch, _signal(signal.SIGTERM), step=config.train.steps)
+        with pytest.raises(
+            Interrupted, match="stopped by a signal as .*Whole are 2 of 3 trials .0, 1.; the same command"
+        ):
+            serially(config, save(folder), workdir)
+    assert [row["status"] for row in table(workdir)] == ["done", "done", "not begun"]
+    serially(config, save(folder), workdir)
+    assert table(workdir) == table(whole)
 
 
 def test_a_process_that_is_killed_leaves_what_the_same_command_ends(script, small_path, folder, whole, tmp_path):

@@ -13,7 +13,7 @@ from mcm_jax import config as config_lib
 from mcm_jax import distributed, sharding
 from mcm_jax.base import BaseCard, BaseSettings
 from mcm_jax.cache import store
-from mcm_jax.errors import Busy, UserError
+from mcm_jax.errors import Busy, Interrupted, UserError
 from mcm_jax.files import check_writable, lock
 from mcm_jax.sweep import folder as folders
 from mcm_jax.sweep import results
@@ -23,6 +23,7 @@ from mcm_jax.sweep.trials import Trial
 from mcm_jax.training import read_run, train_and_evaluate
 from mcm_jax.training.actions import Diverged
 from mcm_jax.training.caching import known_card
+from mcm_jax.training.loop import stopped_late
 from mcm_jax.training.parts import fitting_modulator
 from mcm_jax.training.together import check_together, shared_by_all, train_together
 from mcm_jax.training.workdir import is_disk_error
@@ -102,9 +103,12 @@ def run_sweep(
             with _disk_errors("the results", trials, workdir):
                 _patiently(lambda: _write(trials, workdir, metric, command))
 
+    stopped_late()  # what came before is not for this sweep
     for group in groups:
         _train(group, trials, workdir, show, width, alone=index is not None)
         show()
+        if any(distributed.everyones(stopped_late()).values()) and group is not groups[-1]:
+            raise Interrupted(f"stopped by a signal as trials had ended. {_whole(trials, workdir)}")
     found = collect(trials, workdir)
     print(results.summary(found, workdir, metric_of(found, metric), command))
     return found

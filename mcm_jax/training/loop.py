@@ -77,9 +77,25 @@ class Action(Protocol):
         ...
 
 
+_late: list[int] = []  # signals that came when the last step was done
+
+
+def stopped_late() -> bool:
+    """Whether a signal came in a run's last step, which ended as if there had been none: for what would go on after it.
+
+    Each is told once.
+    """
+    told = bool(_late)
+    _late.clear()
+    return told
+
+
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM while the block runs, so that a step is never torn; a second SIGINT interrupts."""
+    """Collects SIGINT and SIGTERM while the block runs, so that a step is never torn; a second SIGINT interrupts.
+
+    Those that the block ends without an answer to are for :func:`stopped_late`.
+    """
     received: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -94,6 +110,7 @@ def stop_requests() -> Iterator[list[int]]:
         previous = {}
     try:
         yield received
+        _late.extend(received)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
