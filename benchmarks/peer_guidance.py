@@ -1,0 +1,92 @@
+"""Methods over the modality guidance: what trainings that benchmarks.peers.run or equal_time kept do at more of it.
+
+python -m benchmarks.peer_guidance --config=scenes_sd --steps=500 --text_guidance=1 --methods mcm-slim full controlnet \
+    --workdir=runs/peers --out=benchmarks/results/peer_guidance_scenes_sd.json
+python -m benchmarks.peer_guidance --config=scenes_sd --steps=4176 --text_guidance=1 --methods mcm-slim \
+    --workdir=runs/equal_time --out=benchmarks/results/peer_guidance_scenes_sd.json
+
+``base + s (controlled - base)``: a short training moves the base's prediction in the right direction, and not far
+enough. Cells at each method's best learning rate, all seeds, on the maps that are reported on; nothing is chosen by
+them. A row that is in --out is kept; the same command goes on.
+"""
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+import flax.serialization
+import jax
+import numpy as np
+
+from benchmarks import common
+from benchmarks.peers import run, table
+from benchmarks.peers.methods import make_method
+from benchmarks.peers.world import Drawer, World, judged, open_world
+from mcm_jax import sharding
+from mcm_jax.evaluation.evaluate import interval
+
+
+class Trained:
+    """A method with its cells at the best rate, all of which have to be there."""
+
+    def __init__(self, args: argparse.Namespace, name: str, world: World, sampling_steps: int):
+        folder = run.folder_of(args, name)
+        self.row = table.row_of(folder, args.seeds)
+        if self.row["missing"]:
+            raise SystemExit(f"{folder}: cells are missing: {'; '.join(self.row['missing'])}")
+        method = make_method(name, world.base, world.modalities, world.run.mcm)
+        self._world, self._draw = world, Drawer(world, method, sampling_steps)
+        empty = jax.eval_shape(method.init, jax.random.key(0), world.base.params)
+        files = [folder / f"rate={self.row['rate']:.3g},seed={seed}.msgpack" for seed in range(args.seeds)]
+        stored = [flax.serialization.from_bytes(empty, file.read_bytes()) for file in files]
+        self._params = [sharding.replicate(params, world.mesh) for params in stored]
+
+    def __call__(self, scale: float) -> dict[str, dict[str, float | None]]:
+        """Means over the seeds, with intervals, by subset and number."""
+        which, found = np.arange(self._world.select, len(self._world.held_out)), {}
+        for seed, params in enumerate(self._params):
+            for given, numbers in judged(self._world, self._draw, params, which, seed, True, scale).items():
+                for number in table.SHOWN.keys() & numbers.keys():
+                    found.setdefault(f"{given}.{number}", []).append(numbers[number])
+        return {
+            key: {
+                "mean": round(float(np.mean(values)), 4),
+                "interval": round(interval(values), 4) if len(values) > 1 else None,
+                "seeds": len(values),
+            }
+            for key, values in sorted(found.items())
+        }
+
+
+def main() -> None:
+    parser = run.arguments()
+    parser.description = __doc__
+    parser.add_argument("--guidances", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0])
+    parser.add_argument("--text_guidance", type=float)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    args = parser.parse_args()
+    about = run.folder_of(args, "settings.json")
+    if not about.exists():
+        raise SystemExit(f"{about.parent}: nothing was trained there yet; benchmarks.peers.run comes first")
+    settings = json.loads(about.read_text())
+    sizes = {k: settings[k] for k in ("pairs", "select", "report", "references")}
+    world = open_world(args.config, **sizes, text_guidance=args.text_guidance)
+    if settings["base"] != world.base.fingerprint:
+        raise SystemExit(f"{about.parent} was trained on another base; take another --workdir")
+    common.use_compilation_cache(args.workdir)
+    rows: dict[str, Any] = json.loads(args.out.read_text())["rows"] if args.out.exists() else {}
+    for name in args.methods:
+        key = f"{name}, {args.steps} steps"
+        left = [scale for scale in args.guidances if f"{scale:g}" not in rows.get(key, {})]
+        trained = Trained(args, name, world, settings["sampling_steps"]) if left else None
+        for scale in left:
+            row = rows.setdefault(key, {"rate": trained.row["rate"], "parameters": trained.row["parameters"]})
+            row[f"{scale:g}"] = trained(scale)
+            print(key, scale, {k: v["mean"] for k, v in row[f"{scale:g}"].items()}, flush=True)
+            what = {"config": args.config, "maps": sizes, "text_guidance": world.run.sampling.text_guidance}
+            common.write_report(args.out, __doc__, what | {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
