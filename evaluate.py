@@ -12,16 +12,12 @@ from absl import flags
 
 from mcm_jax import cli
 from mcm_jax.errors import UserError
-from mcm_jax.evaluation.evaluate import evaluate
+from mcm_jax.evaluation.evaluate import EvaluationSettings, evaluate
 from mcm_jax.sampling import SamplingSettings
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of train.py, or the name of a shipped MCM")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the metrics")
-_MAPS = flags.DEFINE_integer("maps", None, "Held-out examples; default: the config's evaluation.maps")
-_SEEDS = flags.DEFINE_integer("seeds", None, "How often each is sampled; default: the config's evaluation.seeds")
-_REFERENCES = flags.DEFINE_integer(
-    "references", None, "Training pictures for FID and KID; default: the config's evaluation.references"
-)
+_EVALUATION = cli.define_flags(EvaluationSettings, ["maps", "seeds", "strengths", "references"])
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise")
 _JUDGE = flags.DEFINE_multi_string(
     "judge",
@@ -46,11 +42,9 @@ def main(argv: list[str]) -> None:
     evaluate(
         _WORKDIR.value,
         _OUT.value,
-        maps=_MAPS.value,
-        seeds=_SEEDS.value,
         seed=_SEED.value,
         judges=judges,
-        references=_REFERENCES.value,
+        **_EVALUATION(),
         **_BASE(),
         **_SETTINGS(),
     )

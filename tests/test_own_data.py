@@ -95,10 +95,13 @@ def test_bare_pictures_become_an_mcm_by_three_commands(script, small_path, tmp_p
     found = json.loads((workdir / "config.json").read_text())["modalities"]
     assert {k: v["kind"] for k, v in found.items() if k != "drop_rate"} == {"sketch": "lines", "strokes": "sparse"}
     command = ["evaluate.py", f"--workdir={workdir}", f"--out={tmp_path / 'metrics.json'}", "--steps=2", "--maps=1"]
-    outcome = script(*command)
+    assert script(*command, "--strengths=2,0").explains("strengths must be above 0, got (2.0, 0.0)")
+    outcome = script(*command, "--strengths=2,3.5")
     assert outcome.status == 0, outcome.err
-    numbers = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(numbers["edge_f1"]) == {"real", "base", "both", "sketch", "strokes"}
+    numbers, subsets = json.loads((tmp_path / "metrics.json").read_text()), ("both", "sketch", "strokes")
+    stronger = {f"{subset}@{strength}" for subset in subsets for strength in ("2", "3.5")}
+    assert set(numbers["edge_f1"]) == {"real", "base", *subsets, *stronger}
+    assert numbers["strengths"] == [2.0, 3.5]
 
 
 def test_a_folder_with_unknown_pixels_of_other_kinds_trains_and_samples(config, data, tmp_path):

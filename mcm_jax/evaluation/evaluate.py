@@ -94,6 +94,7 @@ def evaluate(
     *,
     maps: int | None = None,
     seeds: int | None = None,
+    strengths: Sequence[float] | None = None,
     seed: int = 0,
     judges: Mapping[str, str] | None = None,
     references: int | None = None,
@@ -109,6 +110,7 @@ def evaluate(
       out: file for the metrics. While the evaluation runs, ``OUT.parts/`` keeps what is done.
       maps: how many held-out examples; None takes ``config.evaluation.maps``.
       seeds: how often each is sampled; None takes ``config.evaluation.seeds``.
+      strengths: modality guidance scales beside the sampling's own; None takes ``config.evaluation.strengths``.
       seed: of the noise.
       judges: what judges a modality, or the ``caption``, by its name, in place of the config's.
       references: training pictures that samples are compared with; None takes ``config.evaluation.references``.
@@ -145,7 +147,13 @@ def evaluate(
     pipeline = Pipeline.from_folder(workdir, base=base, accept_base=accept_base, dtype=dtype)
     run = config.load(_RunSettings, assets.resolve(os.fspath(workdir)), others=True)
     wanted = run.evaluation
-    changed = {"maps": maps, "seeds": seeds, "references": references, "judges": {**wanted.judges, **(judges or {})}}
+    changed = {
+        "maps": maps,
+        "seeds": seeds,
+        "strengths": strengths,
+        "references": references,
+        "judges": {**wanted.judges, **(judges or {})},
+    }
     wanted = dataclasses.replace(wanted, **{k: v for k, v in changed.items() if v is not None})
     expect(0 <= seed < 2**32, "seed", "in 0..4294967295", seed)
     settings = pipeline.settings.but(**changes).but(height=0, width=0)  # the base's size, as held-out pictures have
