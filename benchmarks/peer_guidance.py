@@ -24,7 +24,6 @@ from benchmarks.peers import run, table
 from benchmarks.peers.methods import make_method
 from benchmarks.peers.world import Drawer, World, judged, open_world
 from mcm_jax import sharding
-from mcm_jax.evaluation.evaluate import interval
 
 
 class Trained:
@@ -49,14 +48,7 @@ class Trained:
             for given, numbers in judged(self._world, self._draw, params, which, seed, True, scale).items():
                 for number in table.SHOWN.keys() & numbers.keys():
                     found.setdefault(f"{given}.{number}", []).append(numbers[number])
-        return {
-            key: {
-                "mean": round(float(np.mean(values)), 4),
-                "interval": round(interval(values), 4) if len(values) > 1 else None,
-                "seeds": len(values),
-            }
-            for key, values in sorted(found.items())
-        }
+        return {key: table.over_seeds(values) for key, values in sorted(found.items())}
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ measurement, which :mod:`.cost` is: they may have had company.
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,10 +53,14 @@ def row_of(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
     for given in there[0] if there else ():
         row[given] = {}
         for number in dict.fromkeys(key for rows in there for key in rows[given]):
-            values = [rows[given][number] for rows in there if number in rows[given]]
-            spread = round(interval(values), 4) if len(values) > 1 else None
-            row[given][number] = {"mean": round(float(np.mean(values)), 4), "interval": spread, "seeds": len(values)}
+            row[given][number] = over_seeds([rows[given][number] for rows in there if number in rows[given]])
     return row
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, and half of the 95% interval where there are several."""
+    spread = round(interval(values), 4) if len(values) > 1 else None
+    return {"mean": round(float(np.mean(values)), 4), "interval": spread, "seeds": len(values)}
 
 
 def markdown(rows: dict[str, dict]) -> str:

@@ -3,7 +3,7 @@
 python train.py --config=configs/scenes_sd.py --sweep=configs/sweeps/batch.py --workdir=runs/batch
 
 32 trials from one cache, 25 minutes on two cores. Expect a mean IoU of 0.658, 0.656, 0.650, 0.631 at 8, 16, 32, 64,
-each at 0.008, within 0.01: the number of examples is what counts (docs/training.md).
+each at 0.008, within 0.01 (docs/training.md).
 """
 
 from configs import default

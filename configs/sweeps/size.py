@@ -1,4 +1,4 @@
-"""Control against size: each trained to the config's end, at rates about that which learning_rate_size.py found.
+"""Control against size: each trained for 4,200 steps, at rates about that which learning_rate_size.py found.
 
 python train.py --config=configs/scenes_sd.py --sweep=configs/sweeps/size.py --workdir=runs/size
 """
@@ -8,8 +8,6 @@ from mcm_jax import sweep
 
 METRIC = "mean_iou"
 WHOLE = {"data.size": 4_000, "train.steps": 4_200, "train.evaluate_every": 4_200, "train.held_out": 64}
-
-
 RATES = {
     "tiny": (2e-3, 4e-3, 8e-3),
     "small": (2e-3, 4e-3, 8e-3),
