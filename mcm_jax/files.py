@@ -1,12 +1,27 @@
 """Files that are either complete or not there."""
 
 import contextlib
+import errno
 import os
 import pathlib
+import re
 import secrets
 from collections.abc import Iterator
 
 from mcm_jax.errors import Busy, UserError
+
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+_ERRNO = re.compile(r"(?i)(?:errno|os.error(?:_code)?)\W{1,3}(\d+)")
+
+
+def is_disk_error(e: BaseException | None) -> bool:
+    """Whether an exception is, or was caused by, a failed write (Orbax and TensorStore wrap them in their texts)."""
+    while e is not None:
+        found = [e.errno] if isinstance(e, OSError) else map(int, _ERRNO.findall(str(e)))
+        if not _OF_DISKS.isdisjoint(found):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
@@ -57,13 +72,19 @@ def lock(folder: str | os.PathLike, doing: str, flag: str) -> Iterator[None]:
 
     Raises:
       Busy: another process holds it.
-      UserError: the file system cannot lock.
+      UserError: the file system cannot lock, or the file of the lock is another user's.
     """
     import fcntl  # here, so that the package can be imported where there is none (Windows)
 
     path = pathlib.Path(folder) / ".lock"  # a file that is open for writing: NFS locks nothing else
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as e:
+            raise UserError(
+                f"{path}: cannot be opened ({e.strerror or e}); where it is another user's, their process is {doing}, "
+                f"or was killed in the midst of it. Wait for it, have them remove the file, or take another {flag}"
+            ) from e
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):

@@ -5,17 +5,20 @@ python cluster_program.py SCENE PORT PROCESS
 
 import faulthandler
 import os
+import pathlib
 import signal
 import sys
+import tempfile
 import time
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mcm_jax import cli, distributed
+from mcm_jax import cli, distributed, files
 from mcm_jax.distributed import joining
-from mcm_jax.errors import Interrupted, UserError
+from mcm_jax.errors import Busy, Interrupted, UserError
+from mcm_jax.training.assembly import lock_once
 
 SCENE, PORT, PROCESS = sys.argv[1], sys.argv[2], int(sys.argv[3])
 SLOW, FAILS = 0.02, 1
@@ -55,8 +58,21 @@ def agrees():
     for _ in range(rounds):
         distributed.synchronise("timed")
     say("barrier", f"{(time.perf_counter() - began) / rounds * 1e6:.0f} us")
+    finds_it_held()
     time.sleep(3 * PROCESS)
     say("done")
+
+
+def finds_it_held():
+    """A workdir that another program holds, which the first process alone asks for."""
+    with tempfile.TemporaryDirectory() as folder, files.lock(folder, "training in this workdir", "--workdir"):
+        try:
+            with lock_once(pathlib.Path(folder), finished=False):
+                say("held")
+        except Busy as e:
+            say("busy:", e)
+        with lock_once(pathlib.Path(folder), finished=True):
+            say("finished")
 
 
 def steps(wait):

@@ -433,9 +433,10 @@ def test_no_cache_and_an_unfinished_one(config, workdir, script, base_path, tmp_
 def test_a_folder_of_something_else_is_left_alone(config, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="no part of a cache: thesis.txt"):
+    (tmp_path / "cache/draft.tmp").write_text("precious, too")
+    with pytest.raises(UserError, match="no part of a cache: draft.tmp, thesis.txt"):
         precompute(config, tmp_path)
-    assert tiny.contents(tmp_path) == {"cache/thesis.txt": b"precious"}
+    assert tiny.contents(tmp_path) == {"cache/draft.tmp": b"precious, too", "cache/thesis.txt": b"precious"}
 
 
 def _edit_manifest(folder, change):
@@ -733,6 +734,26 @@ def test_a_disk_that_fills_up_stops_the_build_cleanly(config, built, tmp_path, m
     kept = (tmp_path / "cache" / store.shard_name(0)).stat().st_mtime_ns
     precompute(config, tmp_path)
     assert (tmp_path / "cache" / store.shard_name(0)).stat().st_mtime_ns == kept
+    assert tiny.contents(tmp_path / "cache") == tiny.contents(built / "cache")
+
+
+def test_a_disk_that_is_full_at_the_last_file_stops_the_build_with_one_message(config, built, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    write, before = store.Manifest.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(manifest, path):
+        if path.name == store.MANIFEST:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+        return write(manifest, path)
+
+    monkeypatch.setattr(store.Manifest, "write", limited)
+    try:
+        with pytest.raises(UserError, match="the cache could not be written .File too large.*same command again"):
+            precompute(config, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.undo()
+    precompute(config, tmp_path)
     assert tiny.contents(tmp_path / "cache") == tiny.contents(built / "cache")
 
 

@@ -122,7 +122,9 @@ def test_processes_agree_stop_at_one_step_and_leave_together(ends):
     assert [(one.status, one.err) for one in (first, second)] == [(0, "")] * 2
     stops = [re.findall(r"stopped.*", one.out) for one in (first, second)]
     assert len(stops[0]) == 2 and stops[0] == stops[1], stops
-    assert "done" in first.out and "done" in second.out
+    for one in (first, second):
+        assert "another process is training in this workdir" in one.out and "\nheld" not in one.out
+        assert "finished" in one.out and "done" in one.out
 
 
 @pytest.mark.slow

@@ -140,6 +140,24 @@ def test_two_trainings_in_one_workdir_are_refused(trained, base_path, tmp_path):
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3"]
 
 
+def test_a_workdir_that_another_run_took_meanwhile_is_refused(trained, base_path, tmp_path, monkeypatch):
+    assemble, workdir = assembly.assemble, tmp_path / "run"
+
+    def late(*arguments):
+        parts = assemble(*arguments)
+        shutil.rmtree(workdir, ignore_errors=True)
+        trained.copy(workdir)
+        return parts
+
+    monkeypatch.setattr(assembly, "assemble", late)
+    before = tiny.contents(trained.workdir)
+    other = trained.config.copy_and_resolve_references()
+    other.train.learning_rate = 0.5
+    with pytest.raises(UserError, match="(?s)another run's config.*train.learning_rate: there .*, now 0.5"):
+        train_and_evaluate(other, workdir)
+    assert tiny.contents(workdir) == before
+
+
 def test_training_begins_with_a_trained_mcm(trained, base_path, tmp_path):
     """The same network: the same samples. One with another modality: the same as long as that one is absent."""
     changes = {"train.init_from": str(trained.workdir), "train.steps": 1, "train.learning_rate": 1e-12}

@@ -51,7 +51,8 @@ def test_streamed_batches_are_the_prepared_ones(kind, changes, request):
             np.testing.assert_allclose(one.pop("eps"), two.pop("eps"), atol=2**-9)
     tiny.assert_same_bits(found, wanted)
     kept = sum(a.nbytes for name, a in prepared.source.arrays.items() if name != "prompt")
-    assert prepared_bytes(base, source, modalities) == kept
+    context = base.tokenizer.length * base.unet.config.cross_attention_dim * 4 if base.is_text_conditional else 0
+    assert prepared_bytes(base, source, modalities) == kept + len(source) * context
     assert len({record["noise"].tobytes() for record in wanted}) == 5
 
 

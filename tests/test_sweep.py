@@ -35,6 +35,7 @@ from mcm_jax.sweep import outcomes, plots, results, run, trials
 from mcm_jax.sweep.run import run_sweep
 from mcm_jax.training import caching, loop, read_run, step, train_and_evaluate
 from mcm_jax.training import settings as settings_lib
+from mcm_jax.training.actions import Diverged
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
@@ -479,6 +480,17 @@ def test_a_signal_in_a_trials_last_step_ends_the_sweep_after_it(small_path, fold
     assert [row["status"] for row in table(workdir)] == ["done", "done", "not begun"]
     serially(config, save(folder), workdir)
     assert table(workdir) == table(whole)
+
+
+def test_a_signal_to_a_trial_that_diverges_is_not_lost():
+    with pytest.raises(Diverged), loop.stop_requests():
+        _signal(signal.SIGTERM)()
+        raise Diverged("loss is nan")
+    assert loop.stopped_late() and not loop.stopped_late()
+    with pytest.raises(Interrupted), loop.stop_requests():
+        _signal(signal.SIGTERM)()
+        raise Interrupted("saved")
+    assert not loop.stopped_late()
 
 
 def test_a_process_that_is_killed_leaves_what_the_same_command_ends(script, small_path, folder, whole, tmp_path):

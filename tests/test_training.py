@@ -406,6 +406,13 @@ def _kill():
     raise _Killed
 
 
+def test_float16_is_refused_for_training(base_path, tmp_path):
+    config = tiny.make_config(base_path, {"mcm.dtype": "float16"})
+    with pytest.raises(UserError, match="config.mcm.dtype: found float16, expected float32 or bfloat16"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch, capsys):
     """Stopped between two reports, at a checkpoint, and killed: bit for bit the same params, moments and metrics."""
     workdir, original = tmp_path / "run", loop.tqdm

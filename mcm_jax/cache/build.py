@@ -27,7 +27,7 @@ from mcm_jax.data import inputs
 from mcm_jax.data.pipeline import to_float
 from mcm_jax.draws import Draws
 from mcm_jax.errors import UserError
-from mcm_jax.files import write_atomically
+from mcm_jax.files import is_disk_error, write_atomically
 from mcm_jax.modalities import Modality
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
@@ -90,14 +90,26 @@ def build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[st
       The names of the shards that all processes built.
 
     Raises:
-      UserError: the folder holds something else, the disk is full, a file of the data cannot be read, or a prediction
-        is not finite. Shards that are complete stay, and the same call goes on.
+      UserError: the folder holds something else, the disk is full or fails, a file of the data cannot be read, or a
+        prediction is not finite. Shards that are complete stay, and the same call goes on.
     """
+    try:
+        return _build(folder, plan, recipe)
+    except OSError as e:
+        if not is_disk_error(e):
+            raise
+        raise UserError(
+            f"{folder}: the cache could not be written ({e.strerror or e}: {e.filename or folder}). The shards that "
+            f"are complete are kept: mend that, or take another config.cache.path, and run the same command again"
+        ) from e
+
+
+def _build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[str]:
     process, processes = jax.process_index(), jax.process_count()
     if process == 0:
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
         kept = _kept(folder)
+        for leftover in store.leftovers(folder):
+            leftover.unlink()
         if not (folder / store.MANIFEST).exists():
             plan.write(folder / store.BUILDING)
         _restart_journal(folder, kept)

@@ -287,11 +287,19 @@ def describe_damage(folder: pathlib.Path, wrong: Mapping[str, str], total: int) 
     return f"{folder}: {len(wrong)} of {total} shards are damaged:\n{listed}"
 
 
+_OURS = re.compile(rf"(?:{_SHARD.pattern}|(?:manifest|building)\.json|building-\d+\.jsonl)(?P<unfinished>\.tmp)?")
+
+
 def clutter(folder: pathlib.Path) -> Collection[str]:
     """Files in a folder that no cache has."""
-    ours = rf"{_SHARD.pattern}(\.tmp)?|(manifest|building)\.json(\.tmp)?|building-\d+\.jsonl|{HELD_OUT}(-\d+)?"
-    known = re.compile(ours)
-    return sorted(p.name for p in folder.iterdir() if not known.fullmatch(p.name) and not p.name.startswith("."))
+    known = re.compile(rf"{HELD_OUT}(-\d+)?")
+    names = (p.name for p in folder.iterdir() if not p.name.startswith("."))
+    return sorted(name for name in names if not (_OURS.fullmatch(name) or known.fullmatch(name)))
+
+
+def leftovers(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Files of a cache that a process which was killed has not finished."""
+    return [p for p in folder.iterdir() if (found := _OURS.fullmatch(p.name)) and found["unfinished"]]
 
 
 def lock(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:

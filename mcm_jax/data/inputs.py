@@ -115,9 +115,13 @@ class Streamed:
 def prepared_bytes(
     base: Base, source: Sequence[dict], modalities: Sequence[Modality], grid: tuple[int, int] | None = None
 ) -> int:
-    """What :func:`prepare` would keep of a data set, but for contexts: by its first example."""
+    """What :func:`prepare` would keep of a data set, if each example has a prompt of its own: by the first one."""
     example = load_example(base, source, modalities, 0, grid)
     own = 2 * int(np.prod(base.latent_shape)) if base.is_latent else example["image"].nbytes
+    if base.is_text_conditional:
+        ids = jax.ShapeDtypeStruct((1, base.tokenizer.length), jnp.int32)
+        context = jax.eval_shape(base.encode_tokens, base.params, ids)
+        own += context.size * context.dtype.itemsize
     return len(source) * (own + sum(v.nbytes for name, v in example.items() if name not in ("image", "caption")))
 
 

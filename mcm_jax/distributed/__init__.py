@@ -22,7 +22,7 @@ from mcm_jax.distributed.service import synchronise
 from mcm_jax.distributed.watch import Watch
 from mcm_jax.errors import Interrupted, UserError
 
-__all__ = ["agree", "any_process", "cluster", "everyones", "fail", "is_first", "synchronise"]
+__all__ = ["agree", "any_process", "check_watched", "cluster", "everyones", "fail", "is_first", "synchronise"]
 
 _watch: Watch | None = None
 
@@ -76,6 +76,15 @@ def is_first() -> bool:
     return service.client() is None or service.process() == 0
 
 
+def check_watched() -> None:
+    """Raises UserError where processes were joined otherwise than by :func:`cluster`, so that nothing ends them."""
+    if service.client() is not None and _watch is None:
+        raise UserError(
+            "jax.distributed.initialize was called, and nothing here would see that another process fails. Call "
+            "mcm_jax.distributed.cluster('auto') in its place, as a context manager around the whole program"
+        )
+
+
 def agree(facts: Mapping[str, str]) -> None:
     """Refuses processes that differ in what must be the same. All of them call it, with the same keys.
 
@@ -124,8 +133,7 @@ def any_process(flag: bool) -> bool:
     """
     if service.client() is None:
         return flag
-    if _watch is None:
-        raise RuntimeError("any_process is for programs inside of distributed.cluster")
+    check_watched()
     return _watch.any_process(flag)
 
 

@@ -14,7 +14,7 @@ from mcm_jax import distributed, sharding
 from mcm_jax.base import BaseCard, BaseSettings
 from mcm_jax.cache import store
 from mcm_jax.errors import Busy, Interrupted, UserError
-from mcm_jax.files import check_writable, lock
+from mcm_jax.files import check_writable, is_disk_error, lock
 from mcm_jax.sweep import folder as folders
 from mcm_jax.sweep import results
 from mcm_jax.sweep import trials as trials_lib
@@ -26,7 +26,6 @@ from mcm_jax.training.caching import known_card
 from mcm_jax.training.loop import stopped_late
 from mcm_jax.training.parts import fitting_modulator
 from mcm_jax.training.together import check_together, shared_by_all, train_together
-from mcm_jax.training.workdir import is_disk_error
 
 MODES = ("auto", "serial", "together")
 

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from mcm_jax import config as config_lib
 from mcm_jax import distributed, sharding
 from mcm_jax.data.pipeline import Order
 from mcm_jax.data.unreadable import said
-from mcm_jax.errors import Interrupted, UserError
+from mcm_jax.errors import Busy, Interrupted, UserError
 from mcm_jax.files import lock
 from mcm_jax.mcm import parameter_count
 from mcm_jax.trained import start_from
@@ -62,20 +62,41 @@ def train_and_evaluate(
     agree_on(settings)
     mesh = sharding.make_mesh(settings.mesh)
     sharding.check_batch_size(settings.train.batch_size, mesh, "config.train.batch_size", settings.train.accumulate)
-    before = workdirs.check_same_run(settings, workdir)
-    there = sorted(workdirs.saved_steps(workdir))
-    distributed.agree({"checkpoints in --workdir": str(there), "config.json there": repr(before)})
+    before, there = _found(settings, workdir)
     finished = max(there, default=0) >= settings.train.steps
     parts = assemble(settings, workdir, mesh, finished)
     with workdirs.disk_errors(workdir), lock_once(workdir, finished):
+        if not finished:  # again: another process may have trained here meanwhile
+            before, _ = _found(settings, workdir, before)
         return _run(settings, workdir, parts, mesh, before, profile)
 
 
-def lock_once(workdir: pathlib.Path, finished: bool) -> contextlib.AbstractContextManager[None]:
-    """Holds the workdir of a run that is not finished, by one process for all."""
-    if finished or not distributed.is_first():
-        return contextlib.nullcontext()
-    return lock(workdir, "training in this workdir", "--workdir")
+def _found(
+    settings: RunSettings, workdir: pathlib.Path, known: RunSettings | None = None
+) -> tuple[RunSettings | None, list[int]]:
+    """The settings of a run that is in its workdir already, the same for all processes, and the steps it has saved."""
+    before, there = workdirs.check_same_run(settings, workdir, known), sorted(workdirs.saved_steps(workdir))
+    distributed.agree({"checkpoints in --workdir": str(there), "config.json there": repr(before)})
+    return before, there
+
+
+@contextlib.contextmanager
+def lock_once(workdir: pathlib.Path, finished: bool) -> Iterator[None]:
+    """Holds the workdir of a run that is not finished, by one process for all.
+
+    Raises:
+      Busy: another program holds it; on all processes.
+    """
+    with contextlib.ExitStack() as held:
+        busy = ""
+        if not finished and distributed.is_first():
+            try:
+                held.enter_context(lock(workdir, "training in this workdir", "--workdir"))
+            except Busy as e:
+                busy = str(e)
+        if not finished and (told := distributed.everyones(busy)[0]):
+            raise Busy(told, workdir)
+        yield
 
 
 def _run(

@@ -42,6 +42,7 @@ def precompute(config: Any, workdir: str | os.PathLike, *, verify: bool = True) 
 
 def agree_on(settings: RunSettings) -> None:
     """Refuses processes of a cluster that do not run the same config by the same code. Raises UserError on all."""
+    distributed.check_watched()
     code = {"version of mcm-jax": __version__, "source files of mcm-jax": source_digest()[:16]}
     distributed.agree({f"config.{k}": repr(v) for k, v in config_lib.flatten(settings).items()} | code)
 
@@ -100,7 +101,8 @@ def _build(
     if there and there.shards:
         check_made_of(settings, folder, there, split)
         check(there.card)
-        wrong = store.verify(folder, there.shards) if verify else {}
+        mine = store.verify(folder, there.shards) if verify else {}
+        wrong = dict(item for each in distributed.everyones(mine).values() for item in each.items())
         if not wrong:
             print(f"{folder}: the cache is complete")
             return Cache(folder, verify=False)

@@ -81,7 +81,7 @@ _late: list[int] = []  # signals that came when the last step was done
 
 
 def stopped_late() -> bool:
-    """Whether a signal came in a run's last step, which ended as if there had been none: for what would go on after it.
+    """Whether a signal came that a run did not end by: in its last step, or as it diverged. For what goes on after it.
 
     Each is told once.
     """
@@ -108,10 +108,15 @@ def stop_requests() -> Iterator[list[int]]:
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread: signals are the caller's
         previous = {}
+    answered = False
     try:
         yield received
-        _late.extend(received)
+    except (Interrupted, KeyboardInterrupt):
+        answered = True
+        raise
     finally:
+        if not answered:
+            _late.extend(received)
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -144,7 +144,13 @@ def _inputs(
     grid = modulator.grid(base)
     if data.stream == "auto" and not isinstance(source, InMemory):
         size = prepared_bytes(base, source, modulator.modalities, grid)
-        if size > _IN_MEMORY and not (base.is_text_conditional and jax.process_count() > 1):
+        if size > _IN_MEMORY and base.is_text_conditional and jax.process_count() > 1:
+            print(
+                f"{len(source):,} examples with their prompts may take {size / 2**30:.1f} GiB of memory in each "
+                f"process, and several processes do not read prompts for each batch; a cache needs neither "
+                f"(config.cache.mode)"
+            )
+        elif size > _IN_MEMORY:
             print(
                 f"{len(source):,} examples would take {size / 2**30:.1f} GiB of memory, so they are read for each "
                 f"batch (config.data.stream)" + "; a cache encodes them but once (config.cache.mode)" * base.is_latent

@@ -169,7 +169,16 @@ def read_run(
 
 
 def _checked(run: RunSettings) -> RunSettings:
-    """The same. Raises UserError where a judge is named for what is no modality: any name can be typed."""
+    """The same.
+
+    Raises:
+      UserError: a judge is named for what is no modality (any name can be typed); a dtype that does not train.
+    """
+    if run.mcm.dtype == "float16":
+        raise UserError(
+            "config.mcm.dtype: found float16, expected float32 or bfloat16 to train in: gradients of a mean over a "
+            "picture are below what float16 holds. sample.py --dtype=float16 computes in it with what was trained"
+        )
     known = [m.name for m in (*run.modalities.shown, *run.data.holds)] + ["caption", "fidelity"]
     if odd := sorted(name for name, spec in run.evaluation.judges.items() if spec and name not in known):
         names = ", ".join(dict.fromkeys(known))

@@ -1,13 +1,12 @@
 """A run's folder: whose it is, what in it is safe, and what is said when it cannot be written."""
 
-import errno
 import pathlib
-import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from mcm_jax import config
 from mcm_jax.errors import Interrupted, UserError
+from mcm_jax.files import is_disk_error
 from mcm_jax.training.settings import RunSettings
 
 # What may change on the way: where a run happens and what is watched, not what is learned. The base and the data may
@@ -30,8 +29,6 @@ _FREE = {
 SWEEP = "sweep.json"
 """What a folder has that holds a sweep in place of a run."""
 
-_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
-_ERRNO = re.compile(r"(?i)(?:errno|os.error(?:_code)?)\W{1,3}(\d+)")
 _FREE_SECTIONS = ("sampling.", "evaluation.")
 
 
@@ -53,8 +50,10 @@ def differences(there: RunSettings, settings: RunSettings, fixed: Collection[str
     return allowed, wrong
 
 
-def check_same_run(settings: RunSettings, workdir: pathlib.Path) -> RunSettings | None:
-    """Compares settings with those in a workdir, and says which have changed if they may.
+def check_same_run(
+    settings: RunSettings, workdir: pathlib.Path, known: RunSettings | None = None
+) -> RunSettings | None:
+    """Compares settings with those in a workdir, and says which have changed if they may, unless they are `known`.
 
     Returns:
       The settings there; None in a workdir that has none yet.
@@ -80,7 +79,7 @@ def check_same_run(settings: RunSettings, workdir: pathlib.Path) -> RunSettings 
             f"(mesh, train.accumulate, paths), what is watched (train.*_every, keep, best, evaluation, sampling), and "
             f"train.steps, upwards, with train.schedule=constant or wsd (others decay over them)"
         )
-    if allowed:
+    if allowed and there != known:
         print("\n".join([f"{path}: changed since,", *allowed]))
     return there
 
@@ -88,16 +87,6 @@ def check_same_run(settings: RunSettings, workdir: pathlib.Path) -> RunSettings 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
     """Steps of the checkpoints that are there."""
     return [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
-
-
-def is_disk_error(e: BaseException | None) -> bool:
-    """Whether an exception is, or was caused by, a failed write (Orbax and TensorStore wrap them in their texts)."""
-    while e is not None:
-        found = [e.errno] if isinstance(e, OSError) else map(int, _ERRNO.findall(str(e)))
-        if not _OF_DISKS.isdisjoint(found):
-            return True
-        e = e.__cause__ or e.__context__
-    return False
 
 
 @contextmanager
