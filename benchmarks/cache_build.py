@@ -85,17 +85,19 @@ def main() -> None:
     latent = shape((1, *base.latent_shape), one)
     ids = shape((1, base.tokenizer.length), jnp.int32)
     gflop = {
-        "unet": common.flops(base.predict, base.params, latent, shape((1,), jnp.int32), context) / 1e9,
-        "autoencoder": common.flops(base.encode, base.params, shape((1, *base.image_shape), one)) / 1e9,
-        "text_encoder": common.flops(base.encode_tokens, base.params, ids) / 1e9,
+        "unet": common.gflop(base.predict, base.params, latent, shape((1,), jnp.int32), context),
+        "autoencoder": common.gflop(base.encode, base.params, shape((1, *base.image_shape), one)),
+        "text_encoder": common.gflop(base.encode_tokens, base.params, ids),
     }
     # The U-Net's own pace, without the rest of the pipeline, in the same process.
     x = jnp.zeros((args.batch, *base.latent_shape))
     t, contexts = jnp.zeros(args.batch, jnp.int32), jnp.zeros((args.batch, *context.shape[1:]))
     predict = jax.jit(base.predict)
     alone = common.median(common.seconds(lambda: predict(base.params, x, t, contexts), 3), 5) / args.batch
-    per_example = args.draws * gflop["unet"] + gflop["autoencoder"] + gflop["text_encoder"]
-    achieved = args.examples * per_example / took / 1e3
+    achieved = None
+    if None not in gflop.values():
+        per_example = args.draws * gflop["unet"] + gflop["autoencoder"] + gflop["text_encoder"]
+        achieved = round(args.examples * per_example / took / 1e3, 4)
     size = sum(s["bytes"] for s in cache.manifest.shards.values())
     report = {
         "base": {"size": args.size, "dtype": args.dtype, "unet_parameters": base.card.unet_parameters},
@@ -107,9 +109,9 @@ def main() -> None:
         "images_per_second": round(args.examples / took, 3),
         "predictions_per_second": round(args.examples * args.draws / took, 3),
         "unet_alone_predictions_per_second": round(1 / alone, 3),
-        "gflop_per_image": {name: round(v, 2) for name, v in gflop.items()},
-        "achieved_tflops": round(achieved, 4),
-        "mfu": args.peak_tflops and round(achieved / args.peak_tflops, 4),
+        "gflop_per_image": gflop,
+        "achieved_tflops": achieved,
+        "mfu": achieved and args.peak_tflops and round(achieved / args.peak_tflops, 4),
         "cache_mib": round(size / 2**20, 1),
         "cache_kib_per_example": round(size / 2**10 / args.examples, 1),
         "peak_memory": common.peak_memory(),

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import resource
 import statistics
 import subprocess
 import time
@@ -114,18 +115,23 @@ class Noise:
         }
 
 
-def flops(function: Callable, *arguments: Any) -> float:
-    """Floating point operations of a call, by XLA's count of the program as it is written, for a CPU.
+def gflop(function: Callable, *arguments: Any) -> float | None:
+    """10^9 floating point operations of a call, by XLA's count of the program as it is written, for a CPU.
 
-    Not of the optimised program: on a GPU that calls libraries, whose operations XLA does not count.
+    Not of the optimised program: on a GPU that calls libraries, whose operations XLA does not count. Whatever was
+    compiled is forgotten, before and after: what is traced here is not what runs. None where XLA does not tell.
     """
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)), arguments)
+    jax.clear_caches()
     with (  # attention in XLA's operations, too, and not in a loop, which it counts once
         unittest.mock.patch.object(jax, "default_backend", lambda: "cpu"),
         unittest.mock.patch.object(attention, "loops_over_heads", lambda: False),
+        jax.default_device(jax.local_devices(backend="cpu")[0]),  # plugins' devices do not count
     ):
-        lowered = jax.jit(lambda *args: function(*args)).trace(*arguments).lower(lowering_platforms=("cpu",))
-    analysis = lowered.cost_analysis()
-    return float((analysis[0] if isinstance(analysis, list) else analysis)["flops"])
+        analysis = jax.jit(lambda *args: function(*args)).lower(*shapes).cost_analysis()
+    jax.clear_caches()
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    return round(float(analysis["flops"]) / 1e9, 3) if analysis else None
 
 
 def seconds(function: Callable[[], Any], runs: int) -> list[float]:
@@ -146,9 +152,11 @@ def median(values: Sequence[float], digits: int = 4) -> float:
 
 def peak_memory() -> dict[str, float]:
     """GiB: the process's highest resident memory so far, and the first device's, where it tells."""
-    # Not getrusage: its maximum is inherited from the process that started this one.
-    status = pathlib.Path("/proc/self/status").read_text().splitlines()
-    kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    # Where there is one, not getrusage: its maximum is inherited from the process that started this one.
+    status = pathlib.Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    own = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    kib = own[0] if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     stats = jax.local_devices()[0].memory_stats() or {}
     device = {"device_gib": round(stats["peak_bytes_in_use"] / 2**30, 3)} if "peak_bytes_in_use" in stats else {}
     return {"host_gib": round(kib / 2**20, 3), **device}
@@ -191,7 +199,19 @@ def numbers_of(judges: Sequence[Judge], images: np.ndarray, which: np.ndarray, d
 
 
 LOAD = os.getloadavg()[0]  # other processes' share explains a slow run
-COMMIT = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def _commit() -> str:
+    """With ``, changed`` where files differ from it; empty where git does not say."""
+    try:
+        ask = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
+        changed = ask("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!docs")
+        return ask("rev-parse", "HEAD") + ", changed" * bool(changed)
+    except OSError:
+        return ""
+
+
+COMMIT = _commit()
 
 
 def made_of(base: Base, draws: int) -> dict[str, str]:
@@ -200,6 +220,10 @@ def made_of(base: Base, draws: int) -> dict[str, str]:
 
 
 def use_compilation_cache(workdir: pathlib.Path) -> None:
-    """Compiled programs are read back from here: a benchmark's second run of the same code does not compile."""
-    jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
+    """Compiled programs are read back from here, or where ``JAX_COMPILATION_CACHE_DIR`` says.
+
+    So a benchmark's second run of the same code does not compile.
+    """
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str((workdir / "compiled").absolute())
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -57,7 +57,7 @@ def main() -> None:
     for name, changes in OPTIONS.items():
         for rate in args.rates:
             workdir = args.workdir / f"{name.replace(' ', '_').replace(',', '')}_{rate:g}_{args.steps}"
-            how = {"maps": args.maps, "strengths": args.strengths}
+            how = {"config": args.config, "maps": args.maps, "strengths": args.strengths}
             row_file = workdir / "row.json"
             if row_file.exists() and not how.items() <= (there := json.loads(row_file.read_text())).items():
                 other = {k: there.get(k, "not said") for k in how}

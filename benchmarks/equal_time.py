@@ -11,6 +11,7 @@ are bracketed and maps divided as in :mod:`benchmarks.peers.run`, whose files th
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import pathlib
@@ -26,18 +27,31 @@ from flax import traverse_util
 
 from benchmarks import common
 from benchmarks.peers import run
+from benchmarks.peers.judging import Drawer
 from benchmarks.peers.methods import METHODS, SIZES, make_method
-from benchmarks.peers.world import Drawer, open_world
+from benchmarks.peers.world import open_world
+from mcm_jax.errors import UserError
 from mcm_jax.mcm import parameter_count
 from mcm_jax.trained import WEIGHTS
 from mcm_jax.training.actions import DIVERGED
 
 
 def steps_of(cost: dict, name: str, other: str, other_steps: int, pairs: int, draws: int) -> int:
-    """Steps of an MCM, and its cache, in the seconds of another method's steps."""
+    """Steps of an MCM, and its cache, in the seconds of another method's steps.
+
+    Raises:
+      UserError: a method was not measured, or the cache alone takes longer.
+    """
     rows, batch = cost["rows"], cost["batch"]
+    if absent := [method for method in (name, other) if method not in rows]:
+        raise UserError(f"--cost: {absent[0]} was not measured there; known are {', '.join(rows)}")
     cache = pairs * draws / batch * cost["base"]["seconds"]
-    return int((other_steps * rows[other]["training_seconds"] - cache) / rows[name]["training_seconds"])
+    budget = other_steps * rows[other]["training_seconds"]
+    if (steps := int((budget - cache) / rows[name]["training_seconds"])) < 1:
+        raise UserError(
+            f"{other_steps} steps of {other} take {budget:.0f} s, and a cache of --draws={draws} takes {cache:.0f} s"
+        )
+    return steps
 
 
 def train_py(
@@ -53,18 +67,18 @@ def train_py(
     changes |= {"train.steps": steps, "train.learning_rate": rate, "train.schedule": "cosine"}
     changes |= {"train.validate_every": 0, "train.checkpoint_every": steps}
     flags = [f"--config.{k}={v}" for k, v in changes.items()]
-    began = time.perf_counter()
+    began, finished = time.perf_counter(), (workdir / WEIGHTS).exists()  # as far as it had come before
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     command = [sys.executable, "train.py", f"--config=configs/{args.config}.py", *flags, f"--workdir={workdir}"]
     if subprocess.run(command, check=False).returncode and not (workdir / DIVERGED).exists():
         raise SystemExit(f"{workdir}: train.py failed")
-    took = time.perf_counter() - began
+    took = None if finished else round(time.perf_counter() - began, 1)
     if (workdir / DIVERGED).exists():  # it has no score
         params = jax.tree.map(lambda s: np.full(s.shape, np.nan, np.float32), shapes)
     else:
         params = traverse_util.unflatten_dict(safetensors.numpy.load_file(workdir / WEIGHTS), sep="/")
     said = {"rate": rate, "steps": steps, "seed": seed, "parameters": parameter_count(params), "draws": args.draws}
-    return params, said | {"seconds": round(took, 1), "weighting": "the config's", "trained_by": commit}
+    return params, said | {"seconds": took, "weighting": "the config's", "trained_by": commit}
 
 
 def main() -> None:
@@ -88,8 +102,8 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/equal_time"))
     args = parser.parse_args()
     cost = json.loads(args.cost.read_text())
-    measured = {"config": cost["config"], "batch_size": cost["batch"]}
-    if measured != (asked := {"config": args.config, "batch_size": args.batch_size}):
+    measured = {"config": cost["config"], "batch_size": cost["batch"], "size": cost["size"]}
+    if measured != (asked := {"config": args.config, "batch_size": args.batch_size, "size": None}):
         raise SystemExit(f"{args.cost} is of {measured}, but {asked} was asked for")
     sizes = {k: getattr(args, k) for k in ("pairs", "select", "report", "references")}
     world = open_world(args.config, **sizes, text_guidance=args.text_guidance)
@@ -98,7 +112,11 @@ def main() -> None:
         args.steps = steps = steps_of(cost, name, args.other, args.as_steps, args.pairs, args.draws)
         settings = sizes | {"draws": args.draws, "text_guidance": world.run.sampling.text_guidance}
         settings |= {"sampling_steps": args.sampling_steps, "guidances": args.guidances, "batch_size": args.batch_size}
-        settings |= {"base": world.base.fingerprint, "as": [args.other, args.as_steps, cost["commit"]]}
+        settings |= {
+            "base": world.base.fingerprint,
+            "config": dataclasses.asdict(world.run),
+            "as": [args.other, args.as_steps, cost["commit"]],
+        }
         run.check_settings(run.folder_of(args, "settings.json"), settings)
         print(f"{name}: {steps} steps in the seconds of {args.as_steps} of {args.other}", flush=True)
         method = make_method(name, world.base, world.modalities, world.run.mcm)
@@ -107,9 +125,7 @@ def main() -> None:
         draw = Drawer(world, method, args.sampling_steps)
         cells = run.Cells(run.folder_of(args, name), name, world, train, draw)
         rate = run.best_rate(lambda rate, cells=cells: cells.cell(rate, 0)["score"], 2e-3)
-        for seed in range(args.seeds):
-            cells.cell(rate, seed)
-            cells.report(rate, seed, method, args.guidances)
+        cells.finish(method, rate, args.seeds, args.guidances)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Methods over the modality guidance: what trainings that benchmarks.peers.run or equal_time kept do at more of it.
 
-python -m benchmarks.peer_guidance --config=scenes_sd --steps=500 --text_guidance=1 --methods mcm-slim full controlnet \
+python -m benchmarks.peer_guidance --config=scenes_sd --steps=500 --methods mcm-slim full controlnet \
     --workdir=runs/peers --out=benchmarks/results/peer_guidance_scenes_sd.json
-python -m benchmarks.peer_guidance --config=scenes_sd --steps=4176 --text_guidance=1 --methods mcm-slim \
+python -m benchmarks.peer_guidance --config=scenes_sd --steps=4176 --methods mcm-slim \
     --workdir=runs/equal_time --out=benchmarks/results/peer_guidance_scenes_sd.json
 
-``base + s (controlled - base)``: a short training moves the base's prediction in the right direction, and not far
-enough. Cells at each method's best learning rate, all seeds, on the maps that are reported on; nothing is chosen by
-them. A row that is in --out is kept; the same command goes on.
+``base + s (controlled - base)``, or for methods that are no MCM with ``--own`` the method's own prediction when it is
+shown nothing in the base's place. Cells at each method's best learning rate, all seeds, on the maps that are reported
+on: a curve, of which no point is chosen here (benchmarks.peers.run chooses one, by other maps). A row that is in --out
+is kept; the same command goes on.
 """
 
 import argparse
@@ -21,8 +22,9 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.peers import run, table
+from benchmarks.peers.judging import Drawer, Guidance, judged
 from benchmarks.peers.methods import make_method
-from benchmarks.peers.world import Drawer, World, judged, open_world
+from benchmarks.peers.world import World, open_world
 from mcm_jax import sharding
 
 
@@ -32,7 +34,7 @@ class Trained:
     def __init__(self, args: argparse.Namespace, name: str, world: World, sampling_steps: int):
         folder = run.folder_of(args, name)
         self.row = table.row_of(folder, args.seeds)
-        if self.row["missing"]:
+        if "rate" not in self.row:
             raise SystemExit(f"{folder}: cells are missing: {'; '.join(self.row['missing'])}")
         method = make_method(name, world.base, world.modalities, world.run.mcm)
         self._world, self._draw = world, Drawer(world, method, sampling_steps)
@@ -41,11 +43,11 @@ class Trained:
         stored = [flax.serialization.from_bytes(empty, file.read_bytes()) for file in files]
         self._params = [sharding.replicate(params, world.mesh) for params in stored]
 
-    def __call__(self, scale: float) -> dict[str, dict[str, float | None]]:
+    def __call__(self, guidance: Guidance) -> dict[str, dict[str, float | None]]:
         """Means over the seeds, with intervals, by subset and number."""
         which, found = np.arange(self._world.select, len(self._world.held_out)), {}
         for seed, params in enumerate(self._params):
-            for given, numbers in judged(self._world, self._draw, params, which, seed, True, scale).items():
+            for given, numbers in judged(self._world, self._draw, params, which, seed, True, guidance).items():
                 for number in table.SHOWN.keys() & numbers.keys():
                     found.setdefault(f"{given}.{number}", []).append(numbers[number])
         return {key: table.over_seeds(values) for key, values in sorted(found.items())}
@@ -55,7 +57,7 @@ def main() -> None:
     parser = run.arguments()
     parser.description = __doc__
     parser.add_argument("--guidances", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0])
-    parser.add_argument("--text_guidance", type=float)
+    parser.add_argument("--own", action="store_true", help="guided by the method's own prediction without conditions")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     about = run.folder_of(args, "settings.json")
@@ -63,20 +65,31 @@ def main() -> None:
         raise SystemExit(f"{about.parent}: nothing was trained there yet; benchmarks.peers.run comes first")
     settings = json.loads(about.read_text())
     sizes = {k: settings[k] for k in ("pairs", "select", "report", "references")}
-    world = open_world(args.config, **sizes, text_guidance=args.text_guidance)
+    text = settings["text_guidance"] if "text_guidance" in settings else settings["config"]["sampling"]["text_guidance"]
+    world = open_world(args.config, **sizes, text_guidance=text)
     if settings["base"] != world.base.fingerprint:
         raise SystemExit(f"{about.parent} was trained on another base; take another --workdir")
+    if odd := [name for name in args.methods if name == "judge" or name.endswith("-distilled")]:
+        raise SystemExit(f"{odd[0]} is not guided further")
     common.use_compilation_cache(args.workdir)
-    rows: dict[str, Any] = json.loads(args.out.read_text())["rows"] if args.out.exists() else {}
+    what = {"config": args.config, "maps": sizes, "text_guidance": text}
+    before: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    if before and (differs := [k for k in what if before.get(k) != what[k]]):
+        raise SystemExit(f"{args.out} has rows of another {differs[0]}; take another --out")
+    rows = before.get("rows", {})
     for name in args.methods:
         key = f"{name}, {args.steps} steps"
-        left = [scale for scale in args.guidances if f"{scale:g}" not in rows.get(key, {})]
+        guidances = [Guidance(scale, args.own) for scale in args.guidances]
+        left = [guidance for guidance in guidances if str(guidance) not in rows.get(key, {})]
         trained = Trained(args, name, world, settings["sampling_steps"]) if left else None
-        for scale in left:
+        for guidance in left:
             row = rows.setdefault(key, {"rate": trained.row["rate"], "parameters": trained.row["parameters"]})
-            row[f"{scale:g}"] = trained(scale)
-            print(key, scale, {k: v["mean"] for k, v in row[f"{scale:g}"].items()}, flush=True)
-            what = {"config": args.config, "maps": sizes, "text_guidance": world.run.sampling.text_guidance}
+            if row["rate"] != trained.row["rate"]:
+                raise SystemExit(
+                    f"{args.out}: {key} was at rate {row['rate']:g}, now the best is another; take another --out"
+                )
+            row[str(guidance)] = trained(guidance) | {"commit": common.COMMIT}
+            print(key, guidance, {k: v["mean"] for k, v in row[str(guidance)].items() if k != "commit"}, flush=True)
             common.write_report(args.out, __doc__, what | {"rows": rows})
 
 

@@ -76,9 +76,9 @@ def ours(args: argparse.Namespace) -> dict:
     x, t = jnp.zeros((args.batch, *base.latent_shape)), jnp.zeros(args.batch, jnp.int32)
     context = jnp.zeros((args.batch, 77, base.unet.config.cross_attention_dim))
     shown = jnp.ones((args.batch, 2), bool)
-    whole = common.flops(base.predict, base.params, x, t, context)
-    part = common.flops(lambda p, x: modulator(p, x, x, t, conditions, shown)[0], params, x)
-    report["flops"] = {"base": whole, "mcm": part, "share": round(part / whole, 4)}
+    whole = common.gflop(base.predict, base.params, x, t, context)
+    part = common.gflop(lambda p, x: modulator(p, x, x, t, conditions, shown)[0], params, x)
+    report["gflop"] = {"base": whole, "mcm": part, "share": whole and part and round(part / whole, 4)}
     return report
 
 

@@ -1,5 +1,8 @@
 """A sweep that has run, as a result to keep: every trial's numbers, averaged over seeds, and each choice's best rate.
 
+The best rate is that of these numbers: what it has is the higher for it, the more so the more rates were tried
+(:mod:`.sweep_subsets` judges trials by maps that have chosen nothing).
+
 python -m benchmarks.sweep_results --sweep=runs/paper_choices_sd --axis=choice \
     --out=benchmarks/results/paper_choices_scenes_sd.json
 """
@@ -9,19 +12,32 @@ import csv
 import json
 import pathlib
 import statistics
+from collections.abc import Sequence
 
 from benchmarks import common
 
 NUMBERS = ("mean_iou", "edge_f1", "facts", "held_out_mse")
 
 
-def done_trials(sweep: pathlib.Path) -> list[dict[str, str]]:
-    """The lines of a sweep's results, all of them done. Exits where some are not."""
+def done_trials(sweep: pathlib.Path, axes: Sequence[str], wanted: Sequence[int] | None = None) -> list[dict[str, str]]:
+    """The lines of a sweep's results, or of some trials, by number: all that have not diverged, which is printed.
+
+    Exits where some are not done, or there is no such axis or trial.
+    """
     with (sweep / "results.csv").open() as file:
-        trials = list(csv.DictReader(file))
-    if left := [t["trial"] for t in trials if t["status"] != "done"]:
+        trials = {int(line["trial"]): line for line in csv.DictReader(file)}
+    if unknown := sorted(set(wanted or ()) - trials.keys()):
+        raise SystemExit(f"{sweep}: no trial {unknown[0]}; there are {len(trials)}, from 0")
+    trials = {number: line for number, line in trials.items() if wanted is None or number in wanted}
+    for axis in axes:
+        if any(axis not in line for line in trials.values()):
+            known = ", ".join(next(iter(trials.values())))
+            raise SystemExit(f"{sweep}: nothing there is called {axis!r}; the columns of results.csv are {known}")
+    if left := [str(number) for number, line in trials.items() if line["status"] not in ("done", "diverged")]:
         raise SystemExit(f"{sweep}: trials {', '.join(left)} are not done; the same train.py command goes on")
-    return trials
+    if diverged := [str(number) for number, line in trials.items() if line["status"] == "diverged"]:
+        print(f"diverged, and left out: trials {', '.join(diverged)}")
+    return [line for line in trials.values() if line["status"] == "done"]
 
 
 def main() -> None:
@@ -30,7 +46,7 @@ def main() -> None:
     parser.add_argument("--axis", required=True, help="what is compared; each at its best learning rate")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    trials = done_trials(args.sweep)
+    trials = done_trials(args.sweep, [args.axis, "learning_rate"])
     groups: dict[str, dict[str, list[dict]]] = {}
     for trial in trials:
         groups.setdefault(trial[args.axis], {}).setdefault(trial["learning_rate"], []).append(trial)

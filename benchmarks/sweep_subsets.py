@@ -28,8 +28,8 @@ NUMBERS = ("miou", "edge_f1.f1")
 
 def _form(pipeline: Pipeline) -> tuple:
     """What a program is compiled for."""
-    m = pipeline.mcms[0].modulator
-    return m.module, m.modalities, m.shift_space, m.residual_scale, m.x0_clip
+    m, base = pipeline.mcms[0].modulator, pipeline.base
+    return base.fingerprint, base.dtype, m.module, m.modalities, m.shift_space, m.residual_scale, m.x0_clip
 
 
 def main() -> None:
@@ -50,9 +50,8 @@ def main() -> None:
     args = parser.parse_args()
     rows: dict[str, dict[str, list[float]]] = {}
     judges, pipeline = [], None
-    for trial in done_trials(args.sweep):
-        if args.trials and int(trial["trial"]) not in args.trials:
-            continue
+    trials = done_trials(args.sweep, args.axis, args.trials)
+    for trial in trials:
         workdir, label = args.sweep / trial["workdir"], ", ".join(trial[axis] for axis in args.axis)
         made = Pipeline.from_folder(workdir)
         if pipeline is None:
@@ -63,9 +62,9 @@ def main() -> None:
         elif _form(made) != _form(pipeline):
             pipeline = made  # another network, which is compiled anew
         pipeline.update(made.mcms[0].params)
-        sampler, keys = Sampler(pipeline, held_out, pipeline.settings), sampling.sample_keys(0, len(which))
+        sampler, keys = Sampler(pipeline, held_out, made.settings), sampling.sample_keys(0, len(which))
         found: dict[str, float] = {}
-        for scale in args.guidances or [pipeline.settings.guidance]:
+        for scale in args.guidances or [made.settings.guidance]:
             for name, given in subsets([m.name for m in pipeline.modalities]).items():
                 numbers = common.numbers_of(judges, sampler(Row(name, given, scale), keys, which), which)
                 row = f"{name}@{scale:g}" if args.guidances else name
@@ -73,7 +72,7 @@ def main() -> None:
         for key, value in found.items():
             rows.setdefault(label, {}).setdefault(key, []).append(value)
         print(trial["trial"], label, found, flush=True)
-    what = {"axis": ", ".join(args.axis), "maps": args.maps, "skipped": args.skip, "rows": rows}
+    what = {"axis": ", ".join(args.axis), "maps": len(which), "skipped": args.skip, "rows": rows}
     common.write_report(args.out, __doc__, what)
 
 

@@ -58,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     common.use_compilation_cache(args.workdir)
     rows, judges = {}, []
-    for number, (name, changes) in enumerate(OPTIONS.items()):
+    for name, changes in OPTIONS.items():
         if args.only and not any(word in name for word in args.only):
             continue
         config = demo.get_config()
@@ -67,9 +67,13 @@ def main() -> None:
         config.train.update(steps=args.steps, checkpoint_every=args.steps, decay_steps=args.steps // 5)
         config.train.update(evaluate_every=args.steps, log_every=20)
         config.update_from_flattened_dict(changes)
-        workdir = args.workdir / f"{number:02d}"
-        said = io.StringIO()
-        if not (workdir / "row.json").exists():
+        workdir = args.workdir / f"{re.sub('[^a-z0-9]+', '_', name.lower())}_{args.steps}"
+        said, how = io.StringIO(), {"maps": args.maps, "changes": changes}
+        if (workdir / "row.json").exists():
+            there = json.loads((workdir / "row.json").read_text())
+            if {k: there.get(k) for k in how} != how:
+                raise SystemExit(f"{workdir}/row.json was judged otherwise; take another --workdir")
+        else:
             with contextlib.redirect_stdout(said):
                 train_and_evaluate(config, workdir)
             pipeline = Pipeline.from_folder(workdir)
@@ -89,7 +93,7 @@ def main() -> None:
             row |= {
                 "images_per_second": round(statistics.median(pace), 1),
                 "mib_of_a_step": int(memory[1].replace(",", "")) if memory else None,
-                "changes": changes,
+                **how,
             }
             (workdir / "row.json").write_text(json.dumps(row))
         rows[name] = json.loads((workdir / "row.json").read_text())

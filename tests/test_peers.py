@@ -13,7 +13,7 @@ import tiny
 import torch
 from test_unet2d_condition import CROSS_DOWN, CROSS_UP, DOWN, TINY, UP
 
-from benchmarks.peers import judge, methods, nets, run, table, train, unet, world
+from benchmarks.peers import judge, judging, methods, nets, run, table, train, unet, world
 from benchmarks.peers.method import Given
 from configs import default
 from mcm_jax import assets, sampling
@@ -294,16 +294,20 @@ def test_samples_are_those_of_the_pipeline(sd_path):
     params = jax.jit(method.init)(jax.random.key(0), base.params)
     params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params)
     keys = sampling.sample_keys(4, 3)
-    found = world.Drawer(shared, method, 3)(params, ("sketch",), np.arange(3), keys)
+    draw = judging.Drawer(shared, method, 3)
+    found = draw(params, ("sketch",), np.arange(3), keys)
     pipeline = Pipeline(base, Trained(modulator, params), settings.sampling.but(steps=3, guidance=1.0), mesh)
     sketch = next(m for m in modalities if m.name == "sketch")
     maps = {"sketch": sketch.resize_all(held_out.conditions["sketch"], *pipeline.grid)}
     expected = np.clip(pipeline(maps, keys, prompts=held_out.captions), -1, 1)
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    more = world.Drawer(shared, method, 3)(params, ("sketch",), np.arange(3), keys, 1.5)
+    more = draw(params, ("sketch",), np.arange(3), keys, judging.Guidance(1.5))
     expected = np.clip(pipeline(maps, keys, prompts=held_out.captions, guidance=1.5), -1, 1)
     np.testing.assert_allclose(more, expected, atol=1e-4)
     assert np.abs(found - more).max() > 1e-2
+    # Guided by itself, with nothing to be guided to.
+    still = draw(params, (), np.arange(3), keys, judging.Guidance(3.0, own=True))
+    np.testing.assert_allclose(still, draw(params, (), np.arange(3), keys), atol=1e-4)
 
 
 def test_refusals():
@@ -317,7 +321,7 @@ def test_refusals():
         train.check_memory("full", 3 * 2**30, 2 * 2**30)
 
 
-def test_a_teacher_is_the_best_of_seed_0(tmp_path):
+def test_a_teacher_is_of_the_rate_that_is_best_of_seed_0(tmp_path):
     """Other seeds, which are trained at that rate later, have no score."""
     shared = world_of_scenes()
     method = methods.make_method("mcm-tiny", shared.base, shared.modalities, shared.run.mcm)
@@ -330,10 +334,13 @@ def test_a_teacher_is_the_best_of_seed_0(tmp_path):
         (folder / f"rate={rate:.3g},seed={seed}.json").write_text(json.dumps(said))
         params = jax.tree.map(lambda p, rate=rate, seed=seed: p + np.float32(rate + seed), zeros)
         (folder / f"rate={rate:.3g},seed={seed}.msgpack").write_bytes(flax.serialization.to_bytes(params))
-    found = run.teacher_of(args, "mcm-tiny", shared)
-    assert all((leaf == np.float32(2e-3)).all() for leaf in jax.tree.leaves(found))
+    for seed in (0, 1):
+        found = run.teacher_of(args, "mcm-tiny", shared, seed)
+        assert all((leaf == np.float32(2e-3 + seed)).all() for leaf in jax.tree.leaves(found))
     with pytest.raises(UserError, match="mcm-slim-distilled learns of mcm-slim, of which there is no training"):
-        run.teacher_of(args, "mcm-slim", shared)
+        run.teacher_of(args, "mcm-slim", shared, 0)
+    with pytest.raises(UserError, match="learns of mcm-tiny, of which seed 2 is not trained yet"):
+        run.teacher_of(args, "mcm-tiny", shared, 2)
 
 
 def world_of_scenes():
@@ -352,24 +359,34 @@ def test_best_rate_climbs_to_where_both_neighbours_are_worse():
 
     assert run.best_rate(measure, 1e-3) == 8e-3
     assert sorted(tried) == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
+    # Where one has fallen off, the rate before the cliff is tried, too.
+    assert run.best_rate(lambda rate: rate if rate < 3e-3 else 0.0, 1e-3) == pytest.approx(2e-3 * 2**0.5)
+    assert run.best_rate(lambda rate: rate if rate < 2.5e-3 else 0.0, 1e-3) == 2e-3
     # Where all diverge, downwards.
     assert run.best_rate(lambda rate: -1.0 if rate > 1e-4 else -rate, 1e-3) < 1e-4
-    assert world.score({"both": {"miou": 0.5}, "sketch": {}}) == -1.0
+    assert judging.score({"both": {"miou": 0.5}, "sketch": {}}) == -1.0
 
 
 def test_a_table_names_what_is_missing_and_never_fills_it(tmp_path):
+    def guided(rate):
+        said = {"rate": rate, "best": "2", "scores": {"1": 0.6, "2": 0.7}}
+        (tmp_path / "guidance.json").write_text(json.dumps(said))
+
     def write(rate, seed, score, miou=None):
         cell = {"rate": rate, "seed": seed, "score": score, "parameters": 5, "seconds": 1.0}
         (tmp_path / f"rate={rate:.3g},seed={seed}.json").write_text(json.dumps(cell))
         if miou is not None:
-            report = {"rate": rate, "seed": seed, "rows": {"both": {"miou": miou}}}
+            report = {"rate": rate, "seed": seed, "rows": {"both": {"miou": miou}, "both@2": {"miou": miou + 0.1}}}
             (tmp_path / f"rate={rate:.3g},seed={seed}.report.json").write_text(json.dumps(report))
 
     assert table.row_of(tmp_path, 3) == {"missing": ["all"]}
     write(1e-3, 0, 0.5)
     write(2e-3, 0, 0.7, 0.71)
     row = table.row_of(tmp_path, 3)
-    assert row["missing"] == ["rate 0.004", "rate 0.002, seed 1", "rate 0.002, seed 2"]
+    assert row["missing"] == ["rate 0.004", "guidance", "rate 0.002, seed 1", "rate 0.002, seed 2"]
+    guided(1e-3)
+    assert "guidance" in table.row_of(tmp_path, 3)["missing"]  # chosen at another rate
+    guided(2e-3)
     assert row["both"]["miou"] == {"mean": 0.71, "interval": None, "seeds": 1}
     write(4e-3, 0, 0.6)
     write(2e-3, 1, 0.7, 0.73)
@@ -377,4 +394,5 @@ def test_a_table_names_what_is_missing_and_never_fills_it(tmp_path):
     assert row["missing"] == [] and row["rate"] == 2e-3
     assert row["both"]["miou"]["mean"] == pytest.approx(0.72) and row["both"]["miou"]["interval"] > 0.02
     text = table.markdown({"mcm-tiny": row, "full": table.row_of(tmp_path / "full", 2)})
-    assert "| mcm-tiny | 5 | 0.002 | 0.720 +- " in text and "| full | - |" in text and text.endswith("| all |")
+    assert "| mcm-tiny | 5 | 0.002 | 1 | 0.720 +- " in text and "| mcm-tiny | 5 | 0.002 | 2 (best) | 0.820 +- " in text
+    assert "| full | - |" in text and text.endswith("| all |")

@@ -13,7 +13,8 @@ method         what is trained                                                  
 
 :mod:`.unet` lets any of them reach into the base's U-Net, :mod:`.nets` has their networks, :mod:`.method` says what one
 is, :mod:`.methods` and :mod:`.judge` are the methods; :mod:`.world` is what they share, :mod:`.train` trains one,
-:mod:`.run` all, each at its best rate; :mod:`.cost` measures steps, :mod:`.table` puts the results together.
+:mod:`.judging` samples and judges it, :mod:`.run` does all, each at its best rate and guidance; :mod:`.cost` measures
+steps, :mod:`.table` puts the results together.
 ``mcm-SIZE-twice``, ``-judged`` and ``-distilled`` are attempts to get more out of an MCM. Nothing of this is part of
 ``mcm_jax``.
 """

@@ -3,7 +3,10 @@
 python -m benchmarks.peers.cost --config=scenes_sd --out=benchmarks/results/peers_cost_scenes_sd.json
 python -m benchmarks.peers.cost --size=sd15 --dtype=bfloat16 --batch=8 --methods mcm-paper ... --out=...   # a GPU
 
-Rounds alternate between the methods; seconds are medians, ratios medians of the rounds' ratios. FLOPs are XLA's count
+A round has each call once, in an order by chance, as what ran before tells in a call's time, and the base, which all
+are compared with, five times. Seconds are medians, ratios medians of the rounds' ratios. A LoRA is trained as it is
+sampled, merged into the kernels: a side branch would save the gradient of the kernels, so its training is an upper
+bound. FLOPs are XLA's count
 of the programs as they are written, memory the compiler's for a training step, arguments and all. An MCM's step reads
 its prediction from a cache; one that asks the base for it, ``online``, costs that much more, and the cache itself one
 prediction a draw. A sampling step is one call for one prompt: with text guidance there are two, or one of twice the
@@ -14,6 +17,8 @@ import argparse
 import dataclasses
 import importlib
 import pathlib
+import random
+import statistics
 import time
 from typing import Any
 
@@ -31,6 +36,8 @@ from mcm_jax.sharding import make_mesh, place
 from mcm_jax.training import RunSettings, state
 from mcm_jax.training.compiled import CompiledStep
 from mcm_jax.training.optimizer import make_optimizer, make_schedule
+
+_BASES = 5  # of a round
 
 
 def given_for(base: Any, modalities: Any, grid: tuple[int, int], batch: int, seed: int = 0) -> Given:
@@ -89,7 +96,7 @@ def main() -> None:
         call = (params, base.params, given, prepared)
         once[name] = lambda prepare=prepare, call=call: prepare(*call[:3])
         sampling[name] = lambda drawn=drawn, call=call: drawn(*call)
-        rows[name]["sampling_gflops"] = round(common.flops(drawn, *call) / 1e9, 3)
+        rows[name]["sampling_gflops"] = common.gflop(method.__call__, *call)
         if name == "judge":
             continue
         record = {
@@ -105,7 +112,7 @@ def main() -> None:
         rate = jnp.float32(1e-5)
         base_params = train.frozen_params(method, base)
         now = state.init_state(jax.tree.map(jnp.copy, params), optimizer)  # a step takes its buffers
-        rows[name]["training_gflops"] = round(common.flops(train_step, now, base_params, record, rate) / 1e9, 3)
+        rows[name]["training_gflops"] = common.gflop(train_step, now, base_params, record, rate)
         compiled = CompiledStep(train_step, now, base_params, record, rate)
         rows[name]["training_mib"] = round(compiled.bytes / 2**20)
         training[name] = [compiled, now, base_params, record, rate]
@@ -126,12 +133,18 @@ def main() -> None:
     calls |= {f"once {name}": call for name, call in once.items()}
     for call in calls.values():
         jax.block_until_ready(call())
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}  # of each round
+    shuffler = random.Random(0)
     for _ in range(args.rounds):
-        for name, call in calls.items():
+        order = [*calls, *["base"] * (_BASES - 1)]
+        shuffler.shuffle(order)
+        took: dict[str, list[float]] = {}
+        for name in order:
             began = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - began)
+            jax.block_until_ready(calls[name]())
+            took.setdefault(name, []).append(time.perf_counter() - began)
+        for name, each in took.items():
+            seconds[name].append(statistics.median(each))
     ratio = lambda a, b: common.median([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])  # noqa: E731
     for name, row in rows.items():
         row["sampling_seconds"] = common.median(seconds[f"sample {name}"])
@@ -144,12 +157,12 @@ def main() -> None:
         if f"online {name}" in calls:
             row["online_seconds"] = common.median(seconds[f"online {name}"])
             row["online_images_per_second"] = round(args.batch / row["online_seconds"], 1)
-    flops = common.flops(base.predict, base.params, given.x_t, given.t, given.context)
+    gflop = common.gflop(base.predict, base.params, given.x_t, given.t, given.context)
     report = {k: v for k, v in vars(args).items() if k not in ("out", "methods")} | {
         "base": {
             "name": base.name,
             "parameters": whole,
-            "gflops": round(flops / 1e9, 3),
+            "gflops": gflop,
             "seconds": common.median(seconds["base"]),
         },
         "rows": rows,

@@ -70,7 +70,9 @@ class JudgeGuidance:
         """Of labels ``[B, h, w]`` in pictures ``[B, H, W, 3]``, H a multiple of h: sums over the labels, ``[B]``."""
         batch, (height, width) = len(pictures), self.grid
         parts = pictures.reshape(batch, height, pictures.shape[1] // height, width, pictures.shape[2] // width, 3)
-        logits = self.judge.net.apply({"params": self.judge.params}, jnp.clip(parts.mean((2, 4)), -1, 1))
+        seen = parts.mean((2, 4))
+        seen = seen + jax.lax.stop_gradient(jnp.clip(seen, -1, 1) - seen)  # cut off, but not its gradient
+        logits = self.judge.net.apply({"params": self.judge.params}, seen)
         known = (labels >= 0) & (labels < logits.shape[-1])  # others are unknown
         which = jnp.where(known, labels, 0).astype(jnp.int32)[..., None]
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), which, axis=-1)[..., 0]

@@ -6,17 +6,20 @@ python -m benchmarks.peers.table --config=scenes_sd --steps=500 --workdir=runs/p
 
 A method that needs no gradient through the base is trained here by predictions as they are needed; what a cache saves
 is measured by :mod:`.cost`. Of each method the learning rate is doubled or halved until the best of three neighbours is
-the middle one, by the mean IoU over the first held-out maps (all subsets of the modalities, seed 0). Other seeds are
-trained at that rate, and what is reported is of other held-out maps. A cell, one training, is kept as soon as it is
-done: the same command goes on.
+the middle one, by the mean IoU over the first held-out maps (all subsets of the modalities, seed 0); where a neighbour
+has less than half of the best, as one that fell back to the base, the rate between the two is tried, too. By the same
+maps its modality guidance is chosen of :data:`.judging.SCALES`, for a method that is no MCM from the base's prediction
+or from its own when it is shown nothing. Other seeds are trained at that rate, and what is reported is of other
+held-out maps. A cell, one training, is kept as soon as it is done: the same command goes on.
 """
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.serialization
@@ -24,10 +27,11 @@ import jax
 import numpy as np
 
 from benchmarks import common
+from benchmarks.peers.judging import NONE, Drawer, Guidance, guidances_of, judged, score
 from benchmarks.peers.method import Method
 from benchmarks.peers.methods import METHODS, make_method
 from benchmarks.peers.train import Trainer
-from benchmarks.peers.world import Drawer, World, judged, open_world, score
+from benchmarks.peers.world import World, open_world
 from mcm_jax import sharding
 from mcm_jax.errors import UserError
 from mcm_jax.files import write_atomically
@@ -39,6 +43,8 @@ DEFAULT = (
 # Where a sweep of rates begins, else at 2e-3.
 FIRST = {"judge": 0.1} | {name: 5e-4 for name in METHODS if name.startswith(("full", "controlnet"))}
 REFUSED = "refused.txt"
+GUIDANCE = "guidance.json"
+_NO_TRAINING = ("cost.py", "table.py", "run.py", "judging.py")
 
 
 @dataclasses.dataclass
@@ -76,20 +82,58 @@ class Cells:
         print(self.name, {k: said.get(k) for k in ("rate", "seed", "score", "seconds")}, numbers, flush=True)
         return said
 
-    def report(self, rate: float, seed: int, method: Method, guidances: Sequence[float]) -> None:
-        """Judges a cell on the maps that are reported on; of another guidance than 1 rows are ``ROW@GUIDANCE``."""
-        file = self._file(rate, seed, "report.json")
-        if file.exists():
-            return
+    def finish(self, method: Method, rate: float, seeds: int, scales: Sequence[float]) -> None:
+        """Chooses the guidance at a rate, trains the other seeds, and judges all on the maps that are reported on.
+
+        Args:
+          method: the cells are of.
+          rate: the best.
+          seeds: how many.
+          scales: guidances from the base's prediction that are reported besides 1 and the best.
+        """
+        self.cell(rate, 0)
+        best = self._guidance(method, rate)
+        shown = [Guidance(scale) for scale in scales if not method.guides_text]
+        for seed in range(seeds):
+            self.cell(rate, seed)
+            self._report(rate, seed, method, dict.fromkeys([NONE, *shown, best]))
+
+    def _params(self, rate: float, seed: int, method: Method) -> Any:
         empty = jax.eval_shape(method.init, jax.random.key(0), self.world.base.params)
         stored = flax.serialization.from_bytes(empty, self._file(rate, seed, "msgpack").read_bytes())
-        params = sharding.replicate(stored, self.world.mesh)
-        which = np.arange(self.world.select, len(self.world.held_out))
-        rows = {}
-        for scale in guidances:
-            found = judged(self.world, self.draw, params, which, seed, whole=True, guidance=scale)
-            rows |= found if scale == 1 else {f"{row}@{scale:g}": numbers for row, numbers in found.items()}
-        write_atomically(file, (json.dumps({"rate": rate, "seed": seed, "rows": rows}, indent=2) + "\n").encode())
+        return sharding.replicate(stored, self.world.mesh)
+
+    def _guidance(self, method: Method, rate: float) -> Guidance:
+        """The best by the maps that choose, at a rate and seed 0; from its file if it is known."""
+        file = self.folder / GUIDANCE
+        known = json.loads(file.read_text()) if file.exists() else {}
+        scores = known.get("scores", {}) if known.get("rate") == rate else {}
+        candidates, params = guidances_of(method), None
+        for guidance in candidates:
+            if str(guidance) not in scores and len(candidates) > 1:
+                params = self._params(rate, 0, method) if params is None else params
+                found = judged(self.world, self.draw, params, np.arange(self.world.select), guidance=guidance)
+                scores[str(guidance)] = round(score(found), 5)
+                print(self.name, "guidance", guidance, scores[str(guidance)], flush=True)
+        best = max(candidates, key=lambda guidance: scores.get(str(guidance), 0.0))
+        said = {"rate": rate, "scores": scores, "best": str(best), "commit": common.COMMIT}
+        write_atomically(file, (json.dumps(said, indent=2) + "\n").encode())
+        return best
+
+    def _report(self, rate: float, seed: int, method: Method, guidances: Iterable[Guidance]) -> None:
+        """Numbers on the maps that are reported on; of another guidance than none rows are ``ROW@GUIDANCE``."""
+        file = self._file(rate, seed, "report.json")
+        rows = json.loads(file.read_text())["rows"] if file.exists() else {}
+        params, which = None, np.arange(self.world.select, len(self.world.held_out))
+        for guidance in guidances:
+            suffix = "" if guidance == NONE else f"@{guidance}"
+            if any(row.partition("@")[2] == suffix[1:] for row in rows):
+                continue
+            params = self._params(rate, seed, method) if params is None else params
+            found = judged(self.world, self.draw, params, which, seed, whole=True, guidance=guidance)
+            rows |= {f"{row}{suffix}": numbers for row, numbers in found.items()}
+            said = {"rate": rate, "seed": seed, "rows": rows, "commit": common.COMMIT}
+            write_atomically(file, (json.dumps(said, indent=2) + "\n").encode())
         print(self.name, "report", {row: found.get("miou") for row, found in rows.items()}, flush=True)
 
     def _file(self, rate: float, seed: int, suffix: str) -> pathlib.Path:
@@ -99,9 +143,10 @@ class Cells:
 def best_rate(measure: Callable[[float], float], first: float, factor: float = 2.0, most: int = 12) -> float:
     """The rate whose neighbours, a factor above and below, are no better; says so where so many tries find none.
 
-    Of equals, as diverged ones are, the lowest.
+    Of equals, as diverged ones are, the lowest. Where a neighbour has less than half of the best one's score, the rate
+    between them is tried, too: there is a cliff, before which the best may be.
     """
-    scores: dict[int, float] = {}
+    scores: dict[float, float] = {}
     best, tried = 0, None
     while best != tried and len(scores) < most:
         tried = best
@@ -111,7 +156,11 @@ def best_rate(measure: Callable[[float], float], first: float, factor: float = 2
         best = max(scores, key=lambda i: (scores[i], -i))
     if not {best - 1, best + 1} <= scores.keys():
         print(f"{len(scores)} rates tried, and {first * factor**best:.3g} is at the end of them", flush=True)
-    return first * factor**best
+    for i in (best - 1, best + 1):
+        if scores[best] > 0 and scores.get(i, scores[best]) < scores[best] / 2:
+            between = (best + i) / 2
+            scores[between] = measure(first * factor**between)
+    return first * factor ** max(scores, key=lambda i: (scores[i], -i))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -130,21 +179,26 @@ def folder_of(args: argparse.Namespace, name: str) -> pathlib.Path:
     return args.workdir / args.config / f"steps={args.steps}" / name
 
 
-def teacher_of(args: argparse.Namespace, name: str, world: World) -> Any:
-    """Params of a method's cell that is best on the maps that rates are chosen by, which are of seed 0."""
+def teacher_of(args: argparse.Namespace, name: str, world: World, seed: int) -> Any:
+    """Params of a cell of a method and seed, at the rate that is best on the maps that choose (of seed 0)."""
     cells = [json.loads(file.read_text()) for file in folder_of(args, name).glob("rate=*,seed=0.json")]
     if not cells:
         raise UserError(f"{name}-distilled learns of {name}, of which there is no training; add it to --methods")
     rate = max(cells, key=lambda cell: cell["score"])["rate"]
     shapes = make_method(name, world.base, world.modalities, world.run.mcm).modulator.shapes(world.base)
-    stored = (folder_of(args, name) / f"rate={rate:.3g},seed=0.msgpack").read_bytes()
-    return flax.serialization.from_bytes(shapes, stored)
+    stored = folder_of(args, name) / f"rate={rate:.3g},seed={seed}.msgpack"
+    if not stored.exists():
+        raise UserError(f"{name}-distilled learns of {name}, of which seed {seed} is not trained yet: run it first")
+    return flax.serialization.from_bytes(shapes, stored.read_bytes())
 
 
 def fingerprint() -> str:
-    """SHA-256 of this package: cells of other code are no part of one sweep."""
+    """SHA-256 of what trains in this package: cells of other code are no part of one sweep.
+
+    Of mcm_jax itself each cell and report says the commit.
+    """
     files = sorted(pathlib.Path(__file__).parent.glob("*.py"))
-    own = [file.read_bytes() for file in files if file.name not in ("cost.py", "table.py")]
+    own = [file.read_bytes() for file in files if file.name not in _NO_TRAINING]
     return hashlib.sha256(b"".join(own)).hexdigest()[:16]
 
 
@@ -157,6 +211,15 @@ def check_settings(file: pathlib.Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{file.parent} holds cells of other settings ({said}); take another --workdir")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, (json.dumps(now, indent=2) + "\n").encode())
+
+
+def _make(args: argparse.Namespace, name: str, world: World, guide: str, seed: int) -> tuple[Method, Trainer]:
+    """A method and what trains it; of a seed where each seed has a teacher of its own."""
+    given = {"guide": guide, "text_guidance": world.run.sampling.text_guidance}
+    if name.endswith("-distilled"):
+        given["teacher"] = teacher_of(args, name.removesuffix("-distilled"), world, seed)
+    method = make_method(name, world.base, world.modalities, world.run.mcm, **given)
+    return method, Trainer(name, world, method, args.steps, args.batch_size)
 
 
 def main() -> None:
@@ -187,16 +250,12 @@ def main() -> None:
     for name in args.methods:
         folder = folder_of(args, name)
         try:
-            given = {"guide": guide, "text_guidance": world.run.sampling.text_guidance}
-            if name.endswith("-distilled"):
-                given["teacher"] = teacher_of(args, name.removesuffix("-distilled"), world)
-            method = make_method(name, world.base, world.modalities, world.run.mcm, **given)
-            trainer = Trainer(name, world, method, args.steps, args.batch_size)
-            cells = Cells(folder, name, world, trainer, Drawer(world, method, args.sampling_steps))
+            make = functools.cache(functools.partial(_make, args, name, world, guide))
+            method, has_teachers = make(0)[0], name.endswith("-distilled")
+            train = lambda rate, seed, make=make, has=has_teachers: make(seed * has)[1](rate, seed)  # noqa: E731
+            cells = Cells(folder, name, world, train, Drawer(world, method, args.sampling_steps))
             rate = best_rate(lambda rate, cells=cells: cells.cell(rate, 0)["score"], FIRST.get(name, 2e-3))
-            for seed in range(args.seeds):
-                cells.cell(rate, seed)
-                cells.report(rate, seed, method, [1.0] if method.guides_text else args.guidances)
+            cells.finish(method, rate, args.seeds, args.guidances)
         except UserError as e:  # the others go on
             refused[name] = str(e)
             folder.mkdir(parents=True, exist_ok=True)

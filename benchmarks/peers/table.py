@@ -1,10 +1,10 @@
-"""The cells of :mod:`.run` as one table: each method at its best rate, means over seeds with 95% intervals.
+"""The cells of :mod:`.run` as one table: each method at its best rate and guidance, means with 95% intervals.
 
 python -m benchmarks.peers.table --config=scenes_sd --steps=500 --workdir=runs/peers \
     --out=benchmarks/results/peers_scenes_sd.json
 
-A cell that is not there is named, and never filled. Seconds of trainings are no
-measurement, which :mod:`.cost` is: they may have had company.
+Intervals are over the seeds, by Student's t. A cell that is not there is named, and never filled. Seconds of trainings
+are no measurement, which :mod:`.cost` is: they may have had company.
 """
 
 import json
@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.peers import run
+from benchmarks.peers.judging import NONE
 from mcm_jax.evaluation.evaluate import interval
 
 SHOWN = {"miou": "mean IoU", "edge_f1.f1": "edge F1", "kid": "KID", "diversity": "diversity"}
@@ -38,14 +39,26 @@ def row_of(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
     if not swept:
         return {"missing": [f"all: {refused.read_text().strip()}" if refused.exists() else "all"]}
     best = max(swept, key=swept.get)
-    missing = [f"rate {rate:.3g}" for rate in (best / 2, 2 * best) if not any(np.isclose(rate, r) for r in swept)]
-    missing += [f"rate {best:.3g}, seed {s}" for s in range(seeds) if (best, s) not in reports]
+    below, above = ([r for r in swept if 0.49 < (r / best) ** sign < 0.99] for sign in (1, -1))
+    missing = [f"rate {rate:.3g}" for rate, near in ((best / 2, below), (2 * best, above)) if not near]
+    file = folder / run.GUIDANCE
+    guidance = json.loads(file.read_text()) if file.exists() else {}
+    if guidance.get("rate") != best:
+        guidance = {}
+        missing.append("guidance")
+    suffix = "" if guidance.get("best") == str(NONE) else f"@{guidance.get('best')}"
+    for s in range(seeds):
+        rows = reports.get((best, s), {}).get("rows", {})
+        if not any(name.endswith(suffix) for name in rows):
+            missing.append(f"rate {best:.3g}, seed {s}")
     row = {
         "rate": best,
+        "guidance": guidance.get("best"),
+        "guidances": guidance.get("scores"),
         "rates": {f"{rate:.3g}": score for rate, score in sorted(swept.items())},
         "parameters": cells[best, 0]["parameters"],
         "weighting": cells[best, 0].get("weighting"),
-        "commits": sorted({cell["commit"] for cell in cells.values() if "commit" in cell}),
+        "commits": sorted({one["commit"] for one in (*cells.values(), *reports.values()) if "commit" in one}),
         "seconds": [cells[best, s].get("seconds") for s in range(seeds) if (best, s) in cells],
         "missing": missing,
     }
@@ -65,9 +78,9 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
 
 def markdown(rows: dict[str, dict]) -> str:
     """For people; the first subset is everything."""
-    keys = ([k for k, v in row.items() if isinstance(v, dict) and k != "rates"] for row in rows.values())
+    keys = ([k for k in row if isinstance(row[k], dict) and "miou" in row[k] and "@" not in k] for row in rows.values())
     subsets = next(filter(None, keys), [])
-    titles = ["method", "parameters", "rate", *(f"IoU, {given}" for given in subsets)]
+    titles = ["method", "parameters", "rate", "guidance", *(f"IoU, {given}" for given in subsets)]
     titles += [f"{name}, {subsets[0]}" for key, name in SHOWN.items() if key != "miou"] if subsets else []
     titles.append("missing")
     lines = [f"| {' | '.join(titles)} |", f"| {' | '.join(['---'] * len(titles))} |"]
@@ -82,10 +95,14 @@ def markdown(rows: dict[str, dict]) -> str:
         if "rate" not in row:
             lines.append(f"| {name} | {' | '.join(['-'] * (len(titles) - 2))} | {'; '.join(row['missing'])} |")
             continue
-        values = [f"{row['parameters']:,}", f"{row['rate']:.3g}", *(number(row, given, "miou") for given in subsets)]
-        values += [number(row, subsets[0], key) for key in SHOWN if key != "miou"] if subsets else []
-        values.append("; ".join(row["missing"]) or "nothing")
-        lines.append(f"| {name} | {' | '.join(values)} |")
+        for guidance in [str(NONE), *dict.fromkeys(k.partition("@")[2] for k in row if "@" in k)]:
+            given = subsets if guidance == str(NONE) else [f"{subset}@{guidance}" for subset in subsets]
+            best = " (best)" * (guidance == row["guidance"])
+            values = [f"{row['parameters']:,}", f"{row['rate']:.3g}", guidance + best]
+            values += [number(row, one, "miou") for one in given]
+            values += [number(row, given[0], key) for key in SHOWN if key != "miou"] if given else []
+            values.append("; ".join(row["missing"]) or "nothing")
+            lines.append(f"| {name} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
