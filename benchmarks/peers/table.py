@@ -46,7 +46,7 @@ def row_of(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
     if guidance.get("rate") != best:
         guidance = {}
         missing.append("guidance")
-    suffix = "" if guidance.get("best") == str(NONE) else f"@{guidance.get('best')}"
+    suffix = "" if guidance.get("best") in (None, str(NONE)) else f"@{guidance['best']}"
     for s in range(seeds):
         rows = reports.get((best, s), {}).get("rows", {})
         if not any(name.endswith(suffix) for name in rows):
