@@ -25,7 +25,7 @@ SHOWN = {"miou": "mean IoU", "edge_f1.f1": "edge F1", "kid": "KID", "diversity":
 def read_cells(folder: pathlib.Path) -> tuple[dict[tuple[float, int], dict], dict[tuple[float, int], dict]]:
     """Trainings and reports of a method, by rate and seed."""
     cells, reports = {}, {}
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(folder.glob("rate=*.json")):
         found = json.loads(file.read_text())
         (reports if file.name.endswith(".report.json") else cells)[found["rate"], found["seed"]] = found
     return cells, reports
