@@ -1,6 +1,8 @@
 """Laws of examples that cannot be read: fatal by name, or passed over alike by everyone, counted and named."""
 
 import concurrent.futures
+import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 from test_cache import feeds_of
 
 from mcm_jax import config as config_lib
+from mcm_jax.cache import store
 from mcm_jax.data.unreadable import Skipping
 from mcm_jax.data.views import Views
 from mcm_jax.errors import UserError
@@ -52,6 +55,29 @@ def test_too_many_are_fatal():
         UserError, match=r"^4 of 60 examples cannot be read.*: n0, n1, n2, n3. More than 5%.*image/3.png"
     ):
         source[0]
+
+
+def test_too_many_of_several_builds_and_processes_are_fatal(base_path, tmp_path):
+    """Shards that were kept count, and those of other processes: no one of them has passed over too many."""
+    config = tiny.make_config(base_path, {"data.size": 40, "cache.shard_draws": 16})
+    precompute(config, tmp_path)
+    folder = tmp_path / "cache"
+    manifest = store.Manifest.find(folder)
+    (folder / store.MANIFEST).unlink()
+    entries = [{"shard": name, **entry} for name, entry in manifest.shards.items()]
+    for i, entry in enumerate(entries[:3]):
+        entry["skipped"] = [manifest.rows(i)[0]]
+    (folder / store.JOURNAL.format(1)).write_text("".join(json.dumps(entry) + "\n" for entry in entries[1:]))
+    dataclasses.replace(manifest, shards={}).write(folder / store.BUILDING)
+    entries[0]["skipped"] = []
+    (folder / store.JOURNAL.format(0)).write_text(json.dumps(entries[0]) + "\n")
+    precompute(config, tmp_path)  # 2 of 40
+    (folder / store.MANIFEST).unlink()
+    dataclasses.replace(manifest, shards={}).write(folder / store.BUILDING)
+    entries[0]["skipped"] = [0]
+    (folder / store.JOURNAL.format(0)).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    with pytest.raises(UserError, match="3 of 40 examples cannot be read.*More than 5% are not passed over"):
+        precompute(config, tmp_path)
 
 
 @pytest.fixture

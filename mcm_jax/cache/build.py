@@ -25,6 +25,7 @@ from mcm_jax.base.tokenizer import Cuts
 from mcm_jax.cache import store
 from mcm_jax.data import inputs
 from mcm_jax.data.pipeline import to_float
+from mcm_jax.data.unreadable import check_few
 from mcm_jax.draws import Draws
 from mcm_jax.errors import UserError
 from mcm_jax.files import is_disk_error, write_atomically
@@ -164,7 +165,9 @@ def _build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[s
                 f"{folder}: {len(absent)} shards of other processes are not there, {absent[0]} the first. All "
                 f"processes need one folder, on a file system that they share (config.cache.path)"
             )
-        dataclasses.replace(plan, shards={name: shards[name] for name in names}).write(folder / store.MANIFEST)
+        made = dataclasses.replace(plan, shards={name: shards[name] for name in names})
+        check_few(made.skipped, plan.examples, getattr(recipe.source, "names", ()))  # of all processes and builds
+        made.write(folder / store.MANIFEST)
         for leftover in (folder / store.BUILDING, *folder.glob(store.JOURNAL.format("*"))):
             leftover.unlink(missing_ok=True)
     distributed.synchronise("cache manifest")

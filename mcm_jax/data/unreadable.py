@@ -55,11 +55,15 @@ class Skipping:
             if index not in self.skipped:
                 self.skipped[index] = str(why)
                 print(f"passed over, another example takes its place: {why}")
-        if len(self.skipped) > MOST * examples:
-            raise UserError(
-                f"{said(self.skipped, examples, self.names)}. More than {MOST:.0%} are not passed over "
-                f"(config.data.unreadable). The last one: {why}"
-            )
+        check_few(self.skipped, examples, self.names, f". The last one: {why}")
+
+
+def check_few(skipped: Collection[int], examples: int, names: Sequence[str] = (), more: str = "") -> None:
+    """Raises UserError where more than :data:`MOST` of the examples were passed over; names some, and says more."""
+    if len(skipped) > MOST * examples:
+        raise UserError(
+            f"{said(skipped, examples, names)}. More than {MOST:.0%} are not passed over (config.data.unreadable){more}"
+        )
 
 
 def said(skipped: Collection[int], examples: int, names: Sequence[str] = ()) -> str:
