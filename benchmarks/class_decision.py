@@ -41,6 +41,8 @@ def main() -> None:
     none = {m.name: "none" for m in held_out.judged if m.name != labels}
     judge = judges_of(held_out, settings.evaluation.judges | none)[0]
     count = len(held_out) // BATCH * BATCH
+    if not count or base.is_text_conditional:
+        raise SystemExit(f"{args.workdir}: an unconditional base and at least {BATCH} held-out maps are needed")
     grid = schedule.timesteps(args.steps)
 
     def both(x, t, conditions):

@@ -30,7 +30,7 @@ if [ "$size" = sd15 ]; then
   train="--dtype=bfloat16 --mcm_dtype=bfloat16 --batch=64 --examples=500 --draws=5 --steps=200"
   control="--dtype=bfloat16 --batch=8 --steps=20 --compile"
   whole="--dtype=bfloat16 --mcm_dtype=bfloat16 --batch=64 --examples=2000 --draws=5 --steps=5000"
-  sweep="--sizes paper --trials 1 8 32 128 --steps=200"
+  sweep="--sizes paper --trials 1 8 32 128 --steps=200 --log_every=50"
   sampling="--dtype=bfloat16 --mcm_dtype=bfloat16 --batch=8 --steps=20"
   peers="--dtype=bfloat16 --batch=8 --methods mcm-paper mcm-paper-paper full controlnet adapter lora"
 else

@@ -2,7 +2,8 @@
 
 python -m benchmarks.sampling_step --out=benchmarks/results/sampling_step_cpu.json
 
-Stable Diffusion 1.5's shape with random weights, latents of 64x64, the paper's MCM; steps of DDIM through the pipeline,
+Stable Diffusion 1.5's shape with random weights, latents of 64x64, the paper's MCM with its
+conditions on the latents' grid; steps of the default sampler through the pipeline, prompts and transfers with them,
 without decoding. The base alone and under control alternate in one process; so do diffusers' U-Net alone and with its
 ControlNet (of the same shape, a condition of 512x512). With text guidance both branches are one batch of each network.
 FLOPs are XLA's count of the programs as they are written.

@@ -37,7 +37,7 @@ def trials_of(args: argparse.Namespace, size: str, cache: pathlib.Path, count: i
         config.mcm.update(default.SIZES[size])
         config.data.size = args.examples
         config.cache.update(path=str(cache), load_base=False)
-        config.train.update(steps=args.steps, log_every=1, checkpoint_every=args.steps, validate_every=0)
+        config.train.update(steps=args.steps, log_every=args.log_every, checkpoint_every=args.steps, validate_every=0)
         config.train.update(batch_size=args.batch_size, learning_rate=RATES[i // 2 % len(RATES)] * (1 + i // 8 / 100))
         config.seed = i % 2
         trials.append(config_lib.read(RunSettings, config))
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--log_every", type=int, default=1, help="steps; each line waits for the device")
     parser.add_argument("--no_serial", action="store_true", help="together alone, e.g. for 128 trials")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/sweep_together"))
     parser.add_argument("--out", type=pathlib.Path, required=True)

@@ -25,6 +25,7 @@ from mcm_jax import assets
 from mcm_jax.data.scenes import Scenes
 from tools.train_scenes_sd import PROMPTS, SIZE, Training, encode_all, sample, save_sheet, token_ids
 from tools.winter import winter
+from tools.work import claim
 
 BASE = "scenes-sd"
 RECIPE = {
@@ -127,7 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.method == "full" and args.scale != 1:
         parser.error("--scale goes with --method=lora")
-    args.work.mkdir(parents=True, exist_ok=True)
+    claim(args.work, RECIPE | {"methods": METHODS})
     folder = assets.resolve(BASE)
     recipe = RECIPE | {"method": args.method, "scale": args.scale, **METHODS[args.method]}
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)

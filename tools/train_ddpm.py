@@ -1,7 +1,7 @@
 """Trains the shipped bases ``scenes-ddpm`` and ``emoji-ddpm``: unconditional 32x32 DDPMs, with PyTorch and diffusers.
 
-    python tools/train_ddpm.py scenes --out=mcm_jax/assets/scenes-ddpm --work=runs/scenes-ddpm
-    python tools/train_ddpm.py emoji --out=mcm_jax/assets/emoji-ddpm --work=runs/emoji-ddpm
+    python -m tools.train_ddpm scenes --out=mcm_jax/assets/scenes-ddpm --work=runs/scenes-ddpm
+    python -m tools.train_ddpm emoji --out=mcm_jax/assets/emoji-ddpm --work=runs/emoji-ddpm
 
 They see images only, never a segmentation, sketch or caption, and of emoji only the training split. A run that was
 stopped goes on from ``--work``. The recipe below and the log (``training_log.jsonl``) are saved beside the weights.
@@ -24,6 +24,7 @@ from PIL import Image
 
 from mcm_jax.data.emoji import Emoji
 from mcm_jax.data.scenes import Scenes
+from tools.work import claim
 
 RECIPES = {
     "scenes": {
@@ -113,8 +114,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--work", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
     r = RECIPES[args.data]
+    claim(args.work, r)
     images = images_of(args.data, args.work)
     torch.manual_seed(r["seed"])
     net = UNet2DModel(**r["unet"])

@@ -1,6 +1,6 @@
 """Trains the shipped base ``scenes-sd``: a miniature Stable Diffusion on captioned 64x64 scenes, with PyTorch.
 
-    python tools/train_scenes_sd.py --out=mcm_jax/assets/scenes-sd --work=runs/scenes-sd
+    python -m tools.train_scenes_sd --out=mcm_jax/assets/scenes-sd --work=runs/scenes-sd
 
 First the autoencoder (64x64x3 to 16x16x4), then text encoder and U-Net together on its latents. Both see images and
 captions only, never a segmentation or a sketch. A run that was stopped goes on from ``--work``; a finished one only
@@ -27,6 +27,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mcm_jax.data.scenes import Scenes, scene_at
+from tools.work import claim
 
 SIZE = 64
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -417,7 +418,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--work", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
+    claim(args.work, RECIPE)
     images, captions = render_all("train", RECIPE["images"], args.work / "train.npz")
     held_out, _ = render_all("test", 256, args.work / "test.npz")
     vae, vae_log = train_vae(images, held_out, args.work)
