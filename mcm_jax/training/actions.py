@@ -28,6 +28,7 @@ from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Moment
 from mcm_jax.training.settings import RunSettings
 from mcm_jax.training.step import Record
+from mcm_jax.training.workdir import BEST
 
 _LESS_IS_BETTER = ("held_out_loss", "held_out_mse", "depth_rmse", "delta_e", "angular_error", "loss", "mse")
 _LESS_IS_BETTER += ("input_wait",)
@@ -259,7 +260,7 @@ class Checkpoint:
                 # The checkpoint comes last: a run that is killed between the two writes both again.
                 save_mcm(self._workdir, now.state.ema_params, base=self._card, step=now.step)
                 if best:
-                    folder = self._workdir / "best"
+                    folder = self._workdir / BEST
                     folder.mkdir(exist_ok=True)
                     config.save(self._settings, folder)
                     self._settings.data.keep_described(self._settings.modalities.shown, folder, self._workdir)

@@ -212,7 +212,10 @@ def take_over(
     if distributed.is_first():
         settings.data.keep_described(settings.modalities.shown, workdir)
     # Checkpoints before the config: without them the old one still goes on.
-    checkpoints.drop([step for step in checkpoints.steps() if step > (at or 0)])
+    later = [step for step in checkpoints.steps() if step > (at or 0)]
+    if later and distributed.is_first():
+        workdirs.set_aside_best(workdir, at or 0)
+    checkpoints.drop(later)
     if distributed.is_first() and before != settings:
         config_lib.save(settings, workdir)
 

@@ -1,12 +1,16 @@
 """A run's folder: whose it is, what in it is safe, and what is said when it cannot be written."""
 
 import pathlib
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+
+import safetensors
 
 from mcm_jax import config
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.files import is_disk_error
+from mcm_jax.trained import WEIGHTS
 from mcm_jax.training.settings import RunSettings
 
 # What may change on the way: where a run happens and what is watched, not what is learned. The base and the data may
@@ -26,6 +30,8 @@ _FREE = {
     *("train.log_every", "train.checkpoint_every", "train.keep", "train.best", "train.validate_every"),
     *("train.evaluate_every", "train.held_out", "train.wandb", "data.unreadable", "data.stream"),
 }
+BEST = "best"
+"""The folder of the MCM that is best so far."""
 SWEEP = "sweep.json"
 """What a folder has that holds a sweep in place of a run."""
 
@@ -87,6 +93,20 @@ def check_same_run(
 def saved_steps(workdir: pathlib.Path) -> list[int]:
     """Steps of the checkpoints that are there."""
     return [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+
+
+def set_aside_best(workdir: pathlib.Path, step: int) -> None:
+    """Renames ``best/`` where it is of a later step than the one that a run goes on from, which knows nothing of it."""
+    best = workdir / BEST
+    if not (best / WEIGHTS).exists():
+        return
+    with safetensors.safe_open(best / WEIGHTS, "np") as file:
+        at = int((file.metadata() or {}).get("step", 0))
+    if at > step:
+        kept = best.with_name(f"{BEST}_step_{at}")
+        shutil.rmtree(kept, ignore_errors=True)
+        best.rename(kept)
+        print(f"{best} is of step {at}, later than {step}, from which the run goes on: it is {kept.name} now")
 
 
 @contextmanager
