@@ -172,7 +172,9 @@ def main() -> None:
     for part in args.parts:
         if part == "pairs":
             pairs(args, report.get(part, {}), lambda found: keep("pairs", found))
-        elif part not in report:
+        elif part in report:
+            print(f"{part}: kept, as {args.out} has it; another --out measures it again")
+        else:
             keep(part, {"prompts": prompts, "guidance": guidance, "styles": styles}[part](args))
 
 

@@ -198,7 +198,9 @@ def main() -> None:
     args.root.mkdir(parents=True, exist_ok=True)
     parts = json.loads(args.out.read_text())["parts"] if args.out.exists() else {}
     for name in args.parts:
-        if name not in parts:
+        if name in parts:
+            print(f"{name}: kept, as {args.out} has it; another --out measures it again")
+        else:
             print(name, flush=True)
             how = {"pictures": args.pictures, "maps": args.maps, "commit": common.COMMIT}
             parts[name] = how | PARTS[name](args.root, args)
