@@ -156,7 +156,8 @@ def peak_memory() -> dict[str, float]:
     status = pathlib.Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     own = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-    kib = own[0] if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1024 if platform.system() == "Darwin" else 1  # bytes there
+    kib = own[0] if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     stats = jax.local_devices()[0].memory_stats() or {}
     device = {"device_gib": round(stats["peak_bytes_in_use"] / 2**30, 3)} if "peak_bytes_in_use" in stats else {}
     return {"host_gib": round(kib / 2**20, 3), **device}
@@ -203,8 +204,12 @@ LOAD = os.getloadavg()[0]  # other processes' share explains a slow run
 
 def _commit() -> str:
     """With ``, changed`` where files differ from it; empty where git does not say."""
+
+    def ask(*words: str) -> str:
+        command = ["git", "--no-optional-locks", *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
     try:
-        ask = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
         changed = ask("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!docs")
         return ask("rev-parse", "HEAD") + ", changed" * bool(changed)
     except OSError:
@@ -219,11 +224,12 @@ def made_of(base: Base, draws: int) -> dict[str, str]:
     return {"format": "1", "base": base.fingerprint, "base.dtype": "", "data.noise": "1", "draws.count": str(draws)}
 
 
-def use_compilation_cache(workdir: pathlib.Path) -> None:
-    """Compiled programs are read back from here, or where ``JAX_COMPILATION_CACHE_DIR`` says.
+def use_compilation_cache(workdir: pathlib.Path, shared: bool = True) -> None:
+    """Compiled programs are read back from here, or from where ``JAX_COMPILATION_CACHE_DIR`` says if that may be.
 
     So a benchmark's second run of the same code does not compile.
     """
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str((workdir / "compiled").absolute())
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR") if shared else None
+    folder = named or str((workdir / "compiled").absolute())
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -109,7 +109,10 @@ def main() -> None:
     world = open_world(args.config, **sizes, text_guidance=args.text_guidance)
     common.use_compilation_cache(args.workdir)
     for name in args.methods:
-        args.steps = steps = steps_of(cost, name, args.other, args.as_steps, args.pairs, args.draws)
+        try:
+            args.steps = steps = steps_of(cost, name, args.other, args.as_steps, args.pairs, args.draws)
+        except UserError as e:
+            raise SystemExit(str(e)) from e
         settings = sizes | {"draws": args.draws, "text_guidance": world.run.sampling.text_guidance}
         settings |= {"sampling_steps": args.sampling_steps, "guidances": args.guidances, "batch_size": args.batch_size}
         settings |= {

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
+from benchmarks.peers.judging import Drawer, judged
 from benchmarks.peers.methods import make_method
 from benchmarks.peers.train import Trainer
-from benchmarks.peers.world import Drawer, judged, open_world
+from benchmarks.peers.world import open_world
 from mcm_jax import config, pictures, sampling
 from mcm_jax.assets import resolve
 from mcm_jax.evaluation import diversity

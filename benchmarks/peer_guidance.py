@@ -34,8 +34,8 @@ class Trained:
     def __init__(self, args: argparse.Namespace, name: str, world: World, sampling_steps: int):
         folder = run.folder_of(args, name)
         self.row = table.row_of(folder, args.seeds)
-        if "rate" not in self.row:
-            raise SystemExit(f"{folder}: cells are missing: {'; '.join(self.row['missing'])}")
+        if missing := [cell for cell in self.row["missing"] if cell != "guidance"]:
+            raise SystemExit(f"{folder}: cells are missing: {'; '.join(missing)}")
         method = make_method(name, world.base, world.modalities, world.run.mcm)
         self._world, self._draw = world, Drawer(world, method, sampling_steps)
         empty = jax.eval_shape(method.init, jax.random.key(0), world.base.params)
@@ -79,7 +79,7 @@ def main() -> None:
     rows = before.get("rows", {})
     for name in args.methods:
         key = f"{name}, {args.steps} steps"
-        guidances = [Guidance(scale, args.own) for scale in args.guidances]
+        guidances = [Guidance(scale, args.own and scale != 1) for scale in args.guidances]
         left = [guidance for guidance in guidances if str(guidance) not in rows.get(key, {})]
         trained = Trained(args, name, world, settings["sampling_steps"]) if left else None
         for guidance in left:

@@ -20,9 +20,9 @@ NUMBERS = ("mean_iou", "edge_f1", "facts", "held_out_mse")
 
 
 def done_trials(sweep: pathlib.Path, axes: Sequence[str], wanted: Sequence[int] | None = None) -> list[dict[str, str]]:
-    """The lines of a sweep's results, or of some trials, by number: all that have not diverged, which is printed.
+    """The lines of a sweep's results, or of some trials, by number, those too that diverged.
 
-    Exits where some are not done, or there is no such axis or trial.
+    Exits where some have not ended, or there is no such axis or trial.
     """
     with (sweep / "results.csv").open() as file:
         trials = {int(line["trial"]): line for line in csv.DictReader(file)}
@@ -35,9 +35,7 @@ def done_trials(sweep: pathlib.Path, axes: Sequence[str], wanted: Sequence[int] 
             raise SystemExit(f"{sweep}: nothing there is called {axis!r}; the columns of results.csv are {known}")
     if left := [str(number) for number, line in trials.items() if line["status"] not in ("done", "diverged")]:
         raise SystemExit(f"{sweep}: trials {', '.join(left)} are not done; the same train.py command goes on")
-    if diverged := [str(number) for number, line in trials.items() if line["status"] == "diverged"]:
-        print(f"diverged, and left out: trials {', '.join(diverged)}")
-    return [line for line in trials.values() if line["status"] == "done"]
+    return list(trials.values())
 
 
 def main() -> None:
@@ -54,14 +52,17 @@ def main() -> None:
     for name, rates in groups.items():
         found = {}
         for rate, same in rates.items():
-            found[rate] = {"trials": len(same)}
+            done = [t for t in same if t["status"] == "done"]
+            found[rate] = {"trials": len(same)} | ({"diverged": len(same) - len(done)} if len(done) < len(same) else {})
             for number in NUMBERS:
-                if values := [float(t[number]) for t in same if t.get(number)]:
+                if values := [float(t[number]) for t in done if t.get(number)]:
                     spread = statistics.stdev(values) if len(values) > 1 else None
                     found[rate][number] = {"mean": round(statistics.mean(values), 4), "deviation": spread}
-        best = max(found, key=lambda rate: found[rate]["mean_iou"]["mean"])
+        whole = [rate for rate, numbers in found.items() if "diverged" not in numbers]
+        best = max(whole, key=lambda rate: found[rate]["mean_iou"]["mean"], default=None)
         rows[name] = {"best_learning_rate": best, "rates": found}
-    rows = dict(sorted(rows.items(), key=lambda r: -r[1]["rates"][r[1]["best_learning_rate"]]["mean_iou"]["mean"]))
+    score = lambda row: row["rates"][row["best_learning_rate"]]["mean_iou"]["mean"] if row["best_learning_rate"] else 0  # noqa: E731
+    rows = dict(sorted(rows.items(), key=lambda item: -score(item[1])))
     config = json.loads((args.sweep / "sweep.json").read_text())["config"]
     common.write_report(args.out, __doc__, {"base": config["base"]["path"], "axis": args.axis, "rows": rows})
 

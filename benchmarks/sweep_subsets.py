@@ -51,6 +51,8 @@ def main() -> None:
     rows: dict[str, dict[str, list[float]]] = {}
     judges, pipeline = [], None
     trials = done_trials(args.sweep, args.axis, args.trials)
+    if diverged := [trial["trial"] for trial in trials if trial["status"] == "diverged"]:
+        raise SystemExit(f"trials {', '.join(diverged)} diverged; name the others by --trials")
     for trial in trials:
         workdir, label = args.sweep / trial["workdir"], ", ".join(trial[axis] for axis in args.axis)
         made = Pipeline.from_folder(workdir)

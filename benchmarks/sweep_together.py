@@ -60,7 +60,7 @@ def measure(way, settings: list[RunSettings], root: pathlib.Path) -> tuple[float
 
     folders = [root / f"{i:03d}" for i in range(len(settings))]
     jax.clear_caches()
-    common.use_compilation_cache(root)
+    common.use_compilation_cache(root, shared=False)
     compilation_cache.reset_cache()
     began = time.perf_counter()
     with unittest.mock.patch.object(Cache, "read", counting):

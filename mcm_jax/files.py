@@ -80,7 +80,7 @@ def lock(folder: str | os.PathLike, doing: str, flag: str) -> Iterator[None]:
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as e:
+        except PermissionError as e:
             raise UserError(
                 f"{path}: cannot be opened ({e.strerror or e}); where it is another user's, their process is {doing}, "
                 f"or was killed in the midst of it. Wait for it, have them remove the file, or take another {flag}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import diffusers
 import flax.serialization
@@ -305,9 +306,83 @@ def test_samples_are_those_of_the_pipeline(sd_path):
     expected = np.clip(pipeline(maps, keys, prompts=held_out.captions, guidance=1.5), -1, 1)
     np.testing.assert_allclose(more, expected, atol=1e-4)
     assert np.abs(found - more).max() > 1e-2
-    # Guided by itself, with nothing to be guided to.
-    still = draw(params, (), np.arange(3), keys, judging.Guidance(3.0, own=True))
-    np.testing.assert_allclose(still, draw(params, (), np.arange(3), keys), atol=1e-4)
+
+
+class ByHand:
+    """A method guided by its own prediction when it is shown nothing."""
+
+    needs_eps = guides_text = False
+
+    def __init__(self, method, scale):
+        self.method, self.scale, self.grid = method, scale, method.grid
+
+    def prepare(self, params, base_params, given):
+        hidden = given._replace(present=jnp.zeros_like(given.present))
+        return tuple(self.method.prepare(params, base_params, shown) for shown in (given, hidden))
+
+    def __call__(self, params, base_params, given, prepared):
+        shown, hidden = (self.method(params, base_params, given, one) for one in prepared)
+        return hidden + self.scale * (shown - hidden)
+
+
+def test_guidance_by_the_own_prediction(sd_path):
+    changes = {"sampling.text_guidance": 1.0, "sampling.batch_size": 2, "sampling.sampler": "euler"}
+    settings = tiny.settings_of(tiny.make_config(sd_path, changes))
+    mesh = make_mesh()
+    base = settings.base.load(mesh)
+    held_out = HeldOut(settings.data, base.card, settings.modalities.shown, 2)
+    shared = world.World(settings, base, mesh, held_out, [], 1)
+    method = methods.Adapter(base, settings.modalities.shown)
+    params = jax.jit(method.init)(jax.random.key(0), base.params)
+    params = jax.tree.map(lambda p: p + 0.2 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    call = params, ("sketch",), np.arange(2), sampling.sample_keys(4, 2)
+    own = judging.Drawer(shared, method, 2)(*call, judging.Guidance(2.0, own=True))
+    np.testing.assert_allclose(own, judging.Drawer(shared, ByHand(method, 2.0), 2)(*call), atol=1e-4)
+    assert np.abs(own - judging.Drawer(shared, method, 2)(*call, judging.Guidance(2.0))).max() > 1e-3
+    kinds = [str(guidance) for guidance in judging.guidances_of(method)]
+    assert kinds == ["1", "1.5", "1.5 own", "2", "2 own", "3", "3 own", "4", "4 own"]
+    mcm = methods.Modulation(base, settings.mcm.modulator(settings.modalities.shown, base.schedule))
+    assert [str(guidance) for guidance in judging.guidances_of(mcm)] == ["1", "1.5", "2", "3", "4"]
+
+
+def test_cells_choose_their_guidance_and_go_on(tmp_path):
+    """A picture is the brighter the more guidance it has, and bright is good; what is drawn is counted."""
+    drawn = []
+
+    def draw(params, given, which, keys, guidance=judging.NONE):
+        drawn.append(str(guidance))
+        return np.full((len(which), 4, 4, 3), 0.1 * guidance.scale + 0.01 * guidance.own + params["w"], np.float32)
+
+    class Brightness:
+        conditional = True
+
+        def __call__(self, images, which):
+            return types.SimpleNamespace(numbers={"miou": float(images.mean())})
+
+    shared = dataclasses.replace(world_of_scenes(), held_out=range(3), judges=[Brightness()])
+    method = types.SimpleNamespace(needs_eps=False, guides_text=False, init=lambda *_: {"w": jnp.zeros(())})
+    train = lambda rate, seed: ({"w": np.float32(rate)}, {"rate": rate, "seed": seed, "parameters": 1})  # noqa: E731
+    cells = run.Cells(tmp_path, "full", shared, train, draw)
+    cells.finish(method, 1e-3, 2, [1.0, 1.5])
+    found = json.loads((tmp_path / "guidance.json").read_text())
+    assert found["best"] == "4 own" and len(found["scores"]) == 9
+    report = tmp_path / "rate=0.001,seed=1.report.json"
+    rows = json.loads(report.read_text())["rows"]
+    assert {name.partition("@")[2] for name in rows} == {"", "1.5", "4 own"}
+    assert rows["both@4 own"]["miou"] == pytest.approx(0.411, abs=1e-4)
+    row = table.row_of(tmp_path, 2)
+    assert row["guidance"] == "4 own" and row["missing"] == ["rate 0.0005", "rate 0.002"]
+    drawn.clear()
+    cells.finish(method, 1e-3, 2, [1.0, 1.5])
+    assert not drawn
+    # Stopped between two guidances: what is there counts, the rest is named, and drawn by the same command.
+    there = json.loads(report.read_text())
+    there["rows"] = {name: numbers for name, numbers in rows.items() if "own" not in name}
+    report.write_text(json.dumps(there))
+    row = table.row_of(tmp_path, 2)
+    assert row["missing"][2:] == ["rate 0.001, seed 1"] and row["both@4 own"]["miou"]["seeds"] == 1
+    cells.finish(method, 1e-3, 2, [1.0, 1.5])
+    assert set(drawn) == {"4 own"} and table.row_of(tmp_path, 2)["both@4 own"]["miou"]["seeds"] == 2
 
 
 def test_refusals():

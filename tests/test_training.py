@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mcm_jax import config as config_lib
-from mcm_jax import distributed, sharding, version
+from mcm_jax import distributed, files, sharding, version
 from mcm_jax.base import load_base
 from mcm_jax.data.pipeline import InMemory, training_batches
 from mcm_jax.data.scenes import Scenes
@@ -343,11 +343,9 @@ def test_a_full_disk_is_told_from_a_full_accelerator():
     full = "RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']"
     wrapped = RuntimeError("checkpoint failed")
     wrapped.__cause__ = OSError(28, "No space left on device")
-    assert all(workdirs.is_disk_error(e) for e in (ValueError(full), OSError(27, "File too large"), wrapped))
-    assert workdirs.is_disk_error(RuntimeError(f"cannot write: [Errno {errno.EDQUOT}] Disk quota exceeded"))
-    assert not workdirs.is_disk_error(
-        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
-    )
+    assert all(files.is_disk_error(e) for e in (ValueError(full), OSError(27, "File too large"), wrapped))
+    assert files.is_disk_error(RuntimeError(f"cannot write: [Errno {errno.EDQUOT}] Disk quota exceeded"))
+    assert not files.is_disk_error(RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"))
 
 
 @pytest.mark.parametrize(

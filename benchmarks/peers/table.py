@@ -63,10 +63,10 @@ def row_of(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
         "missing": missing,
     }
     there = [reports[best, s]["rows"] for s in range(seeds) if (best, s) in reports]
-    for given in there[0] if there else ():
-        row[given] = {}
-        for number in dict.fromkeys(key for rows in there for key in rows[given]):
-            row[given][number] = over_seeds([rows[given][number] for rows in there if number in rows[given]])
+    for given in dict.fromkeys(name for rows in there for name in rows):
+        having, row[given] = [rows[given] for rows in there if given in rows], {}
+        for number in dict.fromkeys(key for numbers in having for key in numbers):
+            row[given][number] = over_seeds([numbers[number] for numbers in having if number in numbers])
     return row
 
 

@@ -117,6 +117,9 @@ def _build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[s
     distributed.synchronise("cache tidied")
     if process:
         kept = _kept(folder)
+    whole = set.intersection(*map(set, distributed.everyones(sorted(kept)).values()))  # to all of them
+    kept = {name: entry for name, entry in kept.items() if name in whole}
+    _check_few(folder, dataclasses.replace(plan, shards=kept), recipe)
     names = [store.shard_name(i) for i in range(plan.shard_count)]
     missing = [i for i, name in enumerate(names) if name not in kept]
     own = missing[process::processes]
@@ -166,12 +169,18 @@ def _build(folder: pathlib.Path, plan: store.Manifest, recipe: Recipe) -> list[s
                 f"processes need one folder, on a file system that they share (config.cache.path)"
             )
         made = dataclasses.replace(plan, shards={name: shards[name] for name in names})
-        check_few(made.skipped, plan.examples, getattr(recipe.source, "names", ()))  # of all processes and builds
+        _check_few(folder, made, recipe)
         made.write(folder / store.MANIFEST)
         for leftover in (folder / store.BUILDING, *folder.glob(store.JOURNAL.format("*"))):
             leftover.unlink(missing_ok=True)
     distributed.synchronise("cache manifest")
     return [names[i] for i in missing]
+
+
+def _check_few(folder: pathlib.Path, made: store.Manifest, recipe: Recipe) -> None:
+    """Refuses shards of which too many examples were passed over, by all processes and builds together."""
+    names = getattr(recipe.source, "names", ())
+    check_few(made.skipped, made.examples, names, f". Mend them and take another config.cache.path than {folder}")
 
 
 def _kept(folder: pathlib.Path) -> dict[str, dict[str, Any]]:

@@ -113,16 +113,29 @@ class Streamed:
 
 
 def prepared_bytes(
-    base: Base, source: Sequence[dict], modalities: Sequence[Modality], grid: tuple[int, int] | None = None
+    base: Base,
+    source: Sequence[dict],
+    modalities: Sequence[Modality],
+    grid: tuple[int, int] | None = None,
+    views: int = 1,
 ) -> int:
-    """What :func:`prepare` would keep of a data set, if each example has a prompt of its own: by the first one."""
+    """What :func:`prepare` would keep of a data set, if each example has a prompt of its own: by the first one.
+
+    Args:
+      base: as :func:`prepare` takes it, as are source, modalities and grid.
+      source: ``views`` rows for each example.
+      modalities: which are kept.
+      grid: height and width of the conditions.
+      views: of each example, which share its prompt.
+    """
     example = load_example(base, source, modalities, 0, grid)
     own = 2 * int(np.prod(base.latent_shape)) if base.is_latent else example["image"].nbytes
     if base.is_text_conditional:
         ids = jax.ShapeDtypeStruct((1, base.tokenizer.length), jnp.int32)
         context = jax.eval_shape(base.encode_tokens, base.params, ids)
-        own += context.size * context.dtype.itemsize
-    return len(source) * (own + sum(v.nbytes for name, v in example.items() if name not in ("image", "caption")))
+        own += context.size * jax.tree.leaves(base.params["text_encoder"])[0].dtype.itemsize / views
+    own += sum(v.nbytes for name, v in example.items() if name not in ("image", "caption"))
+    return round(len(source) * own)
 
 
 def prepare(

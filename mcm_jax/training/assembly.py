@@ -87,14 +87,17 @@ def lock_once(workdir: pathlib.Path, finished: bool) -> Iterator[None]:
     Raises:
       Busy: another program holds it; on all processes.
     """
+    if finished:
+        yield
+        return
     with contextlib.ExitStack() as held:
         busy = ""
-        if not finished and distributed.is_first():
+        if distributed.is_first():
             try:
                 held.enter_context(lock(workdir, "training in this workdir", "--workdir"))
             except Busy as e:
                 busy = str(e)
-        if not finished and (told := distributed.everyones(busy)[0]):
+        if told := distributed.everyones(busy)[0]:
             raise Busy(told, workdir)
         yield
 
@@ -125,7 +128,8 @@ def _run(
                 f"done. Take others, between these two numbers"
             )
         # Nothing of the workdir has changed so far.
-        take_over(settings, before, checkpoints, at, workdir)
+        if take_over(settings, before, checkpoints, at, workdir):
+            pending["best"] = None
         size = parameter_count(state.params)
         share = size / card.unet_parameters
         print(f"MCM of {size:,} parameters ({share:.1%} of the U-Net of {card.name!r}), on {mesh.size} device(s)")
@@ -207,17 +211,17 @@ def take_over(
     checkpoints: Checkpoints,
     at: int | None,
     workdir: pathlib.Path,
-) -> None:
-    """Makes a workdir that of the run that goes on from step ``at``."""
+) -> bool:
+    """Makes a workdir that of the run that goes on from step ``at``. Tells whether what was the best is set aside."""
     if distributed.is_first():
         settings.data.keep_described(settings.modalities.shown, workdir)
     # Checkpoints before the config: without them the old one still goes on.
     later = [step for step in checkpoints.steps() if step > (at or 0)]
-    if later and distributed.is_first():
-        workdirs.set_aside_best(workdir, at or 0)
+    aside = bool(later) and distributed.is_first() and workdirs.set_aside_best(workdir, at or 0)
     checkpoints.drop(later)
     if distributed.is_first() and before != settings:
         config_lib.save(settings, workdir)
+    return distributed.everyones(aside)[0]
 
 
 def say_if_draws_come_often(settings: RunSettings, feed: Feed) -> None:

@@ -143,7 +143,7 @@ def _inputs(
     """The examples, prepared or streamed: all processes decide alike, by settings and sizes."""
     grid = modulator.grid(base)
     if data.stream == "auto" and not isinstance(source, InMemory):
-        size = prepared_bytes(base, source, modulator.modalities, grid)
+        size = prepared_bytes(base, source, modulator.modalities, grid, data.views)
         if size > _IN_MEMORY and base.is_text_conditional and jax.process_count() > 1:
             print(
                 f"{len(source):,} examples with their prompts may take {size / 2**30:.1f} GiB of memory in each "

@@ -110,7 +110,8 @@ def train_together(
                 stack.enter_context(assembly.lock_once(trial.workdir, False))
             except Busy:
                 print(f"{trial.workdir}: another process trains it")
-            else:
+            else:  # again: another process may have trained here meanwhile
+                trial.before = workdirs.check_same_run(trial.settings, trial.workdir, trial.before)
                 own.append(trial)
         if own:
             _train(own, parts, mesh, stack, width, looked)

@@ -95,11 +95,14 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
     return [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
 
 
-def set_aside_best(workdir: pathlib.Path, step: int) -> None:
-    """Renames ``best/`` where it is of a later step than the one that a run goes on from, which knows nothing of it."""
+def set_aside_best(workdir: pathlib.Path, step: int) -> bool:
+    """Renames ``best/`` where it is of a later step than the one that a run goes on from, and tells whether it is.
+
+    It has taken the place of whatever was best at that step: the run has no best then.
+    """
     best = workdir / BEST
     if not (best / WEIGHTS).exists():
-        return
+        return False
     with safetensors.safe_open(best / WEIGHTS, "np") as file:
         at = int((file.metadata() or {}).get("step", 0))
     if at > step:
@@ -107,6 +110,7 @@ def set_aside_best(workdir: pathlib.Path, step: int) -> None:
         shutil.rmtree(kept, ignore_errors=True)
         best.rename(kept)
         print(f"{best} is of step {at}, later than {step}, from which the run goes on: it is {kept.name} now")
+    return at > step
 
 
 @contextmanager
