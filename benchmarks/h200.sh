@@ -41,17 +41,18 @@ else
   sweep="--sizes tiny --trials 2 --steps=3 --examples=64" sampling="--mcm=tiny --steps=2 --rounds=1"
   peers="--batch=2 --rounds=1 --methods mcm-tiny full controlnet"
 fi
-# One at a time has the device's memory. Those that start processes of their own, or compile in PyTorch, take what they need.
+# Some start processes of their own, or compile in PyTorch beside JAX: each takes what it needs.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
 command_of() {
   case $1 in
-    training) echo "XLA_PYTHON_CLIENT_PREALLOCATE=false -m benchmarks.training --size=$size $train --workdir=runs/h200/train" ;;
-    peers_cost) echo "-m benchmarks.peers.cost --size=$size $peers" ;;
-    sampling_step) echo "-m benchmarks.sampling_step --size=$size $sampling" ;;
+    training) echo "benchmarks.training --size=$size $train --workdir=runs/h200/train" ;;
+    peers_cost) echo "benchmarks.peers.cost --size=$size $peers" ;;
+    sampling_step) echo "benchmarks.sampling_step --size=$size $sampling" ;;
     # Without the serial side, whose compiling would take most of the machine's time; from the shipped base of scenes.
-    sweep_together) echo "XLA_PYTHON_CLIENT_PREALLOCATE=false -m benchmarks.sweep_together $sweep --repeats=1 --no_serial --workdir=runs/h200/sweep" ;;
-    cache_build) echo "-m benchmarks.cache_build --size=$size $build --workdir=runs/h200/build" ;;
-    controlnet) echo "-m benchmarks.controlnet_step --size=$size $control" ;;
-    whole_run) echo "-m benchmarks.whole_run --size=$size $whole --workdir=runs/h200/whole" ;;
+    sweep_together) echo "benchmarks.sweep_together $sweep --repeats=1 --no_serial --workdir=runs/h200/sweep" ;;
+    cache_build) echo "benchmarks.cache_build --size=$size $build --workdir=runs/h200/build" ;;
+    controlnet) echo "benchmarks.controlnet_step --size=$size $control" ;;
+    whole_run) echo "benchmarks.whole_run --size=$size $whole --workdir=runs/h200/whole" ;;
     *) return 1 ;;
   esac
 }
@@ -64,16 +65,10 @@ for part in $parts; do
     echo "no diffusers here: ControlNet's step in PyTorch is left out"
     continue
   fi
-  said=$(command_of "$part")
-  read -r -a words <<<"$said"
-  environment=()
-  if [[ ${words[0]} == *=* ]]; then
-    environment=("${words[0]}")
-    words=("${words[@]:1}")
-  fi
   echo "== $part"
   began=$SECONDS
-  timeout -k 20 "$limit" env "${environment[@]}" "$python" "${words[@]}" --out="$out/${part}_$size.json" || failed+=("$part")
+  # shellcheck disable=SC2046
+  timeout -k 20 "$limit" "$python" -m $(command_of "$part") --out="$out/${part}_$size.json" || failed+=("$part")
   echo "== $part took $((SECONDS - began)) s"
 done
 if [ ${#failed[@]} -gt 0 ]; then

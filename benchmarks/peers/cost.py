@@ -4,13 +4,13 @@ python -m benchmarks.peers.cost --config=scenes_sd --out=benchmarks/results/peer
 python -m benchmarks.peers.cost --size=sd15 --dtype=bfloat16 --batch=8 --methods mcm-paper ... --out=...   # a GPU
 
 A round has each call once, in an order by chance, as what ran before tells in a call's time, and the base, which all
-are compared with, five times. Seconds are medians, ratios medians of the rounds' ratios. A LoRA is trained as it is
-sampled, merged into the kernels: a side branch would save the gradient of the kernels, so its training is an upper
-bound. FLOPs are XLA's count
-of the programs as they are written, memory the compiler's for a training step, arguments and all. An MCM's step reads
-its prediction from a cache; one that asks the base for it, ``online``, costs that much more, and the cache itself one
-prediction a draw. A sampling step is one call for one prompt: with text guidance there are two, or one of twice the
-batch. What does not depend on x_t is done ``once`` a picture (a T2I-Adapter's features, a LoRA's merged weights).
+are compared with, five times. Seconds are medians, ratios medians of the rounds' ratios. FLOPs are XLA's count of the
+programs as they are written, memory the compiler's for a training step, arguments and all. A LoRA is trained as it is
+sampled, merged into the kernels: a side branch would save their gradient, so its training is an upper bound. An MCM's
+step reads its prediction from a cache; one that asks the base for it, ``online``, costs that much more, and the cache
+itself one prediction a draw. A sampling step is one call for one prompt: with text guidance there are two, or one of
+twice the batch. What does not depend on x_t is done ``once`` a picture (a T2I-Adapter's features, a LoRA's merged
+weights).
 """
 
 import argparse

@@ -115,6 +115,8 @@ class Cells:
                 found = judged(self.world, self.draw, params, np.arange(self.world.select), guidance=guidance)
                 scores[str(guidance)] = round(score(found), 5)
                 print(self.name, "guidance", guidance, scores[str(guidance)], flush=True)
+                said = {"rate": rate, "scores": scores, "commit": common.COMMIT}  # the best is not known yet
+                write_atomically(file, (json.dumps(said, indent=2) + "\n").encode())
         best = max(candidates, key=lambda guidance: scores.get(str(guidance), 0.0))
         said = {"rate": rate, "scores": scores, "best": str(best), "commit": common.COMMIT}
         write_atomically(file, (json.dumps(said, indent=2) + "\n").encode())

@@ -43,7 +43,7 @@ def row_of(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
     missing = [f"rate {rate:.3g}" for rate, near in ((best / 2, below), (2 * best, above)) if not near]
     file = folder / run.GUIDANCE
     guidance = json.loads(file.read_text()) if file.exists() else {}
-    if guidance.get("rate") != best:
+    if guidance.get("rate") != best or "best" not in guidance:
         guidance = {}
         missing.append("guidance")
     suffix = "" if guidance.get("best") in (None, str(NONE)) else f"@{guidance['best']}"

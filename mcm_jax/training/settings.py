@@ -176,8 +176,8 @@ def _checked(run: RunSettings) -> RunSettings:
     """
     if run.mcm.dtype == "float16":
         raise UserError(
-            "config.mcm.dtype: found float16, expected float32 or bfloat16 to train in: gradients of a mean over a "
-            "picture are below what float16 holds. sample.py --dtype=float16 computes in it with what was trained"
+            "config.mcm.dtype: found float16, expected float32 or bfloat16 to train in: float16 wants the loss scaled "
+            "lest small gradients become 0, and nothing here does. sample.py --dtype=float16 computes in it"
         )
     known = [m.name for m in (*run.modalities.shown, *run.data.holds)] + ["caption", "fidelity"]
     if odd := sorted(name for name, spec in run.evaluation.judges.items() if spec and name not in known):
