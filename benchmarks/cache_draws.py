@@ -49,7 +49,7 @@ def variants(images: list[int], draws: list[int], steps: int) -> dict:
 def held_out(config, base, examples: int, seed: int = 1):
     """Records of test scenes with draws that no run has seen, and a jitted ``loss(modulator)(params, record)``."""
     settings = config_lib.read(RunSettings, config)
-    modulator = settings.mcm.modulator(settings.modalities.shown, base.schedule)
+    modulator = settings.mcm.modulator(settings.modalities.shown, base)
     source = settings.data.open("test", modulator.modalities, base.card, size=examples)
     draws = dataclasses.replace(settings.draws_for(base.card), seed=seed)
     inputs = prepare(base, source, modulator.modalities, make_mesh())

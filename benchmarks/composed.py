@@ -62,8 +62,8 @@ def main() -> None:
     t, mesh = run.train, make_mesh()
     base = run.base.load(mesh)
     modalities = {m.name: m for m in run.modalities.shown}
-    modulators = {name: run.mcm.modulator((modalities[name],), base.schedule) for name in APART}
-    modulators["both"] = run.mcm.modulator(tuple(modalities[name] for name in APART), base.schedule)
+    modulators = {name: run.mcm.modulator((modalities[name],), base) for name in APART}
+    modulators["both"] = run.mcm.modulator(tuple(modalities[name] for name in APART), base)
     shown = modulators["both"].modalities
     draws = run.draws_for(base.card)
     inputs = prepare(base, run.data.open("train", shown, base.card), shown, mesh)

@@ -56,7 +56,7 @@ def main() -> None:
     mesh = make_mesh()
     base = one.base.load(mesh)
     rendered = one.data.open("train", names, base.card)
-    modulators = {name: s.mcm.modulator(names, base.schedule) for name, s in settings.items()}
+    modulators = {name: s.mcm.modulator(names, base) for name, s in settings.items()}
     draws, feeds = one.draws_for(base.card), {}
     for name, modulator in modulators.items():
         inputs = prepare(base, rendered, names, mesh, modulator.grid(base))

@@ -68,7 +68,7 @@ def main() -> None:
     runs = {}
     for name, c in configs.items():
         t = c.train
-        modulator = c.mcm.modulator(c.modalities.shown, base.schedule)
+        modulator = c.mcm.modulator(c.modalities.shown, base)
         schedule = make_schedule(
             "cosine", steps=args.steps, learning_rate=t.learning_rate, warmup_steps=t.warmup_steps, decay_steps=0
         )
@@ -88,7 +88,7 @@ def main() -> None:
     examples = to_float(InMemory.render(Scenes("test", args.maps, height, width, one.data.seed)).arrays, ["sketch"])
     segmenter, keys, rows = load_segmenter(), sampling.sample_keys(0, args.maps), {}
     for name, c in configs.items():
-        modulator = c.mcm.modulator(c.modalities.shown, base.schedule)
+        modulator = c.mcm.modulator(c.modalities.shown, base)
         pipeline = Pipeline(base, Trained(modulator, runs[name][0].ema_params, args.steps), c.sampling)
 
         def miou(given, guidance=1.0, pipeline=pipeline):

@@ -36,13 +36,13 @@ from mcm_jax.training.optimizer import make_optimizer, make_schedule
 def make_modulator(card, size: str, dtype: str):
     """The MCM of configs/default.py in one of its sizes; "paper" also has the paper's form."""
     c = default.get_config()
-    c.mcm.update(default.SIZES[size] | {"dtype": dtype, "x0_clip": 4.0, "conditions": "grid"})
+    c.mcm.update(default.SIZES[size] | {"dtype": dtype, "conditions": "grid"})
     c.modalities.segmentation.channels = 150
     c.data.name, c.data.path = "folder", "random-pictures"  # neither is there, nor needed
     if size == "paper":
         default.paper_form(c)
     settings = config_lib.read(RunSettings, c)
-    return settings.mcm.modulator(settings.modalities.shown, card.schedule)
+    return settings.mcm.modulator(settings.modalities.shown, card)
 
 
 class Runner:

@@ -41,7 +41,7 @@ def main() -> None:
     config.base.path, config.base.dtype = f"random-{args.size}", args.dtype
     config.data.name, config.data.path = "folder", "random-pictures"  # neither is there, nor needed any more
     config.modalities.segmentation.channels = 150
-    config.mcm.update(dtype=args.mcm_dtype, x0_clip=4.0)
+    config.mcm.update(dtype=args.mcm_dtype)
     config.draws.count, config.cache.mode = args.draws, "on"
     config.train.update(steps=args.steps, batch_size=args.batch, validate_every=0)
     config.train.update(log_every=max(1, args.steps // 20), checkpoint_every=args.steps)

@@ -14,6 +14,5 @@ def get_config():
     c.base.path = "google/ddpm-celebahq-256"
     c.cache.mode, c.draws.count = "off", 5  # a prediction of 256x256x3 takes 384 KiB
     c.mcm.attention = (0, 0, 0, 0)
-    c.mcm.x0_clip = 1.0
     c.train.batch_size = 16
     return c

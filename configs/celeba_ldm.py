@@ -27,7 +27,6 @@ def get_config():
     c.cache.load_base = True
     c.modalities.segmentation.channels = 19
     default.paper(c)
-    c.mcm.x0_clip = 4.0  # latents, not pixels; for the base's estimate of x0, should the MCM see it
     c.train.steps = 200_000
     c.train.checkpoint_every = 5_000
     c.train.validate_every = 5_000

@@ -15,7 +15,6 @@ from configs import scenes
 def get_config():
     c = scenes.get_config()
     c.base.path = "scenes-sd"
-    c.mcm.x0_clip = 4.0  # latents, not pixels
     c.sampling.text_guidance = 3.0
     c.evaluation.expected = dict(both="at least 0.75", unprompted="at most 0.40")
     return c

@@ -311,7 +311,7 @@ class MCMSettings:
         through a small convolutional ``encoder`` that is part of it (VCM); the same for a base that works on pixels.
       shift_space: the shift as a bounded change of ``x0`` (ours), or of ``eps`` (the paper).
       residual_scale: ``eps * (1 + gamma)``, or False: ``eps * gamma``.
-      x0_clip: bound of the estimate of x0: 1 for pixels, 4 for latents.
+      x0_clip: bound of the estimate of x0; 0 is the base's, 1 for pixels and 4 for latents.
       dtype: of the computation; parameters, loss and state are float32.
       remat: whether the backward pass computes activations again in place of keeping them: less memory, more time.
     """
@@ -325,7 +325,7 @@ class MCMSettings:
     inputs: tuple[str, ...] = ("x_t", "eps", "x0")
     shift_space: str = "x0"
     residual_scale: bool = True
-    x0_clip: float = 1.0
+    x0_clip: float = 0.0
     dtype: str = "float32"
     remat: bool = False
     conditions: str = setting("encoder", before="grid")
@@ -337,7 +337,7 @@ class MCMSettings:
         known = len(set(self.inputs)) == len(self.inputs) > 0 and set(self.inputs) <= set(INPUTS)
         expect(known, "inputs", f"out of {', '.join(INPUTS)}", self.inputs)
         expect(self.shift_space in SHIFT_SPACES, "shift_space", f"one of {', '.join(SHIFT_SPACES)}", self.shift_space)
-        expect(self.x0_clip > 0, "x0_clip", "above 0", self.x0_clip)
+        expect(self.x0_clip >= 0, "x0_clip", "at least 0", self.x0_clip)
         expect(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
 
     def size(self) -> Size:
@@ -345,13 +345,17 @@ class MCMSettings:
         attention = tuple(bool(a) for a in self.attention)
         return Size(self.channels, self.multipliers, self.blocks, attention, self.head_dim or None, self.groups)
 
-    def modulator(self, modalities: tuple[Modality, ...], schedule: Schedule) -> "Modulator":
-        """The MCM for a base's schedule."""
+    def x0_bound(self, base: Base | BaseCard) -> float:
+        """Bound of the estimate of x0 on a base; latents of Stable Diffusion's scale are seldom beyond 4."""
+        return self.x0_clip or (1.0 if base.latent_shape[:2] == base.image_shape[:2] else 4.0)
+
+    def modulator(self, modalities: tuple[Modality, ...], base: Base | BaseCard) -> "Modulator":
+        """The MCM for a base."""
         return Modulator(
             module=MCM(self.size(), self.inputs, jnp.dtype(self.dtype), self.remat, self.conditions),
             modalities=modalities,
-            schedule=schedule,
+            schedule=base.schedule,
             shift_space=self.shift_space,
             residual_scale=self.residual_scale,
-            x0_clip=self.x0_clip,
+            x0_clip=self.x0_bound(base),
         )

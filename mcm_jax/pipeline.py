@@ -111,7 +111,7 @@ class Pipeline:
         mcms = []
         for folder, path, one in zip(folders, paths, found, strict=True):
             settings = dataclasses.replace(one.mcm, dtype=dtype or one.mcm.dtype)
-            modulator = settings.modulator(one.modalities.shown, loaded.schedule)
+            modulator = settings.modulator(one.modalities.shown, loaded)
             accept, whose = one.base if accept_base else None, os.fspath(folders[0]) if mcms and base is None else ""
             params, step = read_mcm(path / WEIGHTS, modulator.shapes(loaded), loaded, accept, whose)
             mcms.append(Trained(modulator, params, step, os.fspath(folder), one.data))

@@ -188,6 +188,7 @@ def start_from(folder: str, settings: MCMSettings, modulator: Modulator, card: B
     there, wanted = config_lib.flatten(found.mcm), config_lib.flatten(settings)
     if card.is_of_pixels:  # both ways to see conditions are the same
         wanted["conditions"] = there["conditions"]
+    wanted["x0_clip"], there["x0_clip"] = settings.x0_bound(card), found.mcm.x0_bound(card)
     if lines := [
         f"  mcm.{k}: there {there[k]!r}, now {v!r}" for k, v in wanted.items() if there[k] != v and k in _MATHS
     ]:
@@ -202,7 +203,7 @@ def start_from(folder: str, settings: MCMSettings, modulator: Modulator, card: B
             f"{where} knows the modality {old.name} as {old.kind} of {old.channels} channel(s), this config as "
             f"{odd[0].kind} of {odd[0].channels}. Give it another name here, so that it starts anew"
         )
-    trained = found.mcm.modulator(found.modalities.shown, card.schedule)
+    trained = found.mcm.modulator(found.modalities.shown, card)
     like, wanted = trained.shapes(card), modulator.shapes(card)
     params, _ = read_mcm(path / WEIGHTS, like, card)
     first = ("encoder", "down_0", "conv") if "encoder" in params else ("unet", "conv_in")

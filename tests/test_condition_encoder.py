@@ -8,6 +8,7 @@ import tiny
 from PIL import Image
 
 from configs import default
+from mcm_jax import config as config_lib
 from mcm_jax.base import BaseCard, BaseSettings
 from mcm_jax.errors import UserError
 from mcm_jax.generate import generate
@@ -16,7 +17,7 @@ from mcm_jax.modalities import Modality
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.schedules import Schedule
 from mcm_jax.trained import start_from
-from mcm_jax.training import caching, train_and_evaluate
+from mcm_jax.training import RunSettings, caching, train_and_evaluate
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
@@ -39,6 +40,7 @@ def _shapes(modulator, card):
 def workdir(ldm_path, tmp_path_factory):
     """Of a run from a cache, with validation pictures and held-out losses."""
     changes = {"train.steps": 1, "train.validate_every": 1, "train.evaluate_every": 1, "train.held_out": 4}
+    changes |= {"train.learning_rate": 0.1, "train.warmup_steps": 0}  # so that one step is to be seen
     folder = tmp_path_factory.mktemp("runs") / "encoder"
     config = tiny.make_config(ldm_path, ENCODER | changes)
     train_and_evaluate(config, folder)
@@ -51,7 +53,7 @@ def test_its_parameters_are_few():
     card, found = BaseCard("", "", schedule, (16, 16, 4), (64, 64, 3), False, 1, 1), {}
     for conditions in ("grid", "encoder"):
         mcm = MCMSettings(**default.SIZES["medium"], conditions=conditions)
-        found[conditions] = tiny.count(_shapes(mcm.modulator((Modality("pose", "map", 40),), schedule), card))
+        found[conditions] = tiny.count(_shapes(mcm.modulator((Modality("pose", "map", 40),), card), card))
     assert found["encoder"] - found["grid"] == 2 * (9 * 16**2 + 16) < 0.02 * found["grid"]
 
 
@@ -59,7 +61,7 @@ def test_it_sees_what_the_grid_cannot_and_no_more_than_it_is_shown(ldm_path):
     """Untrained it changes nothing; then every weight learns, detail within a cell counts, what is hidden does not."""
     card = BaseSettings(path=str(ldm_path)).outline().card
     mcm = MCMSettings(channels=4, multipliers=(1,), blocks=1, attention=(0,), groups=2, conditions="encoder")
-    modulator = mcm.modulator(MODALITIES, card.schedule)
+    modulator = mcm.modulator(MODALITIES, card)
     assert modulator.grid(card) == (32, 32) and card.latent_shape == (16, 16, 3)
     rng = np.random.default_rng(0)
     x_t, eps = rng.standard_normal((2, 3, 16, 16, 3)).astype(np.float32)
@@ -95,11 +97,19 @@ def test_it_sees_what_the_grid_cannot_and_no_more_than_it_is_shown(ldm_path):
     assert np.abs(run(params, holed, present) - one)[:2].max() > 1e-4
 
 
-def test_a_bound_of_pixels_is_pointed_out_for_latents(ldm_path, tmp_path, capsys):
-    for clip in (1.0, 4.0):
-        config = tiny.make_config(ldm_path, ENCODER | {"mcm.x0_clip": clip, "cache.mode": "off", "train.steps": 1})
-        train_and_evaluate(config, tmp_path / f"{clip}")
-        assert ("--config.mcm.x0_clip=4" in capsys.readouterr().out) == (clip == 1)
+def test_the_bound_of_x0_is_the_bases_or_as_a_run_began(ldm_path, base_path, tmp_path):
+    """Older configs wrote 1, whatever the base: such a run goes on with it, by the command that began it."""
+    cards = [BaseSettings(path=str(path)).outline().card for path in (ldm_path, base_path)]
+    for clip, bounds in ((0.0, [4, 1]), (2.0, [2, 2])):
+        assert [MCMSettings(x0_clip=clip).modulator(MODALITIES, card).x0_clip for card in cards] == bounds
+    changes = ENCODER | {"cache.mode": "off", "train.schedule": "constant"}
+    old = changes | {"mcm.x0_clip": 1.0, "train.steps": 1}
+    train_and_evaluate(tiny.make_config(ldm_path, old), tmp_path)
+    longer = {"train.steps": 2}
+    train_and_evaluate(tiny.make_config(ldm_path, changes | longer), tmp_path)
+    assert config_lib.load(RunSettings, tmp_path).mcm.x0_clip == 1
+    with pytest.raises(UserError, match="mcm.x0_clip: there 1.0, now 4.0"):
+        train_and_evaluate(tiny.make_config(ldm_path, old | longer | {"mcm.x0_clip": 4.0}), tmp_path)
 
 
 def test_a_run_keeps_its_conditions_at_full_resolution(ldm_path, workdir, tmp_path):
@@ -132,7 +142,7 @@ def test_training_begins_with_one_of_fewer_modalities(ldm_path, workdir):
     """What the encoder makes of the new modality starts at zero; all else is the trained one's."""
     settings = tiny.settings_of(tiny.make_config(ldm_path, ENCODER))
     card = settings.base.outline().card
-    modulator = settings.mcm.modulator((Modality("anew", "lines", 1), *settings.modalities.shown), card.schedule)
+    modulator = settings.mcm.modulator((Modality("anew", "lines", 1), *settings.modalities.shown), card)
     params, before = (
         start_from(str(workdir), settings.mcm, modulator, card),
         Pipeline.from_folder(workdir).mcms[0].params,

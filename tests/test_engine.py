@@ -27,7 +27,7 @@ PROMPTS = ["a mountain lake at sunset", "a meadow by day"]
 
 def _mcm(base, modalities, seed):
     """One whose every weight does something."""
-    modulator = tiny.settings_of(tiny.make_config("nowhere", tiny.SMALL)).mcm.modulator(modalities, base.schedule)
+    modulator = tiny.settings_of(tiny.make_config("nowhere", tiny.SMALL)).mcm.modulator(modalities, base)
     shapes = jax.eval_shape(lambda: modulator.init(jax.random.key(0), base.latent_shape))
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda p: 0.3 * rng.normal(size=p.shape).astype(np.float32), shapes)

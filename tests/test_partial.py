@@ -32,7 +32,7 @@ def gaps(monkeypatch):
 @pytest.fixture(scope="module")
 def modulator(small_path):
     settings = tiny.settings_of(tiny.make_config(small_path, tiny.SMALL))
-    return settings.mcm.modulator(MODALITIES, settings.base.outline().card.schedule)
+    return settings.mcm.modulator(MODALITIES, settings.base.outline().card)
 
 
 def test_what_is_missing_trains_as_what_is_dropped(modulator):

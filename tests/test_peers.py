@@ -283,14 +283,14 @@ def test_judge_leads_to_the_labels():
 
 def test_samples_are_those_of_the_pipeline(sd_path):
     """Every method is sampled as the shipped MCMs are, text guidance and all."""
-    changes = {"mcm.x0_clip": 4.0, "sampling.text_guidance": 3.0, "sampling.batch_size": 2, "sampling.sampler": "euler"}
+    changes = {"sampling.text_guidance": 3.0, "sampling.batch_size": 2, "sampling.sampler": "euler"}
     settings = tiny.settings_of(tiny.make_config(sd_path, changes))
     mesh = make_mesh()
     base = settings.base.load(mesh)
     modalities = settings.modalities.shown
     held_out = HeldOut(settings.data, base.card, modalities, 3)
     shared = world.World(settings, base, mesh, held_out, [], 1)
-    modulator = settings.mcm.modulator(modalities, base.schedule)
+    modulator = settings.mcm.modulator(modalities, base)
     method = methods.Modulation(base, modulator)
     params = jax.jit(method.init)(jax.random.key(0), base.params)
     params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params)
@@ -341,7 +341,7 @@ def test_guidance_by_the_own_prediction(sd_path):
     assert np.abs(own - judging.Drawer(shared, method, 2)(*call, judging.Guidance(2.0))).max() > 1e-3
     kinds = [str(guidance) for guidance in judging.guidances_of(method)]
     assert kinds == ["1", "1.5", "1.5 own", "2", "2 own", "3", "3 own", "4", "4 own"]
-    mcm = methods.Modulation(base, settings.mcm.modulator(settings.modalities.shown, base.schedule))
+    mcm = methods.Modulation(base, settings.mcm.modulator(settings.modalities.shown, base))
     assert [str(guidance) for guidance in judging.guidances_of(mcm)] == ["1", "1.5", "2", "3", "4"]
 
 

@@ -231,7 +231,7 @@ def changed(settings, changes):
 def modulator_of(config, base):
     """The MCM that a config describes, for a base."""
     settings = settings_of(config)
-    return settings.mcm.modulator(settings.modalities.shown, base.schedule)
+    return settings.mcm.modulator(settings.modalities.shown, base)
 
 
 def config_flags(base_path, changes=None):

@@ -71,7 +71,7 @@ def main() -> None:
     mesh = make_mesh()
     settings = read(RunSettings, importlib.import_module(f"configs.{args.config}").get_config())
     if args.size:
-        base, modalities, mcm = common.make_base(args.size, args.dtype), common.MODALITIES, MCMSettings(x0_clip=4.0)
+        base, modalities, mcm = common.make_base(args.size, args.dtype), common.MODALITIES, MCMSettings()
         mcm = dataclasses.replace(mcm, dtype=args.dtype)
         base = dataclasses.replace(base, params=place(base.params, mesh))
     else:

@@ -306,7 +306,7 @@ def make_method(
     mcm = dataclasses.replace(mcm, **SIZES[size])
     if form == "paper":
         mcm = dataclasses.replace(mcm, inputs=("x_t", "eps"), shift_space="eps", conditions="grid")
-    modulator = mcm.modulator(modalities, base.schedule)
+    modulator = mcm.modulator(modalities, base)
     if form == "judged":
         return Judged(base, modulator, judge(judge=load_segmenter(assets.resolve(guide))))
     if form == "distilled":

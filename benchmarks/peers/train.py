@@ -85,7 +85,7 @@ def records_of(method: Method, world: World, seed: int, steps: int, batch_size: 
             return sharding.split_batch(found, world.mesh)
 
         source = dataclasses.replace(source, predict=context)
-    example = run.mcm.modulator(world.modalities, base.schedule)
+    example = run.mcm.modulator(world.modalities, base)
     noise_step = step.make_noise_step(example, draws, seed=seed, drop_rate=run.modalities.drop_rate)
     return source.records(noise_step, batch_size=batch_size, seed=seed, steps=range(steps), mesh=world.mesh)
 

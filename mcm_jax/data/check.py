@@ -385,6 +385,5 @@ def _train_command(args: argparse.Namespace, base: Base | None) -> str:
     command = ["python", "train.py", "--config=configs/folder.py", f"--workdir=runs/{name}"]
     command.append(f"--config.data.path={args.data}")
     command += [f"--config.base.path={args.base}"] * bool(args.base)
-    command += ["--config.mcm.x0_clip=4"] * bool(base and base.is_latent)
     command += ["--config.data.partial=True"] * args.partial
     return shlex.join(command)

@@ -128,7 +128,7 @@ def _build(
             dtype=settings.cache.dtype,
             batch_size=settings.cache.batch_size,
             mesh=sharding.local_mesh(settings.mesh),
-            grid=settings.mcm.modulator(settings.modalities.shown, base.schedule).grid(base),
+            grid=settings.mcm.modulator(settings.modalities.shown, base).grid(base),
         )
         try:
             built = build.build(folder, plan, recipe)

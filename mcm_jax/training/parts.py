@@ -77,11 +77,6 @@ def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Me
         check_writable(workdir, "--workdir")
     if finished:
         return Parts(card, modulator)
-    if not card.is_of_pixels and settings.mcm.x0_clip == 1 and "x0" in settings.mcm.inputs:
-        print(
-            f"mcm.x0_clip is 1, the bound of pixels, but {card.name} works on latents, whose estimates it cuts off: "
-            f"take --config.mcm.x0_clip=4"
-        )
     # What is wrong with the data leaves no workdir.
     if opened and _samples(settings):
         if cache.load_base:
@@ -179,7 +174,7 @@ def fitting_modulator(settings: RunSettings, card: BaseCard) -> Modulator:
             f"base {card.name!r} makes images of {height}x{width}x{channels}; training has RGB images of at least 8x8"
         )
     settings.sampling.check_for(card.schedule)
-    modulator = settings.mcm.modulator(settings.modalities.shown, card.schedule)
+    modulator = settings.mcm.modulator(settings.modalities.shown, card)
     shape, grid = card.latent_shape, modulator.grid(card)
     jax.eval_shape(lambda: modulator.init(jax.random.key(0), shape, grid))  # refuses what does not fit the base
     return modulator

@@ -93,7 +93,8 @@ def train_together(
     sharding.check_batch_size(one.train.batch_size, mesh, "config.train.batch_size", one.train.accumulate)
     left = []
     for settings, folder in trials:
-        trial = _Trial(settings, folder, workdirs.check_same_run(settings, folder))
+        before = workdirs.check_same_run(settings, folder)
+        trial = _Trial(workdirs.as_begun(settings, before), folder, before)
         if max(workdirs.saved_steps(folder), default=0) < settings.train.steps:
             left.append(trial)
         else:

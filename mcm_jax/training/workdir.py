@@ -1,5 +1,6 @@
 """A run's folder: whose it is, what in it is safe, and what is said when it cannot be written."""
 
+import dataclasses
 import pathlib
 import shutil
 from collections.abc import Collection, Iterator
@@ -46,6 +47,8 @@ def differences(there: RunSettings, settings: RunSettings, fixed: Collection[str
     found, wanted = config.flatten(there), config.flatten(settings)
     for flat in (found, wanted):
         flat["cache.mode"] = "on" if flat["cache.mode"] == "build" else flat["cache.mode"]
+    if "mcm.x0_clip" not in fixed:
+        wanted["mcm.x0_clip"] = wanted["mcm.x0_clip"] or found["mcm.x0_clip"]  # :func:`as_begun`
     longer = settings.train.schedule in ("constant", "wsd") and settings.train.steps > there.train.steps
     allowed, wrong = [], []
     for key in sorted(found.keys() | wanted.keys()):
@@ -88,6 +91,13 @@ def check_same_run(
     if allowed and there != known:
         print("\n".join([f"{path}: changed since,", *allowed]))
     return there
+
+
+def as_begun(settings: RunSettings, there: RunSettings | None) -> RunSettings:
+    """Settings of a run that goes on, where they leave to the base what older versions wrote into its config."""
+    if there is None or settings.mcm.x0_clip:
+        return settings
+    return dataclasses.replace(settings, mcm=dataclasses.replace(settings.mcm, x0_clip=there.mcm.x0_clip))
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
