@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--config", default="scenes_sd", help="a file in configs/, of a shipped base")
     parser.add_argument("--size", choices=tuple(common.UNETS), help="a base with random weights in place of --config's")
     parser.add_argument("--dtype", default="float32", help="of --size's networks")
-    parser.add_argument("--methods", nargs="+", default=run.DEFAULT, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=(*run.DEFAULT, "mcm-small", "mcm-large"), choices=METHODS)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=pathlib.Path)
