@@ -126,9 +126,8 @@ def main() -> None:
         shapes = method.modulator.shapes(world.base)
         train = functools.partial(train_py, args, name, shapes, steps)
         draw = Drawer(world, method, args.sampling_steps)
-        cells = run.Cells(run.folder_of(args, name), name, world, train, draw)
-        rate = run.best_rate(lambda rate, cells=cells: cells.cell(rate, 0)["score"], 2e-3)
-        cells.finish(method, rate, args.seeds, args.guidances)
+        cells = run.Cells(run.folder_of(args, name), name, world, method, train, draw)
+        cells.finish(cells.best_rate(2e-3, args.seeds), args.seeds, args.guidances)
 
 
 if __name__ == "__main__":

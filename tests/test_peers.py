@@ -345,7 +345,7 @@ def test_guidance_by_the_own_prediction(sd_path):
     assert [str(guidance) for guidance in judging.guidances_of(mcm)] == ["1", "1.5", "2", "3", "4"]
 
 
-def test_cells_choose_their_guidance_and_go_on(tmp_path):
+def test_cells_choose_their_guidance_and_go_on(tmp_path, monkeypatch):
     """A picture is the brighter the more guidance it has, and bright is good; what is drawn is counted."""
     drawn = []
 
@@ -362,8 +362,8 @@ def test_cells_choose_their_guidance_and_go_on(tmp_path):
     shared = dataclasses.replace(world_of_scenes(), held_out=range(3), judges=[Brightness()])
     method = types.SimpleNamespace(needs_eps=False, guides_text=False, init=lambda *_: {"w": jnp.zeros(())})
     train = lambda rate, seed: ({"w": np.float32(rate)}, {"rate": rate, "seed": seed, "parameters": 1})  # noqa: E731
-    cells = run.Cells(tmp_path, "full", shared, train, draw)
-    cells.finish(method, 1e-3, 2, [1.0, 1.5])
+    cells = run.Cells(tmp_path, "full", shared, method, train, draw)
+    cells.finish(1e-3, 2, [1.0, 1.5])
     found = json.loads((tmp_path / "guidance.json").read_text())
     assert found["best"] == "4 own" and len(found["scores"]) == 9
     report = tmp_path / "rate=0.001,seed=1.report.json"
@@ -373,15 +373,23 @@ def test_cells_choose_their_guidance_and_go_on(tmp_path):
     row = table.row_of(tmp_path, 2)
     assert row["guidance"] == "4 own" and row["missing"] == ["rate 0.0005", "rate 0.002"]
     drawn.clear()
-    cells.finish(method, 1e-3, 2, [1.0, 1.5])
+    cells.finish(1e-3, 2, [1.0, 1.5])
     assert not drawn
+    # A cell of before other seeds were judged gets its score, not a training.
+    cell = tmp_path / "rate=0.001,seed=1.json"
+    there = json.loads(cell.read_text())
+    cell.write_text(json.dumps({k: v for k, v in there.items() if k not in ("score", "select")}))
+    with monkeypatch.context() as m:
+        m.setattr(cells, "train", None)
+        assert cells.cell(1e-3, 1) == there and json.loads(cell.read_text()) == there
+    drawn.clear()
     # Stopped between two guidances: what is there counts, the rest is named, and drawn by the same command.
     there = json.loads(report.read_text())
     there["rows"] = {name: numbers for name, numbers in rows.items() if "own" not in name}
     report.write_text(json.dumps(there))
     row = table.row_of(tmp_path, 2)
     assert row["missing"][2:] == ["rate 0.001, seed 1"] and row["both@4 own"]["miou"]["seeds"] == 1
-    cells.finish(method, 1e-3, 2, [1.0, 1.5])
+    cells.finish(1e-3, 2, [1.0, 1.5])
     assert set(drawn) == {"4 own"} and table.row_of(tmp_path, 2)["both@4 own"]["miou"]["seeds"] == 2
 
 
@@ -437,6 +445,10 @@ def test_best_rate_climbs_to_where_both_neighbours_are_worse():
     # Where one has fallen off, the rate before the cliff is tried, too.
     assert run.best_rate(lambda rate: rate if rate < 3e-3 else 0.0, 1e-3) == pytest.approx(2e-3 * 2**0.5)
     assert run.best_rate(lambda rate: rate if rate < 2.5e-3 else 0.0, 1e-3) == 2e-3
+    # Where another seed falls back at it, the next best one.
+    assert run.best_rate(measure, 1e-3, keeps=lambda rate: rate < 8e-3) == 4e-3
+    assert run.best_rate(measure, 1e-3, keeps=lambda rate: False) == 8e-3
+    assert run.best_of({2e-3: [0.8, 0.7], 4e-3: [0.9, 0.3]}) == 2e-3
     # Where all diverge, downwards.
     assert run.best_rate(lambda rate: -1.0 if rate > 1e-4 else -rate, 1e-3) < 1e-4
     assert judging.score({"both": {"miou": 0.5}, "sketch": {}}) == -1.0
@@ -466,8 +478,11 @@ def test_a_table_names_what_is_missing_and_never_fills_it(tmp_path):
     write(4e-3, 0, 0.6)
     write(2e-3, 1, 0.7, 0.73)
     row = table.row_of(tmp_path, 2)
-    assert row["missing"] == [] and row["rate"] == 2e-3
+    assert row["missing"] == [] and row["rate"] == 2e-3 and row["fell_back"] == {}
     assert row["both"]["miou"]["mean"] == pytest.approx(0.72) and row["both"]["miou"]["interval"] > 0.02
     text = table.markdown({"mcm-tiny": row, "full": table.row_of(tmp_path / "full", 2)})
     assert "| mcm-tiny | 5 | 0.002 | 1 | 0.720 +- " in text and "| mcm-tiny | 5 | 0.002 | 2 (best) | 0.820 +- " in text
     assert "| full | - |" in text and text.endswith("| all |")
+    write(2e-3, 1, 0.3)
+    row = table.row_of(tmp_path, 2)
+    assert row["rate"] == 4e-3 and row["fell_back"] == {"0.002": [0.7, 0.3]} and "rate 0.008" in row["missing"]

@@ -7,10 +7,11 @@ python -m benchmarks.peers.table --config=scenes_sd --steps=500 --workdir=runs/p
 A method that needs no gradient through the base is trained here by predictions as they are needed; what a cache saves
 is measured by :mod:`.cost`. Of each method the learning rate is doubled or halved until the best of three neighbours is
 the middle one, by the mean IoU over the first held-out maps (all subsets of the modalities, seed 0); where a neighbour
-has less than half of the best, as one that fell back to the base, the rate between the two is tried, too. By the same
-maps its modality guidance is chosen of :data:`.judging.SCALES`, for a method that is no MCM from the base's prediction
-or from its own when it is shown nothing. Other seeds are trained at that rate, and what is reported is of other
-held-out maps. A cell, one training, is kept as soon as it is done: the same command goes on.
+has less than half of the best, as one that fell back to the base, the rate between the two is tried, too. Other seeds
+are trained at the best rate; where one of them falls back so, the next best one is taken. By the same maps the modality
+guidance is chosen of :data:`.judging.SCALES`, for a method that is no MCM from the base's prediction or from its own
+when it is shown nothing. What is reported is of other held-out maps. A cell, one training, is kept as soon as it is
+done: the same command goes on.
 """
 
 import argparse
@@ -55,6 +56,7 @@ class Cells:
       folder: of the files.
       name: of the method.
       world: see there.
+      method: which.
       train: gives params and what there is to say, of a rate and a seed.
       draw: samples.
     """
@@ -62,56 +64,68 @@ class Cells:
     folder: pathlib.Path
     name: str
     world: World
+    method: Method
     train: Trainer
     draw: Drawer
 
     def cell(self, rate: float, seed: int) -> dict:
         """One training, judged on the maps that rates are chosen by; from its file if it is done."""
         file = self._file(rate, seed, "json")
-        if file.exists():
-            return json.loads(file.read_text())
-        params, said = self.train(rate, seed)
-        if seed == 0:
-            said["select"] = judged(self.world, self.draw, params, np.arange(self.world.select))
-            said["score"] = round(score(said["select"]), 5)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        stored = flax.serialization.to_bytes(jax.device_get(params))
-        write_atomically(self._file(rate, seed, "msgpack"), stored)
-        write_atomically(file, (json.dumps(said | {"commit": common.COMMIT}, indent=2) + "\n").encode())
+        said = json.loads(file.read_text()) if file.exists() else {}
+        if "score" in said:
+            return said
+        if said:  # of before other seeds than 0 were judged
+            params = self._params(rate, seed)
+        else:
+            params, said = self.train(rate, seed)
+            said["commit"] = common.COMMIT
+            self.folder.mkdir(parents=True, exist_ok=True)
+            stored = flax.serialization.to_bytes(jax.device_get(params))
+            write_atomically(self._file(rate, seed, "msgpack"), stored)
+        said["select"] = judged(self.world, self.draw, params, np.arange(self.world.select))
+        said["score"] = round(score(said["select"]), 5)
+        write_atomically(file, (json.dumps(said, indent=2) + "\n").encode())
         numbers = {row: found.get("miou") for row, found in said.get("select", {}).items()}
         print(self.name, {k: said.get(k) for k in ("rate", "seed", "score", "seconds")}, numbers, flush=True)
         return said
 
-    def finish(self, method: Method, rate: float, seeds: int, scales: Sequence[float]) -> None:
+    def holds(self, rate: float, seeds: int) -> bool:
+        """Whether no seed falls back at a rate, where another one does not; trains them all."""
+        return holds([self.cell(rate, seed)["score"] for seed in range(seeds)])
+
+    def best_rate(self, first: float, seeds: int) -> float:
+        """See :func:`best_rate`; at it, all seeds are trained."""
+        return best_rate(lambda rate: self.cell(rate, 0)["score"], first, keeps=lambda rate: self.holds(rate, seeds))
+
+    def finish(self, rate: float, seeds: int, scales: Sequence[float]) -> None:
         """Chooses the guidance at a rate, trains the other seeds, and judges all on the maps that are reported on.
 
         Args:
-          method: the cells are of.
           rate: the best.
           seeds: how many.
           scales: guidances from the base's prediction that are reported besides 1 and the best.
         """
         self.cell(rate, 0)
-        best = self._guidance(method, rate)
-        shown = [Guidance(scale) for scale in scales if not method.guides_text]
+        best = self._guidance(rate)
+        shown = [Guidance(scale) for scale in scales if not self.method.guides_text]
         for seed in range(seeds):
             self.cell(rate, seed)
-            self._report(rate, seed, method, dict.fromkeys([NONE, *shown, best]))
+            self._report(rate, seed, dict.fromkeys([NONE, *shown, best]))
 
-    def _params(self, rate: float, seed: int, method: Method) -> Any:
-        empty = jax.eval_shape(method.init, jax.random.key(0), self.world.base.params)
+    def _params(self, rate: float, seed: int) -> Any:
+        empty = jax.eval_shape(self.method.init, jax.random.key(0), self.world.base.params)
         stored = flax.serialization.from_bytes(empty, self._file(rate, seed, "msgpack").read_bytes())
         return sharding.replicate(stored, self.world.mesh)
 
-    def _guidance(self, method: Method, rate: float) -> Guidance:
+    def _guidance(self, rate: float) -> Guidance:
         """The best by the maps that choose, at a rate and seed 0; from its file if it is known."""
         file = self.folder / GUIDANCE
         known = json.loads(file.read_text()) if file.exists() else {}
         scores = known.get("scores", {}) if known.get("rate") == rate else {}
-        candidates, params = guidances_of(method), None
+        candidates, params = guidances_of(self.method), None
         for guidance in candidates:
             if str(guidance) not in scores and len(candidates) > 1:
-                params = self._params(rate, 0, method) if params is None else params
+                params = self._params(rate, 0) if params is None else params
                 found = judged(self.world, self.draw, params, np.arange(self.world.select), guidance=guidance)
                 scores[str(guidance)] = round(score(found), 5)
                 print(self.name, "guidance", guidance, scores[str(guidance)], flush=True)
@@ -122,7 +136,7 @@ class Cells:
         write_atomically(file, (json.dumps(said, indent=2) + "\n").encode())
         return best
 
-    def _report(self, rate: float, seed: int, method: Method, guidances: Iterable[Guidance]) -> None:
+    def _report(self, rate: float, seed: int, guidances: Iterable[Guidance]) -> None:
         """Numbers on the maps that are reported on; of another guidance than none rows are ``ROW@GUIDANCE``."""
         file = self._file(rate, seed, "report.json")
         rows = json.loads(file.read_text())["rows"] if file.exists() else {}
@@ -131,7 +145,7 @@ class Cells:
             suffix = "" if guidance == NONE else f"@{guidance}"
             if any(row.partition("@")[2] == suffix[1:] for row in rows):
                 continue
-            params = self._params(rate, seed, method) if params is None else params
+            params = self._params(rate, seed) if params is None else params
             found = judged(self.world, self.draw, params, which, seed, whole=True, guidance=guidance)
             rows |= {f"{row}{suffix}": numbers for row, numbers in found.items()}
             said = {"rate": rate, "seed": seed, "rows": rows, "commit": common.COMMIT}
@@ -142,11 +156,23 @@ class Cells:
         return self.folder / f"rate={rate:.3g},seed={seed}.{suffix}"
 
 
-def best_rate(measure: Callable[[float], float], first: float, factor: float = 2.0, most: int = 12) -> float:
+def holds(scores: Sequence[float]) -> bool:
+    """Whether no seed has less than half of the best one's score: it fell back to the base."""
+    return min(scores) >= max(scores) / 2
+
+
+def best_rate(
+    measure: Callable[[float], float],
+    first: float,
+    factor: float = 2.0,
+    most: int = 12,
+    keeps: Callable[[float], bool] = lambda rate: True,
+) -> float:
     """The rate whose neighbours, a factor above and below, are no better; says so where so many tries find none.
 
     Of equals, as diverged ones are, the lowest. Where a neighbour has less than half of the best one's score, the rate
-    between them is tried, too: there is a cliff, before which the best may be.
+    between them is tried, too: there is a cliff, before which the best may be. Of all, the best one that `keeps` is
+    taken, or the best where none does.
     """
     scores: dict[float, float] = {}
     best, tried = 0, None
@@ -162,7 +188,8 @@ def best_rate(measure: Callable[[float], float], first: float, factor: float = 2
         if scores[best] > 0 and scores.get(i, scores[best]) < scores[best] / 2:
             between = (best + i) / 2
             scores[between] = measure(first * factor**between)
-    return first * factor ** max(scores, key=lambda i: (scores[i], -i))
+    ranked = [first * factor**i for i in sorted(scores, key=lambda i: (-scores[i], i))]
+    return next(filter(keeps, ranked), ranked[0])
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -181,12 +208,28 @@ def folder_of(args: argparse.Namespace, name: str) -> pathlib.Path:
     return args.workdir / args.config / f"steps={args.steps}" / name
 
 
+def scores_in(folder: pathlib.Path) -> dict[float, list[float]]:
+    """The scores of a method's cells by rate, seed 0 first; no rate of which seed 0 is not there."""
+    found: dict[float, dict[int, float]] = {}
+    for file in folder.glob("rate=*,seed=*.json"):
+        cell = json.loads(file.read_text())
+        if "score" in cell:
+            found.setdefault(cell["rate"], {})[cell["seed"]] = cell["score"]
+    return {rate: [of[seed] for seed in sorted(of)] for rate, of in sorted(found.items()) if 0 in of}
+
+
+def best_of(scores: dict[float, list[float]]) -> float:
+    """The rate that is best with seed 0, of those at which no seed falls back, if there are such."""
+    kept = [rate for rate, of in scores.items() if holds(of)] or list(scores)
+    return max(kept, key=lambda rate: scores[rate][0])
+
+
 def teacher_of(args: argparse.Namespace, name: str, world: World, seed: int) -> Any:
-    """Params of a cell of a method and seed, at the rate that is best on the maps that choose (of seed 0)."""
-    cells = [json.loads(file.read_text()) for file in folder_of(args, name).glob("rate=*,seed=0.json")]
-    if not cells:
+    """Params of a cell of a method and seed, at the rate that is best on the maps that choose."""
+    scores = scores_in(folder_of(args, name))
+    if not scores:
         raise UserError(f"{name}-distilled learns of {name}, of which there is no training; add it to --methods")
-    rate = max(cells, key=lambda cell: cell["score"])["rate"]
+    rate = best_of(scores)
     shapes = make_method(name, world.base, world.modalities, world.run.mcm).modulator.shapes(world.base)
     stored = folder_of(args, name) / f"rate={rate:.3g},seed={seed}.msgpack"
     if not stored.exists():
@@ -255,9 +298,9 @@ def main() -> None:
             make = functools.cache(functools.partial(_make, args, name, world, guide))
             method, has_teachers = make(0)[0], name.endswith("-distilled")
             train = lambda rate, seed, make=make, has=has_teachers: make(seed * has)[1](rate, seed)  # noqa: E731
-            cells = Cells(folder, name, world, train, Drawer(world, method, args.sampling_steps))
-            rate = best_rate(lambda rate, cells=cells: cells.cell(rate, 0)["score"], FIRST.get(name, 2e-3))
-            cells.finish(method, rate, args.seeds, args.guidances)
+            cells = Cells(folder, name, world, method, train, Drawer(world, method, args.sampling_steps))
+            rate = cells.best_rate(FIRST.get(name, 2e-3), args.seeds)
+            cells.finish(rate, args.seeds, args.guidances)
         except UserError as e:  # the others go on
             refused[name] = str(e)
             folder.mkdir(parents=True, exist_ok=True)

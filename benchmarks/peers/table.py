@@ -34,11 +34,12 @@ def read_cells(folder: pathlib.Path) -> tuple[dict[tuple[float, int], dict], dic
 def row_of(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
     """What is known of a method, and which cells are missing."""
     cells, reports = read_cells(folder)
-    swept = {rate: cell["score"] for (rate, seed), cell in cells.items() if seed == 0}
+    scores = run.scores_in(folder)
+    swept = {rate: of[0] for rate, of in scores.items()}
     refused = folder / run.REFUSED
     if not swept:
         return {"missing": [f"all: {refused.read_text().strip()}" if refused.exists() else "all"]}
-    best = max(swept, key=swept.get)
+    best = run.best_of(scores)
     below, above = ([r for r in swept if 0.49 < (r / best) ** sign < 0.99] for sign in (1, -1))
     missing = [f"rate {rate:.3g}" for rate, near in ((best / 2, below), (2 * best, above)) if not near]
     file = folder / run.GUIDANCE
@@ -56,6 +57,7 @@ def row_of(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
         "guidance": guidance.get("best"),
         "guidances": guidance.get("scores"),
         "rates": {f"{rate:.3g}": score for rate, score in sorted(swept.items())},
+        "fell_back": {f"{rate:.3g}": of for rate, of in scores.items() if not run.holds(of)},
         "parameters": cells[best, 0]["parameters"],
         "weighting": cells[best, 0].get("weighting"),
         "commits": sorted({one["commit"] for one in (*cells.values(), *reports.values()) if "commit" in one}),
