@@ -347,7 +347,7 @@ class MCMSettings:
 
     def x0_bound(self, base: Base | BaseCard) -> float:
         """Bound of the estimate of x0 on a base; latents of Stable Diffusion's scale are seldom beyond 4."""
-        return self.x0_clip or (1.0 if base.latent_shape[:2] == base.image_shape[:2] else 4.0)
+        return self.x0_clip or (1.0 if base.is_of_pixels else 4.0)
 
     def modulator(self, modalities: tuple[Modality, ...], base: Base | BaseCard) -> "Modulator":
         """The MCM for a base."""

@@ -188,7 +188,8 @@ def start_from(folder: str, settings: MCMSettings, modulator: Modulator, card: B
     there, wanted = config_lib.flatten(found.mcm), config_lib.flatten(settings)
     if card.is_of_pixels:  # both ways to see conditions are the same
         wanted["conditions"] = there["conditions"]
-    wanted["x0_clip"], there["x0_clip"] = settings.x0_bound(card), found.mcm.x0_bound(card)
+    # Of a bound that nothing is held to, any value is the same.
+    wanted["x0_clip"], there["x0_clip"] = (m.x0_bound(card) * ("x0" in m.inputs) for m in (settings, found.mcm))
     if lines := [
         f"  mcm.{k}: there {there[k]!r}, now {v!r}" for k, v in wanted.items() if there[k] != v and k in _MATHS
     ]:

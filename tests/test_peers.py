@@ -375,7 +375,7 @@ def test_cells_choose_their_guidance_and_go_on(tmp_path, monkeypatch):
     drawn.clear()
     cells.finish(1e-3, 2, [1.0, 1.5])
     assert not drawn
-    # A cell of before other seeds were judged gets its score, not a training.
+    # Stopped between a training and its score, the same command goes on with the score.
     cell = tmp_path / "rate=0.001,seed=1.json"
     there = json.loads(cell.read_text())
     cell.write_text(json.dumps({k: v for k, v in there.items() if k not in ("score", "select")}))
@@ -445,9 +445,13 @@ def test_best_rate_climbs_to_where_both_neighbours_are_worse():
     # Where one has fallen off, the rate before the cliff is tried, too.
     assert run.best_rate(lambda rate: rate if rate < 3e-3 else 0.0, 1e-3) == pytest.approx(2e-3 * 2**0.5)
     assert run.best_rate(lambda rate: rate if rate < 2.5e-3 else 0.0, 1e-3) == 2e-3
-    # Where another seed falls back at it, the next best one.
-    assert run.best_rate(measure, 1e-3, keeps=lambda rate: rate < 8e-3) == 4e-3
-    assert run.best_rate(measure, 1e-3, keeps=lambda rate: False) == 8e-3
+    # Where other seeds fall back at it, it has fallen: the search goes on, with the rate before it.
+    tried.clear()
+    above = lambda rate: 10 + measure(rate)  # noqa: E731
+    assert run.best_rate(above, 4e-3, keeps=lambda rate: rate < 7e-3) == pytest.approx(4e-3 * 2**0.5)
+    assert run.best_rate(above, 4e-3, keeps=lambda rate: rate < 5e-3) == 4e-3
+    assert sorted(set(tried)) == pytest.approx([2e-3, 4e-3, 4e-3 * 2**0.5, 8e-3, 16e-3])
+    assert run.best_rate(above, 4e-3, keeps=lambda rate: False) == 8e-3
     assert run.best_of({2e-3: [0.8, 0.7], 4e-3: [0.9, 0.3]}) == 2e-3
     # Where all diverge, downwards.
     assert run.best_rate(lambda rate: -1.0 if rate > 1e-4 else -rate, 1e-3) < 1e-4

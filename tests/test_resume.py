@@ -195,6 +195,7 @@ def test_training_begins_with_a_trained_mcm(trained, base_path, tmp_path):
     [
         ({"mcm.multipliers": (1, 3)}, ["another network", "mcm.multipliers: there [1, 2], now [1, 3]"]),
         ({"mcm.shift_space": "eps"}, ["another network", "mcm.shift_space"]),
+        ({"mcm.x0_clip": 2.0}, ["another network", "mcm.x0_clip: there 1.0, now 2.0"]),
         ({"base.path": "other"}, ["mcm.safetensors", "'tiny'", "'other'", "base.path"]),
         ({"train.init_from": "nowhere"}, ["nowhere", "neither a folder nor a shipped name"]),
     ],

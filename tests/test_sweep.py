@@ -582,9 +582,18 @@ def test_a_sweep_of_several_caches_goes_on_after_what_an_older_version_wrote(sma
     before = [entry["cache"] for entry in content["trials"]]
     for entry in content["trials"]:
         del entry["modalities"]
+    content["config"]["mcm"]["x0_clip"] = 1.0  # which was the default
     (tmp_path / "sweep.json").write_text(json.dumps(content))
-    folders.claim(base, folders.placed(each, tmp_path, folders.find(tmp_path), lambda _: card), tmp_path)
-    after = json.loads((tmp_path / "sweep.json").read_text())["trials"]
+    begun = folders.find(tmp_path)
+    with pytest.raises(UserError, match="mcm.x0_clip: there 1.0, now 0.0"):
+        folders.check_same(begun, each, tmp_path)
+    base, each = folders.as_begun(begun, base, each)
+    assert [trial.settings.mcm.x0_clip for trial in each] == [1, 1]
+    folders.check_same(begun, each, tmp_path)
+    folders.claim(base, folders.placed(each, tmp_path, begun, lambda _: card), tmp_path)
+    content = json.loads((tmp_path / "sweep.json").read_text())
+    assert content["config"]["mcm"]["x0_clip"] == 1
+    after = content["trials"]
     assert [entry["cache"] for entry in after] == before and len({*before}) == 2 and "modalities" in after[0]
 
 

@@ -74,7 +74,7 @@ class Cells:
         said = json.loads(file.read_text()) if file.exists() else {}
         if "score" in said:
             return said
-        if said:  # of before other seeds than 0 were judged
+        if said:  # trained, not judged yet
             params = self._params(rate, seed)
         else:
             params, said = self.train(rate, seed)
@@ -82,10 +82,11 @@ class Cells:
             self.folder.mkdir(parents=True, exist_ok=True)
             stored = flax.serialization.to_bytes(jax.device_get(params))
             write_atomically(self._file(rate, seed, "msgpack"), stored)
+            write_atomically(file, (json.dumps(said, indent=2) + "\n").encode())
         said["select"] = judged(self.world, self.draw, params, np.arange(self.world.select))
         said["score"] = round(score(said["select"]), 5)
         write_atomically(file, (json.dumps(said, indent=2) + "\n").encode())
-        numbers = {row: found.get("miou") for row, found in said.get("select", {}).items()}
+        numbers = {row: found.get("miou") for row, found in said["select"].items()}
         print(self.name, {k: said.get(k) for k in ("rate", "seed", "score", "seconds")}, numbers, flush=True)
         return said
 
@@ -157,8 +158,11 @@ class Cells:
 
 
 def holds(scores: Sequence[float]) -> bool:
-    """Whether no seed has less than half of the best one's score: it fell back to the base."""
-    return min(scores) >= max(scores) / 2
+    """Whether no seed has less than half of the best one's score: it fell back to the base.
+
+    That of the base is below it where captions do not say what is where, as at text guidance 1.
+    """
+    return max(scores) <= 0 or min(scores) >= max(scores) / 2
 
 
 def best_rate(
@@ -171,25 +175,34 @@ def best_rate(
     """The rate whose neighbours, a factor above and below, are no better; says so where so many tries find none.
 
     Of equals, as diverged ones are, the lowest. Where a neighbour has less than half of the best one's score, the rate
-    between them is tried, too: there is a cliff, before which the best may be. Of all, the best one that `keeps` is
-    taken, or the best where none does.
+    between them is tried, too: there is a cliff, before which the best may be. A best one that does not keep, as other
+    seeds show, counts as fallen, and the search goes on.
     """
-    scores: dict[float, float] = {}
-    best, tried = 0, None
-    while best != tried and len(scores) < most:
-        tried = best
-        for i in (best, best + 1, best - 1):
-            if i not in scores:
-                scores[i] = measure(first * factor**i)
-        best = max(scores, key=lambda i: (scores[i], -i))
-    if not {best - 1, best + 1} <= scores.keys():
-        print(f"{len(scores)} rates tried, and {first * factor**best:.3g} is at the end of them", flush=True)
-    for i in (best - 1, best + 1):
-        if scores[best] > 0 and scores.get(i, scores[best]) < scores[best] / 2:
+    scores: dict[float, float] = {0: measure(first)}  # by powers of the factor
+    rate = lambda i: first * factor**i  # noqa: E731
+    best_of = lambda powers: max(powers, key=lambda i: (scores[i], -i))  # noqa: E731
+    fallen: list[float] = []
+    while True:
+        best, tried = best_of(i for i in scores if i % 1 == 0), None
+        while best != tried and len(scores) < most:
+            tried = best
+            for i in (best + 1, best - 1):
+                if i not in scores:
+                    scores[i] = measure(rate(i))
+            best = best_of(i for i in scores if i % 1 == 0)
+        if not {best - 1, best + 1} <= scores.keys():
+            print(f"{len(scores)} rates tried, and {rate(best):.3g} is at the end of them", flush=True)
+        for i in (best - 1, best + 1):
             between = (best + i) / 2
-            scores[between] = measure(first * factor**between)
-    ranked = [first * factor**i for i in sorted(scores, key=lambda i: (-scores[i], i))]
-    return next(filter(keeps, ranked), ranked[0])
+            if scores[best] > 0 and scores.get(i, scores[best]) < scores[best] / 2 and between not in scores:
+                scores[between] = measure(rate(between))
+        best = best_of(scores)
+        if scores[best] <= 0:  # nothing holds
+            return rate(fallen[0] if fallen else best)
+        if keeps(rate(best)):
+            return rate(best)
+        fallen.append(best)
+        scores[best] = -1.0
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -208,14 +221,20 @@ def folder_of(args: argparse.Namespace, name: str) -> pathlib.Path:
     return args.workdir / args.config / f"steps={args.steps}" / name
 
 
-def scores_in(folder: pathlib.Path) -> dict[float, list[float]]:
-    """The scores of a method's cells by rate, seed 0 first; no rate of which seed 0 is not there."""
-    found: dict[float, dict[int, float]] = {}
-    for file in folder.glob("rate=*,seed=*.json"):
-        cell = json.loads(file.read_text())
-        if "score" in cell:
-            found.setdefault(cell["rate"], {})[cell["seed"]] = cell["score"]
-    return {rate: [of[seed] for seed in sorted(of)] for rate, of in sorted(found.items()) if 0 in of}
+def read_cells(folder: pathlib.Path) -> tuple[dict[tuple[float, int], dict], dict[tuple[float, int], dict]]:
+    """Trainings and reports of a method, by rate and seed."""
+    cells, reports = {}, {}
+    for file in sorted(folder.glob("rate=*.json")):
+        found = json.loads(file.read_text())
+        (reports if file.name.endswith(".report.json") else cells)[found["rate"], found["seed"]] = found
+    return cells, reports
+
+
+def scores_of(cells: dict[tuple[float, int], dict]) -> dict[float, list[float]]:
+    """By rate, those of seed 0 first; no rate of which seed 0 has none."""
+    rates = sorted(rate for rate, seed in cells if seed == 0 and "score" in cells[rate, 0])
+    having = [key for key in sorted(cells) if "score" in cells[key]]
+    return {rate: [cells[key]["score"] for key in having if key[0] == rate] for rate in rates}
 
 
 def best_of(scores: dict[float, list[float]]) -> float:
@@ -226,7 +245,7 @@ def best_of(scores: dict[float, list[float]]) -> float:
 
 def teacher_of(args: argparse.Namespace, name: str, world: World, seed: int) -> Any:
     """Params of a cell of a method and seed, at the rate that is best on the maps that choose."""
-    scores = scores_in(folder_of(args, name))
+    scores = scores_of(read_cells(folder_of(args, name))[0])
     if not scores:
         raise UserError(f"{name}-distilled learns of {name}, of which there is no training; add it to --methods")
     rate = best_of(scores)

@@ -22,19 +22,10 @@ from mcm_jax.evaluation.evaluate import interval
 SHOWN = {"miou": "mean IoU", "edge_f1.f1": "edge F1", "kid": "KID", "diversity": "diversity"}
 
 
-def read_cells(folder: pathlib.Path) -> tuple[dict[tuple[float, int], dict], dict[tuple[float, int], dict]]:
-    """Trainings and reports of a method, by rate and seed."""
-    cells, reports = {}, {}
-    for file in sorted(folder.glob("rate=*.json")):
-        found = json.loads(file.read_text())
-        (reports if file.name.endswith(".report.json") else cells)[found["rate"], found["seed"]] = found
-    return cells, reports
-
-
 def row_of(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
     """What is known of a method, and which cells are missing."""
-    cells, reports = read_cells(folder)
-    scores = run.scores_in(folder)
+    cells, reports = run.read_cells(folder)
+    scores = run.scores_of(cells)
     swept = {rate: of[0] for rate, of in scores.items()}
     refused = folder / run.REFUSED
     if not swept:

@@ -16,7 +16,7 @@ RATES = {
     "tiny": (2e-3, 4e-3, 8e-3),
     "small": (2e-3, 4e-3, 8e-3),
     "medium": (1e-3, 2e-3, 4e-3),
-    "large": (5e-4, 1e-3),  # at 0.002 it falls back to the base
+    "large": (5e-4, 1e-3),  # in short trainings it falls back to the base at 0.002
 }
 
 

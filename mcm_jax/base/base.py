@@ -124,6 +124,11 @@ class Base:
         return self.autoencoder is not None
 
     @property
+    def is_of_pixels(self) -> bool:
+        """See :class:`BaseCard`."""
+        return self.latent_shape[:2] == self.image_shape[:2]
+
+    @property
     def is_text_conditional(self) -> bool:
         """Whether :meth:`predict` needs a context."""
         return self.text_encoder is not None

@@ -371,7 +371,7 @@ def main(args: argparse.Namespace) -> int:
     base = BaseSettings(args.base).outline() if args.base else None
     report = check(args.data, base, args.partial, workers=args.workers)
     rows, tables = table(report.problems, args.data), summary(report)
-    said = verdict(report, _train_command(args, base))
+    said = verdict(report, _train_command(args))
     print("\n\n".join(filter(None, [rows, *(t.text() for t in tables), said])))
     if args.out:
         shown = report.problems, tables, report.trees, report.modalities, args.examples
@@ -380,7 +380,7 @@ def main(args: argparse.Namespace) -> int:
     return int(report.is_refused)
 
 
-def _train_command(args: argparse.Namespace, base: Base | None) -> str:
+def _train_command(args: argparse.Namespace) -> str:
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", args.data.resolve().name).strip("-.") or "mine"
     command = ["python", "train.py", "--config=configs/folder.py", f"--workdir=runs/{name}"]
     command.append(f"--config.data.path={args.data}")

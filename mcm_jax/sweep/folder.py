@@ -1,6 +1,7 @@
 """A sweep's folder: whose it is, as its ``sweep.json`` says, and where in it trials and caches are."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from mcm_jax.files import lock, write_atomically
 from mcm_jax.sweep.outcomes import ENDED, status
 from mcm_jax.sweep.trials import Trial
 from mcm_jax.training import RunSettings, read_run
+from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.caching import shared_by
 from mcm_jax.training.workdir import SWEEP, differences
 
@@ -62,6 +64,13 @@ def _settings(config: Mapping[str, Any], entry: Mapping[str, Any]) -> RunSetting
     """Of a trial, which may have found other modalities than the config has: older sweeps did not look."""
     modalities = entry.get("modalities", config["modalities"])
     return read_run(config_lib.override(RunSettings, {**config, "modalities": modalities}, entry["overrides"]))
+
+
+def as_begun(begun: Begun, base: RunSettings, trials: Sequence[Trial]) -> tuple[RunSettings, list[Trial]]:
+    """The config and the trials to go on with: see :func:`mcm_jax.training.workdir.as_begun`."""
+    pairs = itertools.zip_longest(trials, begun.trials[: len(trials)])
+    found = [dataclasses.replace(trial, settings=workdirs.as_begun(trial.settings, there)) for trial, there in pairs]
+    return workdirs.as_begun(base, begun.base), found
 
 
 def check_same(begun: Begun, trials: Sequence[Trial], workdir: pathlib.Path) -> None:

@@ -77,6 +77,8 @@ def run_sweep(
     base = read_run(config, known=begun and begun.base.modalities.shown)  # the data may be gone
     hyper, metric = trials_lib.load(sweep)
     trials = trials_lib.read(config, base, hyper, begun.trials if begun else ())
+    if begun:
+        base, trials = folders.as_begun(begun, base, trials)
     if index is not None and not 0 <= index < len(trials):
         raise UserError(f"--sweep_index={index}: the sweep has {len(trials)} trials, 0 to {len(trials) - 1}")
     check_measured(trials, metric)

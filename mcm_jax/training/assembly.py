@@ -58,18 +58,17 @@ def train_and_evaluate(
       UserError: bad input, see its message; nothing of the workdir is changed.
       Interrupted: SIGINT or SIGTERM came; the state was saved.
     """
-    settings, workdir = read_run(config, workdir), pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir)
+    settings = workdirs.as_begun(read_run(config, workdir), workdirs.settings_in(workdir))
     agree_on(settings)
     mesh = sharding.make_mesh(settings.mesh)
     sharding.check_batch_size(settings.train.batch_size, mesh, "config.train.batch_size", settings.train.accumulate)
     before, there = _found(settings, workdir)
-    settings = workdirs.as_begun(settings, before)
     finished = max(there, default=0) >= settings.train.steps
     parts = assemble(settings, workdir, mesh, finished)
     with workdirs.disk_errors(workdir), lock_once(workdir, finished):
         if not finished:  # again: another process may have trained here meanwhile
             before, _ = _found(settings, workdir, before)
-            settings = workdirs.as_begun(settings, before)
         return _run(settings, workdir, parts, mesh, before, profile)
 
 

@@ -93,8 +93,7 @@ def train_together(
     sharding.check_batch_size(one.train.batch_size, mesh, "config.train.batch_size", one.train.accumulate)
     left = []
     for settings, folder in trials:
-        before = workdirs.check_same_run(settings, folder)
-        trial = _Trial(workdirs.as_begun(settings, before), folder, before)
+        trial = _Trial(settings, folder, workdirs.check_same_run(settings, folder))
         if max(workdirs.saved_steps(folder), default=0) < settings.train.steps:
             left.append(trial)
         else:

@@ -47,8 +47,6 @@ def differences(there: RunSettings, settings: RunSettings, fixed: Collection[str
     found, wanted = config.flatten(there), config.flatten(settings)
     for flat in (found, wanted):
         flat["cache.mode"] = "on" if flat["cache.mode"] == "build" else flat["cache.mode"]
-    if "mcm.x0_clip" not in fixed:
-        wanted["mcm.x0_clip"] = wanted["mcm.x0_clip"] or found["mcm.x0_clip"]  # :func:`as_begun`
     longer = settings.train.schedule in ("constant", "wsd") and settings.train.steps > there.train.steps
     allowed, wrong = [], []
     for key in sorted(found.keys() | wanted.keys()):
@@ -57,6 +55,21 @@ def differences(there: RunSettings, settings: RunSettings, fixed: Collection[str
             line = f"  {key}: there {found.get(key, 'absent')!r}, now {wanted.get(key, 'absent')!r}"
             (allowed if is_free and key not in fixed else wrong).append(line)
     return allowed, wrong
+
+
+def settings_in(workdir: pathlib.Path) -> RunSettings | None:
+    """Of the run that is in a workdir already; None where there is none."""
+    return config.load(RunSettings, workdir) if (workdir / config.FILE).exists() else None
+
+
+def as_begun(settings: RunSettings, there: RunSettings | None) -> RunSettings:
+    """Settings to go on with where a run has begun: ``mcm.x0_clip``, where it is left to the base, is as it was then.
+
+    Older versions left it to nobody: it was 1 where the config did not say it, whatever the base.
+    """
+    if there is None or settings.mcm.x0_clip:
+        return settings
+    return dataclasses.replace(settings, mcm=dataclasses.replace(settings.mcm, x0_clip=there.mcm.x0_clip))
 
 
 def check_same_run(
@@ -71,14 +84,14 @@ def check_same_run(
       UserError: the workdir holds another run; lists each key that differs, and says what may. Or it holds a sweep.
     """
     path = workdir / config.FILE
-    if not path.exists():
+    there = settings_in(workdir)
+    if there is None:
         if (workdir / SWEEP).exists():  # which a run within would lock out
             raise UserError(
                 f"--workdir={workdir} holds a sweep, expected a run or nothing. Take another --workdir; --sweep=FILE "
                 f"goes on with the sweep, and the folders in it are workdirs of runs"
             )
         return None
-    there = config.load(RunSettings, workdir)
     allowed, wrong = differences(there, settings)
     if wrong:
         differs = "\n".join(wrong)
@@ -91,13 +104,6 @@ def check_same_run(
     if allowed and there != known:
         print("\n".join([f"{path}: changed since,", *allowed]))
     return there
-
-
-def as_begun(settings: RunSettings, there: RunSettings | None) -> RunSettings:
-    """Settings of a run that goes on, where they leave to the base what older versions wrote into its config."""
-    if there is None or settings.mcm.x0_clip:
-        return settings
-    return dataclasses.replace(settings, mcm=dataclasses.replace(settings.mcm, x0_clip=there.mcm.x0_clip))
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
