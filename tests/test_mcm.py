@@ -2,7 +2,6 @@
 
 import math
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import pytest
 import tiny
 
 from configs import default
+from mcm_jax.base import BaseCard
 from mcm_jax.errors import UserError
 from mcm_jax.mcm import MCM, SHIFT_SPACES, Modulator, Size, estimate_x0, modulate
 from mcm_jax.modalities import Modality, stack, total_channels
@@ -244,7 +244,8 @@ def _configured(name):
     config = default.get_config()
     config.mcm.update(default.SIZES[name])
     tiny.settings_of(config)
-    modulator = tiny.modulator_of(config, types.SimpleNamespace(schedule=SCHEDULE))
+    card = BaseCard("pixels", "", SCHEDULE, (32, 32, 3), (32, 32, 3), False, BASE_PARAMS, 4 * BASE_PARAMS)
+    modulator = tiny.modulator_of(config, card)
     assert total_channels(modulator.modalities) == 9 and modulator.module.inputs == ("x_t", "eps", "x0")
     return jax.eval_shape(lambda: modulator.init(jax.random.key(0), (32, 32, 3)))
 
