@@ -1,7 +1,7 @@
 """MCMs trained by train.py from a cache for the seconds that another method's steps take, judged as the peers are.
 
 python -m benchmarks.equal_time --config=scenes_sd --methods mcm-slim --as=full --as_steps=500 --text_guidance=1 \
-    --cost=benchmarks/results/peers_cost_scenes_sd.json --workdir=runs/equal_time
+    --cost=benchmarks/results/peers_cost_of_equal_time.json --workdir=runs/equal_time
 python -m benchmarks.peers.table --config=scenes_sd --methods mcm-slim --steps=STEPS --workdir=runs/equal_time \
     --out=benchmarks/results/equal_time_scenes_sd.json
 
