@@ -490,3 +490,15 @@ def test_a_table_names_what_is_missing_and_never_fills_it(tmp_path):
     write(2e-3, 1, 0.3)
     row = table.row_of(tmp_path, 2)
     assert row["rate"] == 4e-3 and row["fell_back"] == {"0.002": [0.7, 0.3]} and "rate 0.008" in row["missing"]
+
+
+def test_cells_of_other_settings_are_refused_by_the_keys_that_differ(tmp_path):
+    file = tmp_path / "cells" / "settings.json"
+    settings = {"pairs": 8, "config": {"mcm": {"x0_clip": 4.0, "multipliers": (1, 2)}, "seed": 0}}
+    run.check_settings(file, settings)
+    run.check_settings(file, settings)
+    other = {"pairs": 8, "config": {"mcm": {"x0_clip": 0.0, "multipliers": (1, 2)}, "seed": 0}, "select": 2}
+    words = r"other settings \(config.mcm.x0_clip: 4.0 there, 0.0 now; select: None there, 2 now\); take another"
+    with pytest.raises(UserError, match=words):
+        run.check_settings(file, other)
+    assert 'x0_clip": 4.0' in file.read_text()

@@ -26,6 +26,7 @@ from typing import Any
 import flax.serialization
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from benchmarks import common
 from benchmarks.peers.judging import NONE, Drawer, Guidance, guidances_of, judged, score
@@ -270,8 +271,9 @@ def check_settings(file: pathlib.Path, settings: dict[str, Any]) -> None:
     """Writes what all cells of a folder share; raises UserError where it holds others: what differs."""
     now = json.loads(json.dumps(settings))
     if file.exists() and (before := json.loads(file.read_text())) != now:
-        keys = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
-        said = "; ".join(f"{k}: {str(before.get(k))[:80]} there, {str(now.get(k))[:80]} now" for k in keys)
+        there, here = (flatten_dict(one, sep=".") for one in (before, now))
+        keys = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
+        said = "; ".join(f"{k}: {str(there.get(k))[:80]} there, {str(here.get(k))[:80]} now" for k in keys)
         raise UserError(f"{file.parent} holds cells of other settings ({said}); take another --workdir")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, (json.dumps(now, indent=2) + "\n").encode())
