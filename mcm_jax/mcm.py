@@ -346,7 +346,7 @@ class MCMSettings:
         return Size(self.channels, self.multipliers, self.blocks, attention, self.head_dim or None, self.groups)
 
     def x0_bound(self, base: Base | BaseCard) -> float:
-        """Bound of the estimate of x0 on a base; latents of Stable Diffusion's scale are seldom beyond 4."""
+        """Bound of the estimate of x0 on a base; 4 is for latents of about unit variance, as Stable Diffusion has."""
         return self.x0_clip or (1.0 if base.is_of_pixels else 4.0)
 
     def modulator(self, modalities: tuple[Modality, ...], base: Base | BaseCard) -> "Modulator":

@@ -8,7 +8,7 @@ A method that needs no gradient through the base is trained here by predictions 
 is measured by :mod:`.cost`. Of each method the learning rate is doubled or halved until the best of three neighbours is
 the middle one, by the mean IoU over the first held-out maps (all subsets of the modalities, seed 0); where a neighbour
 has less than half of the best, as one that fell back to the base, the rate between the two is tried, too. Other seeds
-are trained at the best rate; where one of them falls back so, the next best one is taken. By the same maps the modality
+are trained at the best rate; where one of them falls back so, the search goes on. By the same maps the modality
 guidance is chosen of :data:`.judging.SCALES`, for a method that is no MCM from the base's prediction or from its own
 when it is shown nothing. What is reported is of other held-out maps. A cell, one training, is kept as soon as it is
 done: the same command goes on.

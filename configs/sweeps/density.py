@@ -2,8 +2,8 @@
 
 python train.py --config=configs/scenes_sd.py --sweep=configs/sweeps/density.py --workdir=runs/density
 
-20 trials, 5 caches, as the cache holds the draws, about 35 minutes on two cores. Expect a mean IoU at 0.008 of 0.650 +-
-0.009 for uniform, 0.650 for noisy, 0.640 for middle, 0.634 for clean, 0.628 +- 0.012 for ends (docs/training.md).
+20 trials, 5 caches, as the cache holds the draws. Expect a mean IoU at 0.008 of 0.650 +- 0.009 for uniform, 0.650 for
+noisy, 0.640 for middle, 0.634 for clean, 0.628 +- 0.012 for ends (docs/training.md).
 """
 
 from configs import default

@@ -1,7 +1,6 @@
 """A sweep's folder: whose it is, as its ``sweep.json`` says, and where in it trials and caches are."""
 
 import dataclasses
-import itertools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -68,8 +67,8 @@ def _settings(config: Mapping[str, Any], entry: Mapping[str, Any]) -> RunSetting
 
 def as_begun(begun: Begun, base: RunSettings, trials: Sequence[Trial]) -> tuple[RunSettings, list[Trial]]:
     """The config and the trials to go on with: see :func:`mcm_jax.training.workdir.as_begun`."""
-    pairs = itertools.zip_longest(trials, begun.trials[: len(trials)])
-    found = [dataclasses.replace(trial, settings=workdirs.as_begun(trial.settings, there)) for trial, there in pairs]
+    there = dict(enumerate(begun.trials))
+    found = [dataclasses.replace(t, settings=workdirs.as_begun(t.settings, there.get(t.number))) for t in trials]
     return workdirs.as_begun(base, begun.base), found
 
 
