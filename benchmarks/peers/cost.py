@@ -35,7 +35,7 @@ from mcm_jax.mcm import MCMSettings, parameter_count
 from mcm_jax.sharding import make_mesh, place
 from mcm_jax.training import RunSettings, state
 from mcm_jax.training.compiled import CompiledStep
-from mcm_jax.training.optimizer import make_optimizer, make_schedule
+from mcm_jax.training.optimizer import OPTIMIZERS, make_optimizer, make_schedule
 
 _BASES = 5  # of a round
 
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(common.UNETS), help="a base with random weights in place of --config's")
     parser.add_argument("--dtype", default="float32", help="of --size's networks")
     parser.add_argument("--methods", nargs="+", default=(*run.DEFAULT, "mcm-small", "mcm-large"), choices=METHODS)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="of MCMs; others have adamw")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=pathlib.Path)
@@ -76,12 +77,7 @@ def main() -> None:
         base = dataclasses.replace(base, params=place(base.params, mesh))
     else:
         base, modalities, mcm = settings.base.load(mesh), settings.modalities.shown, settings.mcm
-    optimizer = make_optimizer(
-        "adamw",
-        make_schedule("constant", steps=100, learning_rate=1.0, warmup_steps=0, decay_steps=1),
-        weight_decay=0.0,
-        clip_norm=1.0,
-    )
+    schedule = make_schedule("constant", steps=100, learning_rate=1.0, warmup_steps=0, decay_steps=1)
     whole = base.card.unet_parameters
     predict = jax.jit(base.predict)
     rows: dict[str, dict[str, Any]] = {}
@@ -108,6 +104,8 @@ def main() -> None:
             "present": given.present,
             "eps": given.x_t if method.needs_eps else given.context,
         }
+        rule = args.optimizer if name.startswith("mcm-") else "adamw"
+        optimizer = make_optimizer(rule, schedule, weight_decay=0.0, clip_norm=1.0)
         train_step = train.make_step(method, optimizer, base.schedule, "v", 0.99)
         rate = jnp.float32(1e-5)
         base_params = train.frozen_params(method, base)
