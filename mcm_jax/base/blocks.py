@@ -144,11 +144,17 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        h = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
-        h = h - h.mean(axis=(1, 3), keepdims=True)
-        h = h * jax.lax.rsqrt(jnp.square(h).mean(axis=(1, 3), keepdims=True) + self.eps)
-        h = h.reshape(x.shape[0], -1, channels)
-        h = h * scale.astype(jnp.float32)[None, None] + bias.astype(jnp.float32)[None, None]
+        batch, per_group = x.shape[0], channels // self.groups
+        h = x.astype(jnp.float32).reshape(batch, -1, channels)
+
+        # Positions first, then the few channels of a group: one reduction over both is several times slower on a CPU.
+        def mean(a: jax.Array) -> jax.Array:
+            each = a.mean(axis=1).reshape(batch, self.groups, per_group).mean(axis=-1)
+            return jnp.repeat(each, per_group, axis=-1)[:, None]
+
+        h = h - mean(h)
+        h = h * (jax.lax.rsqrt(mean(jnp.square(h)) + self.eps) * scale.astype(jnp.float32)[None, None])
+        h = h + bias.astype(jnp.float32)[None, None]
         return h.reshape(x.shape).astype(self.dtype)
 
 
