@@ -2,7 +2,7 @@
 
 python train.py --config=configs/scenes_sd.py --sweep=configs/sweeps/size.py --workdir=runs/size
 
-22 trials from one cache; 171 minutes of steps on two cores, by what a step costs (docs/peers.md). Expect a mean IoU of
+22 trials from one cache; 143 minutes of steps on two cores, by what a step costs (docs/peers.md). Expect a mean IoU of
 0.885 +- 0.009 of tiny and 0.896 +- 0.008 of small at 0.004, 0.932 +- 0.003 of medium at 0.004 (0.930 at 0.002), 0.939
 +- 0.003 of large at 0.001 (docs/mcm.md).
 """
