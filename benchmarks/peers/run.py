@@ -37,13 +37,13 @@ from benchmarks.peers.world import World, open_world
 from mcm_jax import sharding
 from mcm_jax.errors import UserError
 from mcm_jax.files import write_atomically
+from mcm_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 DEFAULT = (
     *("mcm-tiny", "mcm-slim", "mcm-medium", "mcm-tiny-paper", "mcm-slim-paper", "mcm-medium-paper"),
     *("full", "full-eps", "controlnet", "controlnet-eps", "adapter", "lora", "judge"),
 )
-# Where a sweep of rates begins, else at 2e-3.
-FIRST = {"judge": 0.1} | {name: 5e-4 for name in METHODS if name.startswith(("full", "controlnet"))}
+FIRST = {"judge": 0.1}  # where a sweep of rates begins, else at 2e-3
 REFUSED = "refused.txt"
 GUIDANCE = "guidance.json"
 _NO_TRAINING = ("cost.py", "table.py", "run.py", "judging.py")
@@ -285,7 +285,7 @@ def _make(args: argparse.Namespace, name: str, world: World, guide: str, seed: i
     if name.endswith("-distilled"):
         given["teacher"] = teacher_of(args, name.removesuffix("-distilled"), world, seed)
     method = make_method(name, world.base, world.modalities, world.run.mcm, **given)
-    return method, Trainer(name, world, method, args.steps, args.batch_size)
+    return method, Trainer(name, world, method, args.steps, args.batch_size, args.optimizer, args.schedule)
 
 
 def main() -> None:
@@ -293,6 +293,8 @@ def main() -> None:
     parser.description = __doc__
     parser.add_argument("--pairs", type=int, default=1_500, help="of a drawn data set; others are taken whole")
     parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="wsd decays over the last fifth")
     parser.add_argument("--select", type=int, default=64, help="held-out maps that rates are chosen by")
     parser.add_argument("--report", type=int, default=128, help="other held-out maps, for what is reported")
     parser.add_argument("--references", type=int, default=1_000, help="training pictures for KID")
@@ -304,7 +306,7 @@ def main() -> None:
     parser.add_argument("--guide", help="the net of judge and -judged, a folder; default: the data set's own, shipped")
     args = parser.parse_args()
     fixed = {k: getattr(args, k) for k in ("pairs", "batch_size", "select", "report", "references", "sampling_steps")}
-    fixed["guidances"] = args.guidances
+    fixed |= {"guidances": args.guidances, "optimizer": [args.optimizer, args.schedule]}
     sizes = {k: fixed[k] for k in ("pairs", "select", "report", "references")}
     world = open_world(args.config, **sizes, text_guidance=args.text_guidance)
     guide = args.guide or f"{world.run.data.name}-segmenter"

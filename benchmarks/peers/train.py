@@ -123,13 +123,28 @@ class Trainer:
     Args:
       name: of the method.
       world: see there.
-      steps: of a training, the learning rate falling to zero by half a cosine.
+      steps: of a training.
       batch_size: pairs a step.
+      optimizer: of :mod:`mcm_jax.training.optimizer`.
+      schedule: of the learning rate; ``wsd`` decays over the last fifth.
     """
 
-    def __init__(self, name: str, world: World, method: Method, steps: int, batch_size: int):
+    def __init__(
+        self,
+        name: str,
+        world: World,
+        method: Method,
+        steps: int,
+        batch_size: int,
+        optimizer: str = "adamw",
+        schedule: str = "cosine",
+    ):
         self._name, self._world, self._method = name, world, method
         self._steps, self._batch_size, self._compiled = steps, batch_size, None
+        t = world.run.train
+        given = {"steps": steps, "warmup_steps": min(t.warmup_steps, steps // 10), "decay_steps": max(1, steps // 5)}
+        rises_and_falls = make_schedule(schedule, learning_rate=1.0, **given)
+        self._optimizer = make_optimizer(optimizer, rises_and_falls, weight_decay=t.weight_decay, clip_norm=t.clip_norm)
 
     def __call__(self, rate: float, seed: int) -> tuple[Any, dict[str, Any]]:
         """Averaged params, and what there is to say of the training."""
@@ -139,9 +154,7 @@ class Trainer:
         said: dict[str, Any] = {"rate": rate, "steps": steps, "seed": seed, "parameters": 0}
         if self._name == "judge":
             return jax.tree.map(lambda p: p * rate, begin()), said
-        warmup = min(t.warmup_steps, steps // 10)
-        schedule = make_schedule("cosine", steps=steps, learning_rate=1.0, warmup_steps=warmup, decay_steps=1)
-        optimizer = make_optimizer("adamw", schedule, weight_decay=t.weight_decay, clip_norm=t.clip_norm)
+        optimizer = self._optimizer
         weighting, gamma = weighting_of(self._name, world), world.run.loss.snr_gamma
         base_params, found, now = frozen_params(method, world.base), [], None
         speed = sharding.replicate(jnp.float32(rate), world.mesh)
