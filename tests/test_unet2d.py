@@ -11,6 +11,7 @@ import torch
 from flax import traverse_util
 
 from mcm_jax.base import load_base
+from mcm_jax.base.blocks import GroupNorm
 from mcm_jax.base.unet2d import UNet2D, UNet2DConfig
 from mcm_jax.base.weights import torch_name, torch_shape
 
@@ -220,6 +221,27 @@ def test_shapes_that_do_not_fit_are_refused(tiny):
             UNet2D(config).apply(params, wrong, t)
     with pytest.raises(ValueError, match=r"t: found shape \(1,\), expected \(2,\)"):
         UNet2D(config).apply(params, x, t[:1])
+
+
+@pytest.mark.parametrize("channels, groups, size", [(12, 4, (5, 3)), (8, 8, (4, 4)), (15, 3, (1, 7)), (6, 1, (2, 2))])
+def test_group_norm_and_its_gradient_are_torchs(channels, groups, size):
+    """In double precision: far from zero its own single has an error of 1e-3, the mean square less the mean's."""
+    rng = np.random.default_rng(0)
+    x, weight = (rng.standard_normal((3, *size, channels), np.float32) for _ in range(2))
+    x += np.arange(3, dtype=np.float32)[:, None, None, None] * 100
+    scale, bias = rng.standard_normal((2, channels), np.float32)
+    theirs = torch.nn.GroupNorm(groups, channels, 1e-5).double()
+    theirs.load_state_dict({"weight": torch.tensor(scale), "bias": torch.tensor(bias)})
+    seen = torch.tensor(x.transpose(0, 3, 1, 2), dtype=torch.float64, requires_grad=True)
+    expected = theirs(seen)
+    (expected * torch.tensor(weight.transpose(0, 3, 1, 2))).sum().backward()
+    norm = GroupNorm(groups, 1e-5)
+    ours = lambda x, scale, bias: norm.apply({"params": {"scale": scale, "bias": bias}}, x)  # noqa: E731
+    found, pull = jax.vjp(ours, x, scale, bias)
+    np.testing.assert_allclose(found, expected.detach().numpy().transpose(0, 2, 3, 1), atol=1e-4)
+    gradients = (seen.grad.numpy().transpose(0, 2, 3, 1), theirs.weight.grad.numpy(), theirs.bias.grad.numpy())
+    for one, other in zip(pull(jnp.asarray(weight)), gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
