@@ -34,7 +34,6 @@ from mcm_jax.errors import UserError
 from mcm_jax.mcm import parameter_count
 from mcm_jax.trained import WEIGHTS
 from mcm_jax.training.actions import DIVERGED
-from mcm_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 
 def steps_of(cost: dict, name: str, other: str, other_steps: int, pairs: int, draws: int) -> int:
@@ -66,7 +65,9 @@ def train_py(
     changes |= {"data.size": args.pairs, "draws.count": args.draws, "cache.mode": "build", "seed": seed}
     changes |= {"cache.path": kept / "cache", "cache.load_base": False, "train.batch_size": args.batch_size}
     changes |= {"train.steps": steps, "train.learning_rate": rate, "train.schedule": args.schedule}
-    changes |= {"train.optimizer": args.optimizer, "train.decay_steps": max(1, steps // 5)}
+    changes |= {"train.optimizer": args.optimizer}
+    if args.schedule == "wsd":
+        changes["train.decay_steps"] = max(1, steps // 5)
     changes |= {"train.validate_every": 0, "train.checkpoint_every": steps}
     flags = [f"--config.{k}={v}" for k, v in changes.items()]
     began, finished = time.perf_counter(), (workdir / WEIGHTS).exists()  # as far as it had come before
@@ -92,8 +93,7 @@ def main() -> None:
     parser.add_argument("--as_steps", type=int, default=500)
     parser.add_argument("--cost", type=pathlib.Path, required=True, help="what benchmarks.peers.cost wrote")
     parser.add_argument("--draws", type=int, default=8, help="of the cache")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="of the MCMs, as --cost measured it")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="wsd decays over the last fifth")
+    run.add_optimizer(parser, "of the MCMs, as --cost measured it")
     parser.add_argument("--pairs", type=int, default=1_500)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
@@ -125,8 +125,7 @@ def main() -> None:
             "base": world.base.fingerprint,
             "config": dataclasses.asdict(world.run),
             "as": [args.other, args.as_steps, cost["commit"]],
-            "optimizer": [args.optimizer, args.schedule],
-        }
+        } | run.trained_with(args)
         run.check_settings(run.folder_of(args, "settings.json"), settings)
         print(f"{name}: {steps} steps in the seconds of {args.as_steps} of {args.other}", flush=True)
         method = make_method(name, world.base, world.modalities, world.run.mcm)

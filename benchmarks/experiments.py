@@ -167,7 +167,7 @@ def main() -> None:
     report = json.loads(args.out.read_text())["parts"] if args.out.exists() else {}
 
     def keep(part: str, found: dict[str, Any]) -> None:
-        report[part] = found
+        report[part] = found | {"commit": common.COMMIT}
         common.write_report(args.out, __doc__, {"parts": report})
 
     for part in args.parts:

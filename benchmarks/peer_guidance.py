@@ -78,7 +78,7 @@ def main() -> None:
         raise SystemExit(f"{args.out} has rows of another {differs[0]}; take another --out")
     rows = before.get("rows", {})
     for name in args.methods:
-        key = f"{name}, {args.steps} steps"
+        key = ", ".join([name, f"{args.steps} steps", *settings.get("trained_with", [])])
         guidances = [Guidance(scale, args.own and scale != 1) for scale in args.guidances]
         left = [guidance for guidance in guidances if str(guidance) not in rows.get(key, {})]
         trained = Trained(args, name, world, settings["sampling_steps"]) if left else None

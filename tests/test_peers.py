@@ -502,3 +502,10 @@ def test_cells_of_other_settings_are_refused_by_the_keys_that_differ(tmp_path):
     with pytest.raises(UserError, match=words):
         run.check_settings(file, other)
     assert 'x0_clip": 4.0' in file.read_text()
+
+
+def test_settings_of_adamw_by_cosine_are_those_of_before_there_was_a_choice():
+    parser = run.arguments()
+    run.add_optimizer(parser, "of all methods")
+    assert run.trained_with(parser.parse_args([])) == {}
+    assert run.trained_with(parser.parse_args(["--schedule=wsd"])) == {"trained_with": ["adamw", "wsd"]}

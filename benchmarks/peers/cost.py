@@ -105,6 +105,7 @@ def main() -> None:
             "eps": given.x_t if method.needs_eps else given.context,
         }
         rule = args.optimizer if name.startswith("mcm-") else "adamw"
+        rows[name]["optimizer"] = rule
         optimizer = make_optimizer(rule, schedule, weight_decay=0.0, clip_norm=1.0)
         train_step = train.make_step(method, optimizer, base.schedule, "v", 0.99)
         rate = jnp.float32(1e-5)

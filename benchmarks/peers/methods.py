@@ -23,7 +23,7 @@ from mcm_jax.predictions import to_eps
 
 _PLAIN = dict(blocks=1, head_dim=0, groups=8)
 SIZES = default.SIZES | {
-    "slim": dict(channels=8, multipliers=(1, 2, 3), attention=(0, 0, 0)) | _PLAIN,  # below 3% of the shipped bases
+    "slim": dict(channels=8, multipliers=(1, 2, 3), attention=(0, 0, 0)) | _PLAIN,  # about 3% of the shipped bases
     "wide": dict(channels=40, multipliers=(1, 1), attention=(0, 0)) | _PLAIN,  # as many parameters as medium
 }
 # What an MCM may be otherwise: the paper's inputs, shift and loss; called again on its own corrected prediction;

@@ -43,7 +43,8 @@ DEFAULT = (
     *("mcm-tiny", "mcm-slim", "mcm-medium", "mcm-tiny-paper", "mcm-slim-paper", "mcm-medium-paper"),
     *("full", "full-eps", "controlnet", "controlnet-eps", "adapter", "lora", "judge"),
 )
-FIRST = {"judge": 0.1}  # where a sweep of rates begins, else at 2e-3
+# Where a sweep of rates begins, else at 2e-3: below the cliff of those that change the base itself.
+FIRST = {"judge": 0.1} | {name: 5e-4 for name in METHODS if name.startswith(("full", "controlnet"))}
 REFUSED = "refused.txt"
 GUIDANCE = "guidance.json"
 _NO_TRAINING = ("cost.py", "table.py", "run.py", "judging.py")
@@ -217,6 +218,20 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def add_optimizer(parser: argparse.ArgumentParser, whose: str) -> None:
+    """The flags ``--optimizer`` and ``--schedule``."""
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help=whose)
+    parser.add_argument(
+        "--schedule", choices=SCHEDULES, default="cosine", help=f"{whose}; wsd decays over the last fifth"
+    )
+
+
+def trained_with(args: argparse.Namespace) -> dict[str, Any]:
+    """What a folder's settings say of them: nothing of AdamW by cosine, as folders of before these flags."""
+    how = [args.optimizer, args.schedule]
+    return {} if how == ["adamw", "cosine"] else {"trained_with": how}
+
+
 def folder_of(args: argparse.Namespace, name: str) -> pathlib.Path:
     """Where the cells of a method are."""
     return args.workdir / args.config / f"steps={args.steps}" / name
@@ -293,8 +308,7 @@ def main() -> None:
     parser.description = __doc__
     parser.add_argument("--pairs", type=int, default=1_500, help="of a drawn data set; others are taken whole")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="wsd decays over the last fifth")
+    add_optimizer(parser, "of all methods")
     parser.add_argument("--select", type=int, default=64, help="held-out maps that rates are chosen by")
     parser.add_argument("--report", type=int, default=128, help="other held-out maps, for what is reported")
     parser.add_argument("--references", type=int, default=1_000, help="training pictures for KID")
@@ -306,7 +320,7 @@ def main() -> None:
     parser.add_argument("--guide", help="the net of judge and -judged, a folder; default: the data set's own, shipped")
     args = parser.parse_args()
     fixed = {k: getattr(args, k) for k in ("pairs", "batch_size", "select", "report", "references", "sampling_steps")}
-    fixed |= {"guidances": args.guidances, "optimizer": [args.optimizer, args.schedule]}
+    fixed |= {"guidances": args.guidances} | trained_with(args)
     sizes = {k: fixed[k] for k in ("pairs", "select", "report", "references")}
     world = open_world(args.config, **sizes, text_guidance=args.text_guidance)
     guide = args.guide or f"{world.run.data.name}-segmenter"
