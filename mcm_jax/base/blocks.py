@@ -147,7 +147,7 @@ class GroupNorm(nn.Module):
         batch, per_group = x.shape[0], channels // self.groups
         h = x.astype(jnp.float32).reshape(batch, -1, channels)
 
-        # Positions first, then the few channels of a group: one reduction over both is slower on a CPU.
+        # Positions first, then the few channels of a group: one reduction over both trains slower on a CPU.
         def mean(a: jax.Array) -> jax.Array:
             each = a.mean(axis=1).reshape(batch, self.groups, per_group).mean(axis=-1)
             return jnp.repeat(each, per_group, axis=-1)[:, None]
