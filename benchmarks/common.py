@@ -1,5 +1,6 @@
 """What the benchmarks share: bases of any size with random weights, data that cost nothing, and the report's frame."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -11,7 +12,7 @@ import statistics
 import subprocess
 import time
 import unittest.mock
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from mcm_jax.base import Base, attention
 from mcm_jax.base.autoencoders import AutoencoderKL, AutoencoderKLConfig
 from mcm_jax.base.clip import CLIPText, CLIPTextConfig
 from mcm_jax.base.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
+from mcm_jax.errors import UserError
 from mcm_jax.evaluation.judges import Judge, flatten
 from mcm_jax.mcm import Modulator
 from mcm_jax.modalities import Modality
@@ -43,6 +45,15 @@ UNETS = {  # what each changes in diffusers' defaults, which are SD 1.5's but fo
     },
 }
 _VAES = {"sd15": (128, 256, 512, 512), "60m": (32, 64, 64, 64), "tiny": (32, 32, 32, 32)}
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Bad input ends the command with its message alone, as that of the scripts does."""
+    try:
+        yield
+    except UserError as e:
+        raise SystemExit(str(e)) from e
 
 
 class Words:

@@ -29,6 +29,7 @@ from benchmarks import common
 from benchmarks.peers import run
 from benchmarks.peers.judging import Drawer
 from benchmarks.peers.methods import METHODS, SIZES, make_method
+from benchmarks.peers.train import decay_steps
 from benchmarks.peers.world import open_world
 from mcm_jax.errors import UserError
 from mcm_jax.mcm import parameter_count
@@ -67,7 +68,7 @@ def train_py(
     changes |= {"train.steps": steps, "train.learning_rate": rate, "train.schedule": args.schedule}
     changes |= {"train.optimizer": args.optimizer}
     if args.schedule == "wsd":
-        changes["train.decay_steps"] = max(1, steps // 5)
+        changes["train.decay_steps"] = decay_steps(steps)
     changes |= {"train.validate_every": 0, "train.checkpoint_every": steps}
     flags = [f"--config.{k}={v}" for k, v in changes.items()]
     began, finished = time.perf_counter(), (workdir / WEIGHTS).exists()  # as far as it had come before
@@ -115,10 +116,7 @@ def main() -> None:
     world = open_world(args.config, **sizes, text_guidance=args.text_guidance)
     common.use_compilation_cache(args.workdir)
     for name in args.methods:
-        try:
-            args.steps = steps = steps_of(cost, name, args.other, args.as_steps, args.pairs, args.draws)
-        except UserError as e:
-            raise SystemExit(str(e)) from e
+        args.steps = steps = steps_of(cost, name, args.other, args.as_steps, args.pairs, args.draws)
         settings = sizes | {"draws": args.draws, "text_guidance": world.run.sampling.text_guidance}
         settings |= {"sampling_steps": args.sampling_steps, "guidances": args.guidances, "batch_size": args.batch_size}
         settings |= {
@@ -137,4 +135,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with common.plain_errors():
+        main()

@@ -14,6 +14,7 @@ import tiny
 import torch
 from test_unet2d_condition import CROSS_DOWN, CROSS_UP, DOWN, TINY, UP
 
+from benchmarks import common
 from benchmarks.peers import judge, judging, methods, nets, run, table, train, unet, world
 from benchmarks.peers.method import Given
 from configs import default
@@ -502,6 +503,8 @@ def test_cells_of_other_settings_are_refused_by_the_keys_that_differ(tmp_path):
     with pytest.raises(UserError, match=words):
         run.check_settings(file, other)
     assert 'x0_clip": 4.0' in file.read_text()
+    with pytest.raises(SystemExit, match=words), common.plain_errors():  # as the commands say it
+        run.check_settings(file, other)
 
 
 def test_settings_of_adamw_by_cosine_are_those_of_before_there_was_a_choice():

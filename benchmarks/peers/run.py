@@ -44,7 +44,7 @@ DEFAULT = (
     *("full", "full-eps", "controlnet", "controlnet-eps", "adapter", "lora", "judge"),
 )
 # Where a sweep of rates begins, else at 2e-3: below the cliff of those that change the base itself.
-FIRST = {"judge": 0.1} | {name: 5e-4 for name in METHODS if name.startswith(("full", "controlnet"))}
+FIRST = {"judge": 0.1} | {name: 1e-3 for name in METHODS if name.startswith(("full", "controlnet"))}
 REFUSED = "refused.txt"
 GUIDANCE = "guidance.json"
 _NO_TRAINING = ("cost.py", "table.py", "run.py", "judging.py")
@@ -347,4 +347,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with common.plain_errors():
+        main()

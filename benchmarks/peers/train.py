@@ -28,6 +28,11 @@ def weighting_of(name: str, world: World) -> str:
     return "eps" if name.endswith(("-paper", "-eps")) else world.run.loss.weighting
 
 
+def decay_steps(steps: int) -> int:
+    """Of a training by ``wsd``, in which the rate falls: the last fifth."""
+    return max(1, steps // 5)
+
+
 def make_step(
     method: Method, optimizer: Any, schedule: Schedule, weighting: str, ema_decay: float, snr_gamma: float = 5.0
 ) -> Any:
@@ -126,7 +131,7 @@ class Trainer:
       steps: of a training.
       batch_size: pairs a step.
       optimizer: of :mod:`mcm_jax.training.optimizer`.
-      schedule: of the learning rate; ``wsd`` decays over the last fifth.
+      schedule: of the learning rate; ``wsd`` falls over :func:`decay_steps`.
     """
 
     def __init__(
@@ -142,7 +147,7 @@ class Trainer:
         self._name, self._world, self._method = name, world, method
         self._steps, self._batch_size, self._compiled = steps, batch_size, None
         t = world.run.train
-        given = {"steps": steps, "warmup_steps": min(t.warmup_steps, steps // 10), "decay_steps": max(1, steps // 5)}
+        given = {"steps": steps, "warmup_steps": min(t.warmup_steps, steps // 10), "decay_steps": decay_steps(steps)}
         rises_and_falls = make_schedule(schedule, learning_rate=1.0, **given)
         self._optimizer = make_optimizer(optimizer, rises_and_falls, weight_decay=t.weight_decay, clip_norm=t.clip_norm)
 
