@@ -9,7 +9,7 @@ face. The base is downloaded from the Hugging Face Hub (pip install -e '.[hub]')
 Network, form and training are the paper's: 3.87M parameters, 1.4% of the base's 274M; batch 64, learning rate 1e-5.
 Ours reaches more control in fewer steps on small bases (docs/mcm.md): --config.mcm.inputs="('x_t','eps','x0')"
 --config.mcm.shift_space=x0 --config.mcm.conditions=encoder --config.loss.weighting=v --config.train.learning_rate=1e-3.
-Not trained by us yet. CelebA's 24,183 training pictures with 50 cached draws each (29 GiB) are seen 11 times a draw;
+Not trained by us yet. CelebA's 24,183 training pictures with 50 cached draws each (28 GiB) are seen 11 times a draw;
 take --config.train.steps in proportion to your number of pictures (docs/cache.md, "How many draws").
 """
 

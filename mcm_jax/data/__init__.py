@@ -74,7 +74,7 @@ class DataSettings:
         the next one takes its place, which is counted and told, up to 5% of the examples.
       stream: whether training without a cache reads (and encodes) examples for each batch, ``on``, or all of them once
         and keeps them, ``off``; ``auto`` streams what would take more than 4 GiB. The batches are the same, latents to
-        rounding.
+        rounding. Prompts are not streamed in several processes.
       partial: whether pictures of a folder may miss modalities.
       held_out_share: of a folder without a test split, how much of it is held out, by a hash of the names; 0 is none.
       discover: whether the modalities of a folder are found in it, as configs/folder.py has it: the workdir's config
