@@ -324,7 +324,11 @@ def _value(kind: Any, found: Any, where: str) -> Any:
         refuse("a whole number" if kind is int else "a number")
     if kind is int:
         return found if isinstance(found, int) else refuse("a whole number")
-    return float(found) if math.isfinite(found) else refuse("finite")
+    try:
+        value = float(found)
+    except OverflowError:  # a whole number of hundreds of digits
+        refuse("finite")
+    return value if math.isfinite(value) else refuse("finite")
 
 
 def _plain(value: Any, *, tuples: bool) -> Any:

@@ -71,6 +71,7 @@ def generate(
     drawer = Drawer(workdir, base, accept_base, dtype, **changes)
     drawer.check_text(own, "--")
     expect(num_samples >= 1, "num_samples", "at least 1", num_samples)
+    expect(preview_every >= 0, "preview_every", "a number of steps, or 0 (none)", preview_every)
     if changes.get("batch_size") is None:
         own["batch_size"] = min(num_samples, drawer.settings.batch_size)
     own["conditions"] = dict(conditions)
@@ -83,7 +84,7 @@ def generate(
     shown = [drawer.files.show(path, name, sized.image_shape[:2]) for name, path in sorted(conditions.items())]
     drawer.files.check(first, sized)
 
-    out = pathlib.Path(out)
+    out = pathlib.Path(out).expanduser()
     new = [out / f"{job.name}.png" for job in jobs]
     earlier = [path for path in out.glob("sample_*.png") if re.fullmatch(r"sample_\d{3,}", path.stem)]
     earlier = [path for path in earlier if path not in new and is_ours(path)]  # of another run into this folder

@@ -340,7 +340,12 @@ class Pipeline:
             samples = range(start, min(start + batch_size, count))
             tell = None if callback is None else functools.partial(_tell, callback, samples)
             what, how = (self.base.params, params, batch), (table, calls, guided, settings.modulate)
-            images.append(self.engine.draw(*what, *how, tell, every)[: len(samples)])
+            with sharding.memory_errors(
+                f"the base and a batch of {batch_size} samples",
+                "Fewer at a time: --batch_size (batch_size; while training config.sampling.batch_size); or smaller "
+                "numbers: --dtype=bfloat16",
+            ):
+                images.append(self.engine.draw(*what, *how, tell, every)[: len(samples)])
         images = np.concatenate(images)
         return images if inpaint is None else np.where(np.asarray(inpaint, bool)[..., None], images, places.image)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mcm_jax import samplers
+from mcm_jax.draws import expect_seed
 from mcm_jax.errors import UserError, expect
 from mcm_jax.samplers import SAMPLERS, SPACINGS, Table
 from mcm_jax.schedules import Schedule
@@ -168,7 +169,8 @@ class SamplingSettings:
 
 
 def sample_keys(seed: int, count: int) -> jax.Array:
-    """One key per sample, ``[count]``: sample i is the same whatever ``count`` is."""
+    """One key per sample, ``[count]``: sample i is the same whatever ``count`` is. Seeds are below 2**32."""
+    expect_seed(seed)
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(count))
 
 

@@ -7,10 +7,11 @@ on it only while it is used. What is trained, and its optimizer, is whole everyw
 All of it works in several processes (``jax.distributed``), each of which holds its own devices' parts and no more.
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -189,6 +190,23 @@ def free_memory() -> int | None:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError):
         return None
+
+
+@contextlib.contextmanager
+def memory_errors(what: str, way_out: str) -> Iterator[None]:
+    """Turns a device's being out of memory into one message with the way out; any other exception passes.
+
+    Args:
+      what: does not fit.
+      way_out: a sentence.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if not str(e).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        first = str(e).splitlines()[0]
+        raise UserError(f"a device's memory does not hold {what} ({first}). {way_out}") from e
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, key: str = "train.batch_size", accumulate: int = 1) -> None:

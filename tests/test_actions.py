@@ -22,9 +22,10 @@ from mcm_jax.errors import UserError
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import Judge, Judgement
 from mcm_jax.pipeline import Pipeline
+from mcm_jax.sharding import memory_errors
 from mcm_jax.training.actions import Checkpoint, Control, HeldOutLoss, Profile, Report, ValidationPictures
 from mcm_jax.training.checkpoints import Checkpoints
-from mcm_jax.training.compiled import CompiledStep, memory_errors
+from mcm_jax.training.compiled import CompiledStep
 from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Clock, Moment
 from mcm_jax.training.state import TrainState
@@ -237,9 +238,10 @@ def test_a_profile_begins_with_the_first_step_that_runs(tmp_path, capsys):
 
 def test_a_device_without_memory_says_the_way_out():
     huge = jax.jit(lambda: jnp.ones(2**46))  # 256 TiB
-    with pytest.raises(UserError, match=r"RESOURCE_EXHAUSTED.*Buy more\.$"), memory_errors("Buy more."):
+    words = r"memory does not hold 256 TiB .RESOURCE_EXHAUSTED.*Buy more\.$"
+    with pytest.raises(UserError, match=words), memory_errors("256 TiB", "Buy more."):
         huge().block_until_ready()
-    with pytest.raises(jax.errors.JaxRuntimeError), memory_errors(""):
+    with pytest.raises(jax.errors.JaxRuntimeError), memory_errors("", ""):
         raise jax.errors.JaxRuntimeError("INTERNAL: of something else, RESOURCE_EXHAUSTED or not")
 
 

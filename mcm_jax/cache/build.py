@@ -239,7 +239,12 @@ def _shards(
             views = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
             captions = views.pop("caption")[:: plan.views] if base.is_text_conditional else None
             kept = {name: v.reshape(len(index), plan.views, *v.shape[1:]) for name, v in views.items()}
-            yield number, {"index": index, **kept, **predict(index, kept, captions, plan.draws, bar.update)}
+            with sharding.memory_errors(
+                f"the base and {recipe.batch_size} predictions at a time",
+                "Fewer at a time: config.cache.batch_size; or a smaller base: config.base.dtype=bfloat16",
+            ):
+                predicted = predict(index, kept, captions, plan.draws, bar.update)
+            yield number, {"index": index, **kept, **predicted}
     predict.cuts.warn(stacklevel=3)
 
 

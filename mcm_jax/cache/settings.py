@@ -40,4 +40,4 @@ class CacheSettings:
 
     def folder(self, workdir: str | os.PathLike) -> pathlib.Path:
         """Where the cache of a workdir is."""
-        return pathlib.Path(self.path).expanduser() if self.path else pathlib.Path(workdir) / "cache"
+        return pathlib.Path(self.path).expanduser() if self.path else pathlib.Path(workdir).expanduser() / "cache"

@@ -260,7 +260,10 @@ def _make_net(base: Base, mesh: jax.sharding.Mesh) -> Callable[[np.ndarray], np.
         return sharding.keep_whole(latent, mesh)  # for each process to read
 
     def run(images: np.ndarray) -> np.ndarray:
-        latents = np.asarray(net(base.params, sharding.split_batch(images, mesh)))
+        with sharding.memory_errors(
+            f"the base and its autoencoder's work on {_BATCH} pictures", "A smaller base: config.base.dtype=bfloat16"
+        ):
+            latents = np.asarray(net(base.params, sharding.split_batch(images, mesh)))
         if not np.isfinite(latents).all():
             raise UserError(
                 f"the autoencoder of {base.name!r} overflows (a latent that float16 cannot hold); set "

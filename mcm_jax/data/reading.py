@@ -74,7 +74,7 @@ def read_image(path: Source) -> Image.Image:
     with open_picture(path, "Replace it, or remove it and its conditions") as picture:
         picture.load()
         turn = turn_of(picture)
-        picture = eight_bits(picture)
+        picture = eight_bits(picture, path)
         picture = over(picture, "white") if picture.has_transparency_data else picture.convert("RGB")
     return picture if turn is None else picture.transpose(turn)
 

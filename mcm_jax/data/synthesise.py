@@ -110,10 +110,9 @@ def _sample_missing(
                 texts, cut = [prompts[i % len(prompts)] for i in rows], {}
                 embedded = np.asarray(base.embed_text(pipeline.base.params, [*texts, settings.negative_prompt], cut))
                 cuts.add(texts, cut)
-                contexts = {
-                    "context": embedded[:-1],
-                    "negative_context": np.repeat(embedded[-1:], batch_size, axis=0),
-                }
+                contexts = {"context": embedded[:-1]}
+                if pipeline.is_guided(settings):
+                    contexts["negative_context"] = np.repeat(embedded[-1:], batch_size, axis=0)
             values = pipeline({}, keys[rows], **contexts)
             if odd := [str(i) for i, fine in zip(rows, np.isfinite(values).all((1, 2, 3)), strict=True) if not fine]:
                 raise UserError(
@@ -140,9 +139,9 @@ def _check_record(
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest() if prompts else None
     how["timesteps"] = list(settings.timesteps)  # as JSON has them
     now = {"base": base.name, "fingerprint": base.fingerprint, "seed": seed, "prompts_sha256": digest, **how}
-    path = out / RECORD
-    if not path.is_file():
-        if any((out / "train").glob("image/*")):
+    path, begun = out / RECORD, any((out / "train").glob("image/*"))
+    if not (path.is_file() and begun):  # of a call that ended before its first picture, nothing is to be kept
+        if begun:
             raise UserError(
                 f"{out / 'train' / 'image'}: holds pictures that this command has not sampled; take a new --out"
             )

@@ -159,9 +159,11 @@ def evaluate(
     settings = pipeline.settings.but(**changes).but(height=0, width=0)  # the base's size, as held-out pictures have
     settings.check_for(pipeline.base.schedule)
     check_text(pipeline.base, changes, "--")
-    out = pathlib.Path(out)
+    out = pathlib.Path(out).expanduser()
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; expected the name of a JSON file")
+    if out.exists() and not _is_ours(out):
+        raise UserError(f"--out {out}: is there and no evaluation's metrics, which may be replaced; take another name")
     check_writable(out.parent, "--out")
     modalities = pipeline.modalities
     held_out = HeldOut(run.data, pipeline.base.card, modalities, wanted.maps)
@@ -378,6 +380,14 @@ def _cases(
         said += f" Rows: {', '.join(names)}, real, sample."
         sheets[judge.name] = said, pictures.grid([*conditions, real, row.cases[judge.name]])
     return sheets
+
+
+def _is_ours(file: pathlib.Path) -> bool:
+    """Whether a file holds the metrics of an evaluation."""
+    try:
+        return "mcm_parameters" in json.loads(file.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _summed_up(found: Mapping[str, _Measured]) -> dict[str, Any]:

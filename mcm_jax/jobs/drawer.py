@@ -186,7 +186,7 @@ class Drawer:
         Raises:
           UserError: some could not be drawn: which, when the others and the sheet are there; or see :meth:`attempt`.
         """
-        out = pathlib.Path(out)
+        out = pathlib.Path(out).expanduser()
         expect(sheet >= 0, "sheet", "a number of pictures, or 0 (none)", sheet)
         if sheet:
             self._check_own(SHEET, "--sheet", jobs, out)
@@ -224,7 +224,8 @@ class Drawer:
         """
         if jax.process_count() > 1:  # each would look for itself which pictures are there
             raise UserError("jobs are drawn by one process; start it alone, or give each a list of its own")
-        out, problems, todo, new, kept = pathlib.Path(out), list(problems), [], [], []
+        out, problems, todo, new, kept = pathlib.Path(out).expanduser(), list(problems), [], [], []
+        expect(preview_every >= 0, "preview_every", "a number of steps, or 0 (none)", preview_every)
         check_writable(out, "--out")
         if preview_every:
             self._check_own(PREVIEW, "--preview_every", jobs, out)

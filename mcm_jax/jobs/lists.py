@@ -271,7 +271,7 @@ def replay(
     # What a picture does not say is the default, not the run's.
     job = drawer.job(pathlib.Path(picture).stem, given, str(picture), SamplingSettings())
     check_typed([job], changes)
-    target = pathlib.Path(out) / f"{job.name}.png"
+    target = pathlib.Path(out).expanduser() / f"{job.name}.png"
     if not is_drawn(target, drawer.record(job)):
         check_target(target, {os.path.realpath(picture): "--replay"})
     drawer.draw([job], out, preview_every=preview_every)

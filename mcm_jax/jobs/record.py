@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mcm_jax import assets
 from mcm_jax.errors import UserError
 from mcm_jax.jobs.job import Job
+from mcm_jax.modalities.files import BROKEN
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.request import OF_TEXT
 from mcm_jax.sampling import SamplingSettings
@@ -116,7 +117,7 @@ def _is_transparent(path: str) -> bool:
     try:
         with Image.open(path) as picture:
             return picture.has_transparency_data
-    except (OSError, SyntaxError, ValueError):
+    except BROKEN:
         return False
 
 
@@ -125,7 +126,7 @@ def read_record(path: str | os.PathLike) -> dict[str, Any]:
     try:
         with Image.open(path) as picture:
             return json.loads(picture.info[TEXT])
-    except (KeyError, ValueError, TypeError, UnidentifiedImageError, OSError, SyntaxError) as e:
+    except BROKEN as e:
         raise UserError(
             f"{path}: carries no settings ({e or type(e).__name__}); expected a PNG that sample.py wrote, unchanged"
         ) from e

@@ -20,8 +20,8 @@ GREY_STEP = "grey_step"
 # Whatever a file is called. Pillow knows many more, rarely tried ones, and of EPS it runs Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 # Of Pillow, of damaged or hostile files.
-_BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, NotImplementedError)
-_BROKEN += (struct.error, Image.DecompressionBombError)
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, NotImplementedError)
+BROKEN += (struct.error, Image.DecompressionBombError)
 
 
 def note_grey_step(picture: Image.Image) -> Image.Image:
@@ -59,11 +59,34 @@ def over(picture: Image.Image, colour: str) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", picture.size, colour), picture).convert("RGB")
 
 
-def eight_bits(picture: Image.Image) -> Image.Image:
-    """A picture of 16-bit greys in 8, which ``convert`` would cut off at 255; others as they are."""
-    if not picture.mode.startswith("I;16"):
-        return picture
-    return Image.fromarray(np.round(np.asarray(picture) / 257).astype(np.uint8))
+def fine_greys(picture: Image.Image, where: object) -> np.ndarray | None:
+    """Greys of more than 8 bits, which ``convert`` would cut off at 255: float32 ``[H, W]`` in [0, 1]; None of others.
+
+    16 bits, also in a picture of 32, are divided by 65535; floats are taken as they are.
+
+    Args:
+      picture: any, opened.
+      where: it is from, for the message.
+
+    Raises:
+      UserError: values out of these ranges, which could mean anything.
+    """
+    wide = picture.mode.startswith("I")  # I, and I;16 in either order of the bytes
+    if not wide and picture.mode != "F":
+        return None
+    values, most = np.asarray(picture), 65535 if wide else 1
+    if not (np.isfinite(values) & (values >= 0) & (values <= most)).all():
+        raise UserError(
+            f"{where}: found a grey picture of {'whole numbers' if wide else 'floats'} from {values.min():g} to "
+            f"{values.max():g}, expected 0 to {most}; scale it to that, or save it with 8 bits"
+        )
+    return (values / np.float32(most)).astype(np.float32)
+
+
+def eight_bits(picture: Image.Image, where: object = "the picture") -> Image.Image:
+    """A picture of finer greys in 8 bits (:func:`fine_greys`), others as they are."""
+    values = fine_greys(picture, where)
+    return picture if values is None else Image.fromarray(np.round(values * 255).astype(np.uint8))
 
 
 class PictureBytes(io.BytesIO):
@@ -94,5 +117,5 @@ def open_picture(source: str | os.PathLike | PictureBytes, fix: str = "Replace i
             yield note_grey_step(picture)
     except UserError:
         raise
-    except _BROKEN as e:
+    except BROKEN as e:
         raise UserError(f"{source}: not a picture that can be read ({e}). {fix}") from e

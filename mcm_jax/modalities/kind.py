@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mcm_jax.errors import UserError, expect
-from mcm_jax.modalities.files import PICTURES
+from mcm_jax.modalities.files import PICTURES, fine_greys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +106,9 @@ class Kind:
     def decode(self, picture: Image.Image, path: pathlib.Path) -> np.ndarray:
         """The condition that an opened picture file holds. Raises UserError where it cannot hold one."""
         self.check_picture(path)
-        if picture.mode.startswith("I;16"):  # also I;16B, big-endian TIFF, which convert() would cut off at 255
-            return np.asarray(picture).astype(np.float32) / 65535
+        values = fine_greys(picture, path)
+        if values is not None:
+            return values if self.channels == 1 else np.repeat(values[..., None], self.channels, axis=-1)
         return self.converted(picture, path, "L" if self.channels == 1 else "RGB")
 
     def check_picture(self, path: pathlib.Path) -> None:

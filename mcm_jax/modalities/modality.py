@@ -96,7 +96,8 @@ class Modality:
     def fit(self, array: np.ndarray, height: int, width: int) -> np.ndarray:
         """:meth:`resize` of the centre that has the grid's aspect ratio: nothing is squeezed."""
         top, left, bottom, right = (round(edge) for edge in cover(*array.shape[:2], height, width))
-        return self.resize(array[top:bottom, left:right], height, width)
+        # A picture one pixel wide keeps it.
+        return self.resize(array[top : max(bottom, top + 1), left : max(right, left + 1)], height, width)
 
     def crop(self, array: np.ndarray, box: tuple[float, float, float, float], height: int, width: int) -> np.ndarray:
         """The part ``box`` (top, left, bottom, right, in the condition's pixels) on the grid ``height`` x ``width``."""

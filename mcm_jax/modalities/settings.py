@@ -8,6 +8,9 @@ from mcm_jax.modalities.modality import Modality
 # What else an example or a record holds.
 _TAKEN = ("image", "latent", "caption", "prompt", "index", "draw", "seen", "present")
 _TAKEN += ("t", "eps", "eps_scale", "noise", "x_t")
+# Rows of an evaluation, and what a picture's settings say beside its conditions.
+_TAKEN += ("all", "both", "base", "real", "shuffled", "unprompted", "autoencoder")
+_TAKEN += ("device", "file", "versions", "workdir")
 
 
 @dataclasses.dataclass(frozen=True)

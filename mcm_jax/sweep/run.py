@@ -65,7 +65,7 @@ def run_sweep(
       UserError: bad input, another sweep in the workdir, or a trial that cannot be trained: see its message.
       Interrupted: SIGINT or SIGTERM came; the state of what was training was saved.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     if width is not None and width < 1:
         raise UserError(f"--sweep_width={width}: expected at least 1 trial on each device")
     if width is not None and (mode == "serial" or index is not None):

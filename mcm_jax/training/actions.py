@@ -171,7 +171,8 @@ class Control:
 
     def __init__(self, log: Log, *, every: int, pipeline: Pipeline, held_out: HeldOut, judges: Sequence[Judge]):
         self._log, self._every, self._pipeline, self._judges = log, every, pipeline, judges
-        self._sampler = Sampler(pipeline, held_out, pipeline.settings)
+        size = min(pipeline.settings.batch_size, len(held_out))
+        self._sampler = Sampler(pipeline, held_out, pipeline.settings.but(batch_size=size))
         self._row = Row("all", tuple(m.name for m in pipeline.modalities), pipeline.settings.guidance)
         self._keys, self._which = sampling.sample_keys(0, len(held_out)), np.arange(len(held_out))
 
@@ -300,7 +301,11 @@ class ValidationPictures:
             return
         with now.clock.pause(now.state):
             self._pipeline.update(now.state.ema_params)
-            sheet = self._sheet()
+            try:
+                sheet = self._sheet()
+            except UserError as e:  # of this moment, as in Control
+                warnings.warn(f"step {now.step}: no validation pictures were drawn: {e}", stacklevel=2)
+                return
             if distributed.is_first():
                 pictures.save_png(self._folder / f"step_{now.step:07d}.png", sheet)
 

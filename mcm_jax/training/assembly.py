@@ -25,12 +25,12 @@ from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.actions import Checkpoint, Control, HeldOutLoss, Profile, Report, ValidationPictures
 from mcm_jax.training.caching import agree_on
 from mcm_jax.training.checkpoints import Checkpoints
-from mcm_jax.training.compiled import CompiledStep, memory_errors
+from mcm_jax.training.compiled import CompiledStep
 from mcm_jax.training.feed import Feed
-from mcm_jax.training.logs import Log
+from mcm_jax.training.logs import Log, check_wandb
 from mcm_jax.training.loop import Action, Clock, train
 from mcm_jax.training.optimizer import make_optimizer, make_schedule
-from mcm_jax.training.parts import Parts, assemble
+from mcm_jax.training.parts import Parts, assemble, check_best
 from mcm_jax.training.settings import RunSettings, read_run
 
 _OFTEN = 25  # times that training may see one draw before control suffers: docs/cache.md, "How many draws"
@@ -58,14 +58,16 @@ def train_and_evaluate(
       UserError: bad input, see its message; nothing of the workdir is changed.
       Interrupted: SIGINT or SIGTERM came; the state was saved.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     settings = workdirs.as_begun(read_run(config, workdir), workdirs.settings_in(workdir))
     agree_on(settings)
     mesh = sharding.make_mesh(settings.mesh)
     sharding.check_batch_size(settings.train.batch_size, mesh, "config.train.batch_size", settings.train.accumulate)
     before, there = _found(settings, workdir)
     finished = max(there, default=0) >= settings.train.steps
-    parts = assemble(settings, workdir, mesh, finished)
+    if settings.train.wandb and distributed.is_first():
+        check_wandb(settings.train.wandb)
+    parts = assemble(settings, workdir, mesh, finished, bool(there))
     with workdirs.disk_errors(workdir), lock_once(workdir, finished):
         if not finished:  # again: another process may have trained here meanwhile
             before, _ = _found(settings, workdir, before)
@@ -122,7 +124,8 @@ def _run(
         begin = make_begin(parts, optimizer)
         state, pending = begin_or_restore(settings, parts, begin, checkpoints, meta, mesh, at)
         first = int(state.step)
-        check_best(settings, parts)
+        if feed is not None:
+            check_best(settings, parts.held_out is not None, parts.control)
         if profile and parts.feed and not (profile[0] < t.steps and first < profile[1]):
             raise UserError(
                 f"--profile={profile[0]}:{profile[1]}: none of these steps is left to trace: {first} of {t.steps} are "
@@ -161,9 +164,10 @@ def _run(
                 actions.append(trace := Profile(workdir / "profile", *profile))
                 trace.begin(first)
             try:
-                with memory_errors(
+                with sharding.memory_errors(
+                    "the training step",
                     "Smaller steps of the same batch: config.train.accumulate=2 or more, config.mcm.remat=True; or "
-                    "another batch: config.train.batch_size"
+                    "another batch: config.train.batch_size",
                 ):
                     state = train(state, Ahead(train_step, t.accumulate), records, steps, actions, clock)
                 say_what_was_skipped(feed)
@@ -269,18 +273,6 @@ def last_step(
             )
         there = [step for step in there if step <= stable]
     return max(there, default=None)
-
-
-def check_best(settings: RunSettings, parts: Parts) -> None:
-    """Raises UserError where what shall be best is not measured."""
-    known = list(HeldOutLoss.names) if parts.held_out else []
-    known += [name for judge in (parts.control or (None, []))[1] for name in judge.watched]
-    if parts.feed and settings.train.best and settings.train.best not in known:
-        raise UserError(
-            f"config.train.best={settings.train.best!r}: not measured while training; known here are "
-            f"{', '.join(known) or 'none'} (held_out_loss and held_out_mse need a test split, whose predictions "
-            f"precompute.py makes for a cache; the others judges and the base: config.cache.load_base)"
-        )
 
 
 def make_begin(parts: Parts, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], states.TrainState]:

@@ -1,27 +1,12 @@
 """The compiled training step: what it costs, and a word whenever it is compiled again."""
 
-import contextlib
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from mcm_jax.base import attention
-from mcm_jax.errors import UserError
-
-
-@contextlib.contextmanager
-def memory_errors(way_out: str) -> Iterator[None]:
-    """Turns a device's being out of memory into one message with the way out; any other exception passes."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as e:
-        if not str(e).startswith("RESOURCE_EXHAUSTED"):
-            raise
-        first = str(e).splitlines()[0]
-        raise UserError(f"a device's memory does not hold the training step ({first}). {way_out}") from e
 
 
 class CompiledStep:

@@ -114,17 +114,24 @@ class TensorBoard:
             self._events.close()
 
 
+def check_wandb(project: str) -> None:
+    """Raises UserError where Weights & Biases' client is not installed."""
+    try:
+        import wandb  # noqa: F401
+    except ImportError as e:
+        raise UserError(
+            f"config.train.wandb={project!r} needs the package wandb (pip install 'mcm-jax[wandb]'), or leave it "
+            f"'': metrics.jsonl and tensorboard/ have the same numbers"
+        ) from e
+
+
 class WandB:
     """Weights & Biases, by its own client: one run there for each workdir, which a resumed one goes on with."""
 
     def __init__(self, workdir: pathlib.Path, project: str, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError as e:
-            raise UserError(
-                f"config.train.wandb={project!r} needs the package wandb (pip install 'mcm-jax[wandb]'), or leave it "
-                f"'': metrics.jsonl and tensorboard/ have the same numbers"
-            ) from e
+        check_wandb(project)
+        import wandb
+
         name_file = workdir / "wandb_run"
         if not name_file.exists():
             write_atomically(name_file, secrets.token_hex(4).encode())

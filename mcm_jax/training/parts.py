@@ -22,8 +22,9 @@ from mcm_jax.files import check_writable
 from mcm_jax.mcm import Modulator
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.sampling import SamplingSettings
-from mcm_jax.trained import Trained
+from mcm_jax.trained import Trained, start_from
 from mcm_jax.training import feed as feeds
+from mcm_jax.training.actions import HeldOutLoss
 from mcm_jax.training.caching import build_cache, known_card, open_cache, open_held_out
 from mcm_jax.training.feed import Feed
 from mcm_jax.training.settings import RunSettings
@@ -55,14 +56,40 @@ class Parts:
     control: tuple[HeldOut, list[Judge]] | None = None
 
 
-def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Parts:
+def assemble(
+    settings: RunSettings,
+    workdir: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    finished: bool = False,
+    begun: bool = False,
+) -> Parts:
     """Finds, loads and checks all that a run needs. Of the workdir, only a cache in it is written.
 
+    Args:
+      settings: of the run.
+      workdir: of the run.
+      mesh: of its devices.
+      finished: whether all its steps are done, so that it needs neither data nor base.
+      begun: whether some are: ``train.init_from`` is not looked at.
+
     Raises:
-      UserError: bad input, or parts that do not fit each other.
+      UserError: bad input, or parts that do not fit each other; what can be known beforehand, before a cache is built.
     """
     cache, base, opened = settings.cache, None, None
-    fit = functools.partial(fitting_modulator, settings)
+    control: list[Any] = []  # found once
+
+    def fit(card: BaseCard) -> Modulator:
+        modulator = fitting_modulator(settings, card)
+        if finished:
+            return modulator
+        if settings.train.init_from and not begun:
+            start_from(settings.train.init_from, settings.mcm, modulator, card)
+        if settings.train.evaluate_every and not control and (cache.mode == "off" or cache.load_base):
+            control.append(_control(settings, card, modulator))
+        if settings.train.best:
+            check_best(settings, settings.data.has_test_split(), *control)
+        return modulator
+
     if cache.mode == "off":
         base = settings.base.load(mesh)
         card = base.card
@@ -90,7 +117,7 @@ def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Me
     if base and _samples(settings):
         more["pipeline"] = Pipeline(base, Trained(modulator), _sampling(settings), mesh)
         more["examples"] = _validation_examples(settings, card, modulator) if settings.train.validate_every else None
-        more["control"] = _control(settings, card, modulator) if settings.train.evaluate_every else None
+        more["control"] = control[0] if settings.train.evaluate_every else None
     if opened:
         print(f"training from the cache {opened.folder}")
         feed = dataclasses.replace(feeds.cached(opened), names=_names(settings, card))
@@ -103,6 +130,18 @@ def assemble(settings: RunSettings, workdir: pathlib.Path, mesh: jax.sharding.Me
         else:
             print(f"the held-out loss is left out: {settings.data.path} has no test split")
     return Parts(card, modulator, feed, held_out, **more)
+
+
+def check_best(settings: RunSettings, has_held_out: bool, control: tuple[HeldOut, list[Judge]] | None = None) -> None:
+    """Raises UserError where what shall be best is not measured."""
+    known = list(HeldOutLoss.names) if has_held_out else []
+    known += [name for judge in (control or (None, []))[1] for name in judge.watched]
+    if settings.train.best and settings.train.best not in known:
+        raise UserError(
+            f"config.train.best={settings.train.best!r}: not measured while training; known here are "
+            f"{', '.join(known) or 'none'} (held_out_loss and held_out_mse need a test split, whose predictions "
+            f"precompute.py makes for a cache; the others judges and the base: config.cache.load_base)"
+        )
 
 
 def _samples(settings: RunSettings) -> bool:
@@ -216,14 +255,18 @@ def _base_for_pictures(settings: RunSettings, modulator: Modulator, mesh: jax.sh
 
     All processes of a cluster have it or none: they sample together.
     """
-    print("compiling the sampler of validation pictures, to know its memory: it may take a minute", flush=True)
+    print("compiling the sampler of what is drawn while training, to know its memory: it may take a minute", flush=True)
     shapes = Pipeline(settings.base.outline(), Trained(modulator), _sampling(settings), mesh)
-    needed, free = shapes.sampling_bytes(_VALIDATION_IMAGES), sharding.free_memory()
+    # What takes more is known to fit what takes less.
+    sizes = [_VALIDATION_IMAGES] if settings.train.validate_every else []
+    sizes += [min(settings.sampling.batch_size, settings.train.held_out)] if settings.train.evaluate_every else []
+    needed, free = shapes.sampling_bytes(max(sizes)), sharding.free_memory()
     known = [bytes_ for bytes_ in distributed.everyones(free).values() if bytes_ is not None]
     if known and needed > min(known):
         print(
-            f"validation pictures are left to sample.py: the base and its sampling need {needed / 2**30:.1f} GiB of "
-            f"memory on each device, {min(known) / 2**30:.1f} GiB are free (config.cache.load_base)"
+            f"validation pictures and control are left to sample.py and evaluate.py: the base and its sampling need "
+            f"{needed / 2**30:.1f} GiB of memory on each device, {min(known) / 2**30:.1f} GiB are free "
+            f"(config.cache.load_base)"
         )
         return None
     return settings.base.load(mesh)

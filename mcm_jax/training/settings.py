@@ -155,8 +155,8 @@ def read_run(
     own = {name: section for name, section in said.items() if isinstance(section, dict)}
     if known is not None:
         there = known
-    elif workdir is not None and (pathlib.Path(workdir) / config_lib.FILE).is_file():
-        there = config_lib.load(RunSettings, workdir).modalities.shown
+    elif workdir is not None and (pathlib.Path(workdir).expanduser() / config_lib.FILE).is_file():
+        there = config_lib.load(RunSettings, pathlib.Path(workdir).expanduser()).modalities.shown
     else:
         print(found := discover(source.path, own, source.held_out_share))
         there = [finding.modality for finding in found.findings]

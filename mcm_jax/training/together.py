@@ -29,11 +29,10 @@ from mcm_jax.training import step as steps_lib
 from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.actions import Diverged
 from mcm_jax.training.checkpoints import Checkpoints
-from mcm_jax.training.compiled import memory_errors
 from mcm_jax.training.logs import Log
 from mcm_jax.training.loop import Action, Clock, Moment, train
 from mcm_jax.training.optimizer import make_optimizer
-from mcm_jax.training.parts import Parts, assemble
+from mcm_jax.training.parts import Parts, assemble, check_best
 from mcm_jax.training.program import TOGETHER_KEYS, Hyper, hyper_of, make_program, records_of, stacked
 from mcm_jax.training.settings import RunSettings
 from mcm_jax.training.state import TrainState
@@ -100,8 +99,9 @@ def train_together(
             print(f"{folder} is finished")
     if not left:
         return
-    parts = assemble(left[0].settings, left[0].workdir, mesh)
-    assembly.check_best(one, parts)
+    begun = all(workdirs.saved_steps(trial.workdir) for trial in left)
+    parts = assemble(left[0].settings, left[0].workdir, mesh, begun=begun)
+    check_best(one, parts.held_out is not None, parts.control)
     with contextlib.ExitStack() as stack:
         own = []
         for trial in left:
@@ -205,7 +205,7 @@ def _train(
         if wide > 1
         else "Smaller steps of the same batch: config.train.accumulate=2 or more"
     )
-    with memory_errors(way_out):
+    with sharding.memory_errors("the trials' states", way_out):
         calls = tuple(stacked(states, wide * mesh.size, mesh))
     inputs = stacked(hypers, wide * mesh.size, mesh)
     states.clear()
@@ -219,7 +219,7 @@ def _train(
     clock, steps, each = Clock(), range(first, t.steps), _Each(trials, wide * mesh.size, mesh, looked)
     records = records_of(parts, trials[0].settings, seeds, rates, steps, mesh, clock)
     try:
-        with memory_errors(way_out):
+        with sharding.memory_errors("the training step", way_out):
             train(calls, train_step, records, steps, [each], clock)
         assembly.say_what_was_skipped(parts.feed)
     except Interrupted as e:

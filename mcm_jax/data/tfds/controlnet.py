@@ -57,7 +57,8 @@ class ControlNet(Layout):
 
     def __post_init__(self):
         expect(self.channels in (1, 3), "channels", "1 or 3", self.channels)
-        expect(self.kind != "labels", "kind", "one of pictures, not of labels", self.kind)
+        known = "one of pictures without transparency; take a folder of pairs for those (data.name=folder)"
+        expect(self.kind not in ("labels", "sparse"), "kind", known, self.kind)
         expect(self.modality not in ("image", "caption", "name"), "modality", "another name", self.modality)
         expect(0 <= self.held_out_share < 1, "held_out_share", "at least 0 and below 1", self.held_out_share)
         Modality(self.modality, self.kind, self.channels)
@@ -107,7 +108,7 @@ class ControlNet(Layout):
             mode = "L" if self.channels == 1 else "RGB"
             if opened.format == "PNG" and opened.mode == mode and not self.invert:
                 return data
-            opened = eight_bits(opened)
+            opened = eight_bits(opened, source)
             if self.kind == "lines" and opened.has_transparency_data:
                 opened = over(opened, "black" if self.invert else "white")
             converted = opened.convert(mode)
