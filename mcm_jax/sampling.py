@@ -19,6 +19,7 @@ from mcm_jax.errors import UserError, expect
 from mcm_jax.samplers import SAMPLERS, SPACINGS, Table
 from mcm_jax.schedules import Schedule
 
+_MOST = 2**16  # pixels of a side, more than any picture format is read with
 MODULATE = ("after_cfg", "before_cfg", "prompt_only")
 
 
@@ -119,8 +120,8 @@ class SamplingSettings:
         expect(is_text(self.negative_prompt), "negative_prompt", "a text in UTF-8, '' for none", self.negative_prompt)
         expect(self.modulate in MODULATE, "modulate", f"one of {', '.join(MODULATE)}", self.modulate)
         expect(0 < self.image_strength <= 1, "image_strength", "in (0, 1]", self.image_strength)
-        expect(self.height >= 0, "height", "pixels, or 0 (the base's)", self.height)
-        expect(self.width >= 0, "width", "pixels, or 0 (the base's)", self.width)
+        expect(0 <= self.height <= _MOST, "height", f"pixels, at most {_MOST}, or 0 (the base's)", self.height)
+        expect(0 <= self.width <= _MOST, "width", f"pixels, at most {_MOST}, or 0 (the base's)", self.width)
         expect(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
 
     def but(self, **changes: Any) -> "SamplingSettings":

@@ -384,14 +384,15 @@ def test_samples_can_be_repeated(trained, maps, tmp_path):
     }
 
 
-def test_a_sample_does_not_depend_on_how_many_there_are(script, trained, maps, tmp_path):
+def test_a_sample_does_not_depend_on_how_many_there_are(script, trained, maps, tmp_path, monkeypatch):
     """Two samples, then three in the same folder: the first two are the same, and one condition is enough."""
     sketch = {"sketch": str(maps / "sketch.png")}
     images = {n: generate(str(trained.workdir), sketch, tmp_path / str(n), num_samples=n, seed=7) for n in (2, 3)}
     assert np.abs(images[2].astype(int) - images[3][:2]).max() <= 1
+    monkeypatch.setenv("HOME", str(tmp_path))
     outcome = script(
         *("sample.py", f"--workdir={trained.workdir}", f"--sketch={maps / 'sketch.png'}", "--num_samples=2"),
-        *("--seed=7", f"--out={tmp_path / 'script'}"),
+        *("--seed=7", "--out=~/script"),  # no shell expands it there
     )
     assert outcome.status == 0 and str(tmp_path / "script") in outcome.out
     for name in ("sample_000.png", "sample_001.png", "grid.png"):
@@ -406,6 +407,9 @@ def test_a_second_run_into_a_folder_replaces_the_first(trained, maps, tmp_path):
     for count in (3, 1):
         generate(str(trained.workdir), sketch, tmp_path, num_samples=count, seed=7)
     assert [p.name for p in sorted(tmp_path.glob("sample_*"))] == ["sample_000.png", "sample_mine.png"]
+    with pytest.raises(UserError, match="preview_every must be a number of steps, or 0"):
+        generate(str(trained.workdir), sketch, tmp_path, num_samples=1, seed=7, preview_every=-1)
+    assert (tmp_path / "grid.png").exists()
     with pytest.raises(UserError, match="grid.png: is what is drawn from"):
         generate(str(trained.workdir), {"sketch": str(tmp_path / "grid.png")}, tmp_path, num_samples=1, seed=7)
     shutil.copy(maps / "sketch.png", tmp_path / "sample_000.png")

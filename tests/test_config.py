@@ -92,6 +92,7 @@ def test_settings_come_from_a_config_and_go_back():
         ({"section": {"sise": 1}}, ["config.section", "sise", "size, young"]),
         ({"sect": {}}, ["config", "sect", "section"]),
         ({"parts": {"a": {"weight": float("inf")}}}, ["config.parts.a.weight", "finite", "inf"]),
+        ({"parts": {"a": {"weight": 10**321}}}, ["config.parts.a.weight", "finite"]),
         ({"parts": {"a": {"wait": 1}}}, ["config.parts.a", "weight", "may have spare", "wait"]),
         ({"parts": {"a": {"weight": 1, "wait": 1}}}, ["config.parts.a", "weight", "may have spare", "wait"]),
         ({"parts": {"a": {"weight": 1, "spare": None}}}, ["config.parts.a.spare", "whole number", "None"]),

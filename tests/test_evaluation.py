@@ -182,6 +182,10 @@ def test_a_folder_of_ones_own_is_evaluated(workdir, tmp_path, monkeypatch):
     assert whole["fid"]["both"] is None and "at least 129 pictures" in whole["undefined"]["fid.both"]
     assert whole["kid"]["both"] > whole["kid"]["real"] and whole["nearest"]["both"] > whole["nearest"]["real"] > 0
     assert whole["interval"]["kid"]["both"] > 0
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(UserError, match="config.json: is there and no evaluation's metrics"):
+        evaluate(workdir, workdir / "config.json", judges=judges, maps=6, references=6)
+    assert (workdir / "config.json").read_bytes() == before
     written = sorted(path.name for path in (tmp_path / "whole").iterdir())
     sheets = ["cases_caption.png", "cases_segmentation.png", "cases_sketch.png", "samples.png"]
     assert written == sorted([*sheets, "metrics.json", "report.html", "report.md"])

@@ -195,6 +195,9 @@ def test_the_base_makes_its_own_pairs(prompts, small_path, sd_path, tmp_path, ca
         (tmp_path / "prompts.txt").write_text("\n".join(prompts))
         arguments.append(f"--prompts={tmp_path / 'prompts.txt'}")
     out = tmp_path / "out"
+    with monkeypatch.context() as patch:  # what ends before the first picture leaves the folder to other settings
+        patch.setattr(Pipeline, "__call__", lambda self, given, keys, **how: np.full((len(keys), 8, 8, 3), np.nan))
+        assert "came out as NaN" in _run("synthesise", f"--out={out}", *arguments, "--seed=3")
     assert _run("synthesise", f"--out={out}", *arguments) == 0
     assert f"python -m mcm_jax.data check {out}" in capsys.readouterr().out
     whole = tiny.contents(out)
@@ -223,3 +226,5 @@ def test_the_base_makes_its_own_pairs(prompts, small_path, sd_path, tmp_path, ca
     assert "seed: there 0, now 1" in refused and tiny.contents(out) == whole
     with pytest.raises(UserError, match="takes prompts" if prompts else "is unconditional"):
         synthesise(base, out, 5, prompts=None if prompts else ["a lake"])
+    if prompts:  # without text guidance there is no negative prompt
+        assert _run("synthesise", f"--out={tmp_path / 'plain'}", *arguments, "--text_guidance=1") == 0

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import struct
+import zlib
 
 import jax
 import numpy as np
@@ -486,6 +488,11 @@ def test_where_and_when_an_mcm_acts_is_shown(script, drawer, whole, mcm, maps, t
 
 def test_bad_jobs_are_named_by_line_and_the_others_drawn(script, drawer, mcm, maps, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
+    Image.new("1", (8, 8)).save(tmp_path / "huge.png")
+    head = bytearray((tmp_path / "huge.png").read_bytes())
+    head[16:24] = struct.pack(">II", 20_000, 20_000)
+    head[29:33] = struct.pack(">I", zlib.crc32(head[12:29]))
+    (tmp_path / "huge.png").write_bytes(head)
     sketch = {"sketch": str(maps / "sketch/a.png")}
     bad = {
         "{": "no JSON",
@@ -505,6 +512,7 @@ def test_bad_jobs_are_named_by_line_and_the_others_drawn(script, drawer, mcm, ma
         json.dumps({"conditions": sketch, "name": "good"}): "give each its own",
         json.dumps({"image": "text.png"}): "text.png: not a picture",
         json.dumps({"mask": "text.png"}): "text.png: not a picture",
+        json.dumps({"mask": "huge.png"}): "huge.png: not a picture that can be read (Image size (400000000 pixels)",
         json.dumps(
             {"conditions": sketch, "name": "nan", "seed": 9, "guidance": 3e38}
         ): "(nan, seed 9): came out as NaN",
@@ -527,6 +535,8 @@ def test_bad_jobs_are_named_by_line_and_the_others_drawn(script, drawer, mcm, ma
         json.dumps({"inpaint": str(maps / "mask.png")}): "inpaint must be given with an image",
         json.dumps({"image": "absent.png"}): "image: ",
         json.dumps({"height": 15}): "height must be a multiple of 2",
+        '{"height": 1%s}' % (321 * "0"): "height must be pixels, at most 65536",
+        '{"guidance": 1%s}' % (321 * "0"): "guidance must be finite",
         json.dumps(
             {"image": str(maps / "image.png"), "inpaint": str(maps / "sketch/b.png")}
         ): f"{maps / 'sketch/b.png'}: is 16x16 pixels, which is another shape than {maps / 'image.png'}: 36x20",

@@ -12,7 +12,7 @@ import tiny
 from configs import default
 from mcm_jax.base import BaseCard
 from mcm_jax.errors import UserError
-from mcm_jax.mcm import MCM, SHIFT_SPACES, Modulator, Size, estimate_x0, modulate
+from mcm_jax.mcm import MCM, SHIFT_SPACES, MCMSettings, Modulator, Size, estimate_x0, modulate
 from mcm_jax.modalities import Modality, stack, total_channels
 from mcm_jax.schedules import Schedule
 
@@ -279,6 +279,11 @@ def test_sizes_that_make_no_network_are_refused(change, message):
     fields = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (False, True), "groups": 4}
     with pytest.raises(UserError, match=re.escape(message)):
         Size(**fields | change)
+
+
+def test_attention_is_there_or_not():
+    with pytest.raises(UserError, match=r"attention must be 1 or 0 at each level.*got \(0, 0, 7, 1\)"):
+        MCMSettings(attention=(0, 0, 7, 1))
 
 
 def test_heads_need_to_fit_only_where_there_is_attention():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import KINDS, Modality, drop, known, read_png, stack, total_channels
-from mcm_jax.modalities.files import HEAD, is_read_anew
+from mcm_jax.modalities.files import HEAD, eight_bits, is_read_anew
 from mcm_jax.pictures import show
 
 SEGMENTATION = Modality("segmentation", "labels", 6)
@@ -582,6 +582,27 @@ def test_a_map_of_16_bits_keeps_its_precision(kind, tmp_path):
     read = read_png(_save(tmp_path, picture, format=kind.split(",")[0]), SKETCH)
     assert read.dtype == np.float32
     np.testing.assert_allclose(read * 65535, deep, atol=0.01)
+
+
+def test_greys_of_32_bits_are_read_where_their_scale_is_known(tmp_path):
+    ramp = np.linspace(0, 1, 72, dtype=np.float32).reshape(8, 9)
+    whole = np.round(ramp * 65535).astype(np.int32)
+    for array in (ramp, whole):
+        read = read_png(_save(tmp_path, Image.fromarray(array), format="TIFF"), SKETCH)
+        np.testing.assert_allclose(read, ramp, atol=1e-5)
+        assert np.abs(np.asarray(eight_bits(Image.fromarray(array))) - 255 * ramp).max() <= 0.51
+    for array, words in (
+        (ramp * 255, "floats from 0 to 255, expected 0 to 1"),
+        (whole * 2, "to 131070, expected 0 to 65535"),
+    ):
+        with pytest.raises(UserError, match=f"found a grey picture of .*{words}"):
+            read_png(_save(tmp_path, Image.fromarray(array), format="TIFF"), SKETCH)
+
+
+def test_a_condition_one_pixel_wide_is_fitted():
+    for modality in (SKETCH, SEGMENTATION):
+        assert modality.fit(np.ones((1000, 1), np.uint8), 32, 64).shape[:2] == (32, 64)
+        assert modality.fit(np.ones((1, 1000), np.uint8), 64, 32).shape[:2] == (64, 32)
 
 
 def test_a_colour_map_keeps_its_channels(tmp_path):

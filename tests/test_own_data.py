@@ -219,7 +219,7 @@ def test_other_files_are_another_run(config, data, tmp_path):
     assert int(train_and_evaluate(config, workdir).step) == 2
 
 
-@pytest.mark.parametrize("name", ["image", "prompt", "latent", "draw"])
+@pytest.mark.parametrize("name", ["image", "prompt", "latent", "draw", "base", "file"])
 def test_names_that_an_example_holds_already(config, name):
     with config.unlocked():
         config.modalities[name] = {"kind": "map", "channels": 1}

@@ -18,6 +18,7 @@ from mcm_jax.base import load_base
 from mcm_jax.control import subsets_of
 from mcm_jax.data.pipeline import InMemory, to_float
 from mcm_jax.data.scenes import Scenes
+from mcm_jax.engine import Engine
 from mcm_jax.errors import UserError
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.trained import Trained, save_mcm
@@ -236,6 +237,13 @@ def test_memory_is_counted_without_the_bases_numbers(trained, pipeline):
     one, eight = (shapes.sampling_bytes(count) for count in (1, 8))
     assert one > pipeline.base.card.parameter_bytes
     assert 7 * np.prod(pipeline.base.image_shape) * 4 < eight - one < 10**8
+
+
+def test_a_batch_that_the_memory_does_not_hold_says_the_way_out(pipeline, conditions, keys, monkeypatch):
+    huge = jax.jit(lambda: jnp.ones(2**46))  # 256 TiB
+    monkeypatch.setattr(Engine, "draw", lambda *args: np.asarray(huge()))
+    with pytest.raises(UserError, match="does not hold the base and a batch of 4 samples .RESOURCE_EXH.*--batch_size"):
+        pipeline(conditions, keys, batch_size=4)
 
 
 @pytest.mark.parametrize(

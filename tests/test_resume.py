@@ -209,6 +209,22 @@ def test_a_start_from_another_network_or_base_is_refused(trained, base_path, oth
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"train.init_from": "nowhere"}, "nowhere.*neither a folder nor a shipped name"),
+        ({"train.best": "mean_ou"}, "config.train.best='mean_ou': not measured"),
+        ({"train.wandb": "mine"}, "needs the package wandb"),
+    ],
+)
+def test_what_can_be_known_before_is_refused_before_a_cache_is_built(base_path, tmp_path, monkeypatch, changes, words):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = tiny.make_config(base_path, QUIET | {"cache.mode": "build", "train.evaluate_every": 2} | changes)
+    with pytest.raises(UserError, match=words):
+        train_and_evaluate(config, tmp_path / "run")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_options_reach_what_they_are_for(base_path, tmp_path, monkeypatch):
     """The config's values, as the parts get them; what each part makes of them is in its own tests."""
     seen = {}

@@ -346,6 +346,9 @@ def test_keys_name_samples():
     np.testing.assert_array_equal(few, many[:4])
     others = jax.random.key_data(sample_keys(4, 9))
     assert len(np.unique(np.concatenate([many, others]), axis=0)) == 18
+    for seed in (-1, 2**32):  # would be cut off
+        with pytest.raises(UserError, match="seed must be at"):
+            sample_keys(seed, 1)
 
 
 def test_noise_is_standard_normal_and_never_used_twice():

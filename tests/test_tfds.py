@@ -254,6 +254,8 @@ def test_controlnet_reads_parquet_and_arrow(data, saved, count, inverted):
 
 
 def test_controlnets_deep_maps_and_seen_through_lines_are_read_right():
+    with pytest.raises(UserError, match="kind must be one of pictures without transparency.*got 'sparse'"):
+        LAYOUTS["controlnet"](modality="strokes", kind="sparse", channels=3)
     layout = LAYOUTS["controlnet"](modality="depth", kind="map", channels=1)
     file = io.BytesIO()
     Image.fromarray(np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)).save(file, "PNG")

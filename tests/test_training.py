@@ -590,6 +590,14 @@ def test_the_base_for_pictures_must_fit_in_every_process_split_as_it_is(base_pat
         assert (base is not None) == fits
         assert not fits or sharding.mesh_of(base.params) == mesh
 
+    asked = []
+    monkeypatch.setattr(Pipeline, "sampling_bytes", lambda self, count: asked.append(count) or 0)
+    for changes in ({}, {"train.held_out": 20}, {"train.validate_every": 0}, {"train.evaluate_every": 0}):
+        changes = {"train.evaluate_every": 2, "train.validate_every": 2, "sampling.batch_size": 16} | changes
+        settings = tiny.settings_of(tiny.make_config(base_path, {"mesh.fsdp": 2, "train.held_out": 6} | changes))
+        parts._base_for_pictures(settings, modulator, mesh)
+    assert asked == [8, 16, 6, 8]  # pictures, or control's batch where that is more
+
 
 def test_what_is_hidden_does_not_depend_on_the_noise(base, modulator):
     """Keys of different streams are different: `fold_in(k, 1)` is `split(k)[1]`, so one key must not serve both."""
