@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--cost", type=pathlib.Path, required=True, help="what benchmarks.peers.cost wrote")
     parser.add_argument("--draws", type=int, default=8, help="of the cache")
     run.add_optimizer(parser, "of the MCMs, as --cost measured it")
+    run.add_selection(parser)
     parser.add_argument("--pairs", type=int, default=1_500)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
@@ -123,14 +124,15 @@ def main() -> None:
             "base": world.base.fingerprint,
             "config": dataclasses.asdict(world.run),
             "as": [args.other, args.as_steps, cost["commit"]],
-        } | run.trained_with(args)
+        }
+        settings |= run.trained_with(args) | run.selected_at(args)
         run.check_settings(run.folder_of(args, "settings.json"), settings)
         print(f"{name}: {steps} steps in the seconds of {args.as_steps} of {args.other}", flush=True)
         method = make_method(name, world.base, world.modalities, world.run.mcm)
         shapes = method.modulator.shapes(world.base)
         train = functools.partial(train_py, args, name, shapes, steps)
         draw = Drawer(world, method, args.sampling_steps)
-        cells = run.Cells(run.folder_of(args, name), name, world, method, train, draw)
+        cells = run.Cells(run.folder_of(args, name), name, world, method, train, draw, args.select_guidance)
         cells.finish(cells.best_rate(2e-3, args.seeds), args.seeds, args.guidances)
 
 

@@ -392,6 +392,8 @@ def test_cells_choose_their_guidance_and_go_on(tmp_path, monkeypatch):
     assert row["missing"][2:] == ["rate 0.001, seed 1"] and row["both@4 own"]["miou"]["seeds"] == 1
     cells.finish(1e-3, 2, [1.0, 1.5])
     assert set(drawn) == {"4 own"} and table.row_of(tmp_path, 2)["both@4 own"]["miou"]["seeds"] == 2
+    guided = run.Cells(tmp_path / "guided", "full", shared, method, train, draw, select=3.0)
+    assert guided.cell(1e-3, 0)["score"] == pytest.approx(0.301, abs=1e-4) != cells.cell(1e-3, 0)["score"]
 
 
 def test_refusals():
@@ -510,5 +512,8 @@ def test_cells_of_other_settings_are_refused_by_the_keys_that_differ(tmp_path):
 def test_settings_of_adamw_by_cosine_are_those_of_before_there_was_a_choice():
     parser = run.arguments()
     run.add_optimizer(parser, "of all methods")
+    run.add_selection(parser)
+    assert run.selected_at(parser.parse_args([])) == {}
+    assert run.selected_at(parser.parse_args(["--select_guidance=3"])) == {"select_guidance": 3.0}
     assert run.trained_with(parser.parse_args([])) == {}
     assert run.trained_with(parser.parse_args(["--schedule=wsd"])) == {"trained_with": ["adamw", "wsd"]}

@@ -6,7 +6,8 @@ python -m benchmarks.peers.table --config=scenes_sd --steps=500 --workdir=runs/p
 
 A method that needs no gradient through the base is trained here by predictions as they are needed; what a cache saves
 is measured by :mod:`.cost`. Of each method the learning rate is doubled or halved until the best of three neighbours is
-the middle one, by the mean IoU over the first held-out maps (all subsets of the modalities, seed 0); where a neighbour
+the middle one, by the mean IoU over the first held-out maps (all subsets of the modalities, seed 0, at the modality
+guidance ``--select_guidance``); where a neighbour
 has less than half of the best, as one that fell back to the base, the rate between the two is tried, too. Other seeds
 are trained at the best rate; where one of them falls back so, the search goes on. By the same maps the modality
 guidance is chosen of :data:`.judging.SCALES`, for a method that is no MCM from the base's prediction or from its own
@@ -61,6 +62,7 @@ class Cells:
       method: which.
       train: gives params and what there is to say, of a rate and a seed.
       draw: samples.
+      select: the modality guidance at which trainings are judged to choose rates, from the base's prediction.
     """
 
     folder: pathlib.Path
@@ -69,6 +71,7 @@ class Cells:
     method: Method
     train: Trainer
     draw: Drawer
+    select: float = 1.0
 
     def cell(self, rate: float, seed: int) -> dict:
         """One training, judged on the maps that rates are chosen by; from its file if it is done."""
@@ -85,7 +88,9 @@ class Cells:
             stored = flax.serialization.to_bytes(jax.device_get(params))
             write_atomically(self._file(rate, seed, "msgpack"), stored)
             write_atomically(file, (json.dumps(said, indent=2) + "\n").encode())
-        said["select"] = judged(self.world, self.draw, params, np.arange(self.world.select))
+        # What follows a judge is guided already.
+        guidance = NONE if self.method.guides_text else Guidance(self.select)
+        said["select"] = judged(self.world, self.draw, params, np.arange(self.world.select), guidance=guidance)
         said["score"] = round(score(said["select"]), 5)
         write_atomically(file, (json.dumps(said, indent=2) + "\n").encode())
         numbers = {row: found.get("miou") for row, found in said["select"].items()}
@@ -226,6 +231,21 @@ def add_optimizer(parser: argparse.ArgumentParser, whose: str) -> None:
     )
 
 
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """The flag ``--select_guidance``."""
+    parser.add_argument(
+        "--select_guidance",
+        type=float,
+        default=1.0,
+        help="modality guidance, from the base's prediction, at which rates are chosen: more where little controls",
+    )
+
+
+def selected_at(args: argparse.Namespace) -> dict[str, Any]:
+    """What a folder's settings say of it: nothing of 1, as folders of before this flag."""
+    return {} if args.select_guidance == 1 else {"select_guidance": args.select_guidance}
+
+
 def trained_with(args: argparse.Namespace) -> dict[str, Any]:
     """What a folder's settings say of them: nothing of AdamW by cosine, as folders of before these flags."""
     how = [args.optimizer, args.schedule]
@@ -309,6 +329,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1_500, help="of a drawn data set; others are taken whole")
     parser.add_argument("--batch_size", type=int, default=32)
     add_optimizer(parser, "of all methods")
+    add_selection(parser)
     parser.add_argument("--select", type=int, default=64, help="held-out maps that rates are chosen by")
     parser.add_argument("--report", type=int, default=128, help="other held-out maps, for what is reported")
     parser.add_argument("--references", type=int, default=1_000, help="training pictures for KID")
@@ -320,7 +341,7 @@ def main() -> None:
     parser.add_argument("--guide", help="the net of judge and -judged, a folder; default: the data set's own, shipped")
     args = parser.parse_args()
     fixed = {k: getattr(args, k) for k in ("pairs", "batch_size", "select", "report", "references", "sampling_steps")}
-    fixed |= {"guidances": args.guidances} | trained_with(args)
+    fixed |= {"guidances": args.guidances} | trained_with(args) | selected_at(args)
     sizes = {k: fixed[k] for k in ("pairs", "select", "report", "references")}
     world = open_world(args.config, **sizes, text_guidance=args.text_guidance)
     guide = args.guide or f"{world.run.data.name}-segmenter"
@@ -335,7 +356,8 @@ def main() -> None:
             make = functools.cache(functools.partial(_make, args, name, world, guide))
             method, has_teachers = make(0)[0], name.endswith("-distilled")
             train = lambda rate, seed, make=make, has=has_teachers: make(seed * has)[1](rate, seed)  # noqa: E731
-            cells = Cells(folder, name, world, method, train, Drawer(world, method, args.sampling_steps))
+            draw = Drawer(world, method, args.sampling_steps)
+            cells = Cells(folder, name, world, method, train, draw, args.select_guidance)
             rate = cells.best_rate(FIRST.get(name, 2e-3), args.seeds)
             cells.finish(rate, args.seeds, args.guidances)
         except UserError as e:  # the others go on
