@@ -173,7 +173,7 @@ class Base:
         """
         multiple, shape = math.lcm(multiple, self.multiple), []
         for key, size, own in zip(("height", "width"), (height, width), self.image_shape, strict=False):
-            nearest = max((2 * size + multiple) // (2 * multiple), 1) * multiple
+            nearest = max(round(size / multiple), 1) * multiple
             if size < 0 or size % multiple:
                 known = f"a multiple of {multiple} for the base {self.name!r}, such as {nearest}, or 0 (its own {own})"
                 raise UserError(f"{key} must be {known}, got {size}")
