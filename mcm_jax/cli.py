@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from mcm_jax import config, distributed
+from mcm_jax import config, distributed, sharding
 from mcm_jax.errors import Interrupted, UserError
 from mcm_jax.mcm import DTYPES
 
@@ -169,7 +169,11 @@ def run(main: Callable[[list[str]], None]) -> None:
             if not distributed.is_first():  # what all would say is said once; errors come from whoever has them
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
-            main(argv)
+            with sharding.memory_errors(  # wherever no words of its own are said
+                "what this command needs",
+                "Smaller numbers or another base: config.base.dtype=bfloat16; or more devices: config.mesh.fsdp",
+            ):
+                main(argv)
 
     use_compilation_cache()
     logging.set_verbosity(logging.WARNING)  # Orbax reports a page for every checkpoint; --verbosity=0 shows it

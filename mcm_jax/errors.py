@@ -23,6 +23,10 @@ class Busy(UserError):
         self.folder = folder
 
 
+class OutOfMemory(UserError):
+    """A device's memory does not hold something. Of several processes, the others may wait for the one that says so."""
+
+
 class Interrupted(Exception):
     """A run was stopped by a signal, after its state was saved."""
 

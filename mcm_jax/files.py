@@ -24,6 +24,11 @@ def is_disk_error(e: BaseException | None) -> bool:
     return False
 
 
+def user_path(text: str) -> pathlib.Path:
+    """A path that a user typed after ``--flag=``, where shells leave ``~``, the home folder, as it is."""
+    return pathlib.Path(text).expanduser()
+
+
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     """Writes a file under a temporary name and renames it; on failure nothing new is left (raises OSError)."""
     path = pathlib.Path(path)

@@ -336,10 +336,14 @@ class MCMSettings:
         self.size()  # refuses what makes no network
         known = len(set(self.inputs)) == len(self.inputs) > 0 and set(self.inputs) <= set(INPUTS)
         expect(known, "inputs", f"out of {', '.join(INPUTS)}", self.inputs)
-        expect(set(self.attention) <= {0, 1}, "attention", "1 or 0 at each level, with or without", self.attention)
         expect(self.shift_space in SHIFT_SPACES, "shift_space", f"one of {', '.join(SHIFT_SPACES)}", self.shift_space)
         expect(self.x0_clip >= 0, "x0_clip", "at least 0", self.x0_clip)
         expect(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+
+    def check_new(self) -> None:
+        """Raises UserError for what older runs may have, and new ones may not: attention of any number."""
+        wanted = "1 or 0 at each level, with or without"
+        expect(set(self.attention) <= {0, 1}, "config.mcm.attention", wanted, self.attention)
 
     def size(self) -> Size:
         """Shape of the network."""

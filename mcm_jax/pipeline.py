@@ -329,22 +329,22 @@ class Pipeline:
                 places.known[rows],
                 *(text[rows] if text is not None else None for text in texts),
             )
-            batch = sharding.split_batch(batch, self.mesh)
-            noise = self.engine.noise(batch.keys, base.latent_shape) if latents is None else batch.noise
-            if image is None:
-                picture = self.engine.nothing(noise)
-            else:
-                shown = sharding.split_batch(places.image[rows], self.mesh)
-                picture = self.engine.encode(self.base.params, shown)
-            batch = batch._replace(noise=noise, picture=picture)
             samples = range(start, min(start + batch_size, count))
             tell = None if callback is None else functools.partial(_tell, callback, samples)
-            what, how = (self.base.params, params, batch), (table, calls, guided, settings.modulate)
             with sharding.memory_errors(
                 f"the base and a batch of {batch_size} samples",
                 "Fewer at a time: --batch_size (batch_size; while training config.sampling.batch_size); or smaller "
                 "numbers: --dtype=bfloat16",
             ):
+                batch = sharding.split_batch(batch, self.mesh)
+                noise = self.engine.noise(batch.keys, base.latent_shape) if latents is None else batch.noise
+                if image is None:
+                    picture = self.engine.nothing(noise)
+                else:
+                    shown = sharding.split_batch(places.image[rows], self.mesh)
+                    picture = self.engine.encode(self.base.params, shown)
+                batch = batch._replace(noise=noise, picture=picture)
+                what, how = (self.base.params, params, batch), (table, calls, guided, settings.modulate)
                 images.append(self.engine.draw(*what, *how, tell, every)[: len(samples)])
         images = np.concatenate(images)
         return images if inpaint is None else np.where(np.asarray(inpaint, bool)[..., None], images, places.image)

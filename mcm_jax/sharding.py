@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mcm_jax.errors import UserError, expect
+from mcm_jax.errors import OutOfMemory, UserError, expect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,7 @@ def free_memory() -> int | None:
 
 @contextlib.contextmanager
 def memory_errors(what: str, way_out: str) -> Iterator[None]:
-    """Turns a device's being out of memory into one message with the way out; any other exception passes.
+    """Turns a device's being out of memory into OutOfMemory with the way out; any other exception passes.
 
     Args:
       what: does not fit.
@@ -206,7 +206,7 @@ def memory_errors(what: str, way_out: str) -> Iterator[None]:
         if not str(e).startswith("RESOURCE_EXHAUSTED"):
             raise
         first = str(e).splitlines()[0]
-        raise UserError(f"a device's memory does not hold {what} ({first}). {way_out}") from e
+        raise OutOfMemory(f"a device's memory does not hold {what} ({first}). {way_out}") from e
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, key: str = "train.batch_size", accumulate: int = 1) -> None:

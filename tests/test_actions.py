@@ -18,7 +18,7 @@ from mcm_jax import cli
 from mcm_jax import config as config_lib
 from mcm_jax.base import attention
 from mcm_jax.data import DataSettings
-from mcm_jax.errors import UserError
+from mcm_jax.errors import OutOfMemory, UserError
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import Judge, Judgement
 from mcm_jax.pipeline import Pipeline
@@ -132,6 +132,29 @@ def test_control_samples_the_moments_average(pipeline, trained):
     with pytest.warns(UserWarning, match="step 4: no control was measured: 2 of 2 samples of 'all' came out as NaN"):
         action(now := moment(4, state=lost))
     assert [line["step"] for line in log] == [2, 4] and np.isnan(log[1]["seen"]) and np.isnan(now.measured["seen"])
+
+
+def full(*_, **how):
+    raise OutOfMemory(f"a device's memory does not hold {how.get('batch_size')} samples")
+
+
+def test_what_cannot_be_sampled_at_the_moment_leaves_the_training_to_go_on(pipeline, trained, tmp_path, monkeypatch):
+    """Of several processes it ends it: the others would wait for the one that is out of memory, or it for them."""
+    held_out = HeldOut(DataSettings(), pipeline.base.card, pipeline.modalities, 3)
+    few, log, by = pipeline.settings.but(batch_size=2), Lines(), Judge("all", "", None, ("count",), ("seen",))
+    monkeypatch.setattr(pipeline, "settings", few)
+    control = Control(log, every=2, pipeline=pipeline, held_out=held_out, judges=[by])
+    examples = {m.name: np.zeros((3, tiny.SIZE, tiny.SIZE), np.uint8) for m in pipeline.modalities}
+    examples["image"] = np.zeros((3, tiny.SIZE, tiny.SIZE, 3), np.uint8)
+    sheet = ValidationPictures(tmp_path, every=2, pipeline=pipeline, examples=examples, palettes={})
+    monkeypatch.setattr(Pipeline, "__call__", full)
+    for action, what in ((control, "control was measured"), (sheet, "validation pictures were drawn")):
+        with pytest.warns(UserWarning, match=f"step 2: no {what}: a device's memory does not hold 2 samples"):
+            action(moment(2, state=trained.state))
+        with monkeypatch.context() as patched, pytest.raises(OutOfMemory):
+            patched.setattr(jax, "process_count", lambda: 2)
+            action(moment(2, state=trained.state))
+    assert not list(tmp_path.iterdir()) and len(log) == 1 and np.isnan(log[0]["seen"])
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from mcm_jax.data import Folder, inputs
 from mcm_jax.data.inputs import prepare
 from mcm_jax.data.views import Views
 from mcm_jax.draws import Draws
-from mcm_jax.errors import Interrupted, UserError
+from mcm_jax.errors import Interrupted, OutOfMemory, UserError
 from mcm_jax.modalities import Modality
 from mcm_jax.training import caching, feed, loop, precompute, step, train_and_evaluate
 
@@ -143,16 +143,18 @@ def test_with_float32_the_losses_are_those_of_online_training(small_path, tmp_pa
         assert np.ptp(found[0]) > 1e-3
 
 
-def test_the_base_is_not_needed(base_path, tmp_path, capsys):
+def test_the_base_is_not_needed(base_path, tmp_path, capsys, monkeypatch):
     """Neither the base nor the data is there any more; resumed or not, the run is the one that they gave."""
     bases, data = tmp_path / "bases", tmp_path / "data"
     shutil.copytree(base_path, bases / "tiny")
     rng = np.random.default_rng(0)
-    for name in ("image", "segmentation", "sketch"):
-        (data / "train" / name).mkdir(parents=True)
-    for i in range(6):
-        _write(data / "train", f"{i}", rng)
+    for split, count in (("train", 6), ("test", 2)):
+        for name in ("image", "segmentation", "sketch"):
+            (data / split / name).mkdir(parents=True)
+        for i in range(count):
+            _write(data / split, f"{i}", rng)
     mine = {"data.name": "folder", "data.path": str(data), "cache.path": str(tmp_path / "cache")}
+    mine |= {"train.evaluate_every": 2, "train.held_out": 2, "train.best": "held_out_loss"}
     config = tiny.make_config(bases / "tiny", SMALL | mine | {"cache.mode": "on"})
     precompute(config, tmp_path / "unused")
     whole = train_and_evaluate(config, tmp_path / "whole")
@@ -181,7 +183,9 @@ def test_the_base_is_not_needed(base_path, tmp_path, capsys):
     assert tiny.metrics_of(tmp_path / "run") == tiny.metrics_of(tmp_path / "whole")
     with safe_open(tmp_path / "run/mcm.safetensors", "numpy") as file:
         assert file.metadata()["fingerprint"] == fingerprint and file.metadata()["base"] == "tiny"
-    train_and_evaluate(config, tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run/best").iterdir()} >= {"mcm.safetensors", "config.json"}
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed: to finish is all that wants it
+    train_and_evaluate(changed(config, train__wandb="mine"), tmp_path / "run")
     assert "is finished" in capsys.readouterr().out
     assert not (tmp_path / "unused/config.json").exists()
 
@@ -755,6 +759,26 @@ def test_a_disk_that_is_full_at_the_last_file_stops_the_build_with_one_message(c
     monkeypatch.undo()
     precompute(config, tmp_path)
     assert tiny.contents(tmp_path / "cache") == tiny.contents(built / "cache")
+
+
+def test_a_build_that_no_device_holds_says_the_way_out(config, tmp_path, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(build._Predictor, "__call__", full)
+    with pytest.raises(OutOfMemory, match=r"the base and \d+ predictions at a time .*config.cache.batch_size"):
+        precompute(config, tmp_path)
+    assert not list((tmp_path / "cache").glob("shard-*"))
+
+    @dataclasses.dataclass
+    class Full:
+        params: dict
+
+        encode = full
+
+    pictures = np.zeros((2, 32, 32, 3), np.uint8)
+    with pytest.raises(OutOfMemory, match="its autoencoder's work on .* pictures .*config.base.dtype=bfloat16"):
+        inputs.make_encode(Full({}), sharding.local_mesh())(pictures)
 
 
 @pytest.mark.parametrize("dtype, factor", [("float16", 1e9), ("int8", np.nan), ("float32", np.inf)])

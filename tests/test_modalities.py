@@ -594,9 +594,14 @@ def test_greys_of_32_bits_are_read_where_their_scale_is_known(tmp_path):
     for array, words in (
         (ramp * 255, "floats from 0 to 255, expected 0 to 1"),
         (whole * 2, "to 131070, expected 0 to 65535"),
+        (whole // 257, "whole numbers up to 255, .*255 may be white, too: save it with 8 or 16 bits"),
     ):
         with pytest.raises(UserError, match=f"found a grey picture of .*{words}"):
             read_png(_save(tmp_path, Image.fromarray(array), format="TIFF"), SKETCH)
+    dark = (whole // 257).astype(np.uint16)  # of 16 bits it can mean but one thing
+    for kind in ("PNG", "TIFF"):
+        read = read_png(_save(tmp_path, Image.fromarray(dark), format=kind), SKETCH)
+        np.testing.assert_allclose(read, dark / 65535, atol=1e-6)
 
 
 def test_a_condition_one_pixel_wide_is_fitted():

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from mcm_jax import config as config_lib
 from mcm_jax.base import load_base
 from mcm_jax.cache import Cache
 from mcm_jax.data import inputs
@@ -20,7 +21,8 @@ from mcm_jax.errors import UserError
 from mcm_jax.generate import generate
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.sharding import make_mesh, replicate
-from mcm_jax.training import train_and_evaluate
+from mcm_jax.training import precompute, train_and_evaluate
+from mcm_jax.training.workdir import check_same_run
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
@@ -219,12 +221,26 @@ def test_other_files_are_another_run(config, data, tmp_path):
     assert int(train_and_evaluate(config, workdir).step) == 2
 
 
-@pytest.mark.parametrize("name", ["image", "prompt", "latent", "draw", "base", "file"])
+@pytest.mark.parametrize("name", ["image", "prompt", "latent", "draw"])
 def test_names_that_an_example_holds_already(config, name):
     with config.unlocked():
         config.modalities[name] = {"kind": "map", "channels": 1}
     with pytest.raises(UserError, match=f"modalities.{name}: this name is taken"):
         tiny.settings_of(config)
+
+
+@pytest.mark.parametrize("name", ["base", "file", "base_path", "fidelity"])
+def test_names_that_mean_two_things_are_for_older_runs_alone(config, name, tmp_path):
+    with config.unlocked():
+        config.modalities[name] = {"kind": "map", "channels": 1}
+    settings, workdir = tiny.settings_of(config), tmp_path / "run"
+    for begin in (precompute, train_and_evaluate):
+        with pytest.raises(UserError, match=f"config.modalities.{name}: this name is taken, .*, {name}"):
+            begin(config, workdir)
+    assert not workdir.exists()
+    workdir.mkdir()
+    config_lib.save(settings, workdir)
+    assert check_same_run(settings, workdir) == settings == config_lib.load(type(settings), workdir)
 
 
 def test_pictures_are_not_read_far_ahead(config, sd_path):

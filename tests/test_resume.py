@@ -215,6 +215,11 @@ def test_a_start_from_another_network_or_base_is_refused(trained, base_path, oth
         ({"train.init_from": "nowhere"}, "nowhere.*neither a folder nor a shipped name"),
         ({"train.best": "mean_ou"}, "config.train.best='mean_ou': not measured"),
         ({"train.wandb": "mine"}, "needs the package wandb"),
+        (
+            {"cache.load_base": True, "evaluation.judges.sketch": "eyes"},
+            "--judge=sketch=eyes: no judge of lines; expected",
+        ),
+        ({"mcm.attention": (0, 7)}, "config.mcm.attention must be 1 or 0"),
     ],
 )
 def test_what_can_be_known_before_is_refused_before_a_cache_is_built(base_path, tmp_path, monkeypatch, changes, words):

@@ -161,5 +161,5 @@ def test_states_that_no_device_holds_are_told_with_the_way_out(runs, tmp_path, m
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setattr(together, "stacked", stacked)
-    with pytest.raises(UserError, match="memory does not hold .*--sweep_width=1, here 2"):
+    with pytest.raises(UserError, match="memory does not hold the trials' states .*--sweep_mode=serial"):
         train_together([(settings, tmp_path / str(i)) for i, (settings, _) in enumerate(runs)], width=2)

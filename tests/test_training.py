@@ -586,17 +586,26 @@ def test_the_base_for_pictures_must_fit_in_every_process_split_as_it_is(base_pat
     assert needed != Pipeline(shapes, Trained(modulator), settings.sampling).sampling_bytes(8)  # whole on each device
     for free, fits in (({0: needed}, True), ({0: needed, 1: None}, True), ({0: needed, 1: needed - 1}, False)):
         monkeypatch.setattr(distributed, "everyones", lambda own, free=free: free)
-        base = parts._base_for_pictures(settings, modulator, mesh)
+        base, _ = parts._base_for_pictures(settings, modulator, mesh, settings.sampling, 0)
         assert (base is not None) == fits
         assert not fits or sharding.mesh_of(base.params) == mesh
 
     asked = []
-    monkeypatch.setattr(Pipeline, "sampling_bytes", lambda self, count: asked.append(count) or 0)
-    for changes in ({}, {"train.held_out": 20}, {"train.validate_every": 0}, {"train.evaluate_every": 0}):
-        changes = {"train.evaluate_every": 2, "train.validate_every": 2, "sampling.batch_size": 16} | changes
-        settings = tiny.settings_of(tiny.make_config(base_path, {"mesh.fsdp": 2, "train.held_out": 6} | changes))
-        parts._base_for_pictures(settings, modulator, mesh)
-    assert asked == [8, 16, 6, 8]  # pictures, or control's batch where that is more
+    monkeypatch.setattr(Pipeline, "sampling_bytes", lambda self, count: asked.append(count) or count)
+    monkeypatch.setattr(distributed, "everyones", lambda own: {0: 10})
+    for every, size, judged, counts in (
+        (2, 16, 6, [8]),  # pictures, or control's batch where that is more
+        (2, 16, 20, [16, 8]),  # and does it not fit, as few as pictures are
+        (0, 16, 6, [6]),
+        (2, 16, 0, [8]),
+        (2, 4, 20, [4]),
+        (0, 64, 64, [64, 8]),
+    ):
+        asked.clear()
+        settings = tiny.settings_of(tiny.make_config(base_path, {"mesh.fsdp": 2, "train.validate_every": every}))
+        sampling = settings.sampling.but(batch_size=size)
+        base, sampling = parts._base_for_pictures(settings, modulator, mesh, sampling, judged)
+        assert base is not None and asked == counts and sampling.batch_size == counts[-1]
 
 
 def test_what_is_hidden_does_not_depend_on_the_noise(base, modulator):

@@ -98,6 +98,7 @@ class DataSettings:
     discover: bool = dataclasses.field(default=False, repr=False)
 
     def __post_init__(self):
+        object.__setattr__(self, "path", os.path.expanduser(self.path))
         expect(self.name in _SOURCES, "name", f"one of {', '.join(_SOURCES)}", self.name)
         expect(
             bool(self.path) == (self.name in _WITH_PATH),

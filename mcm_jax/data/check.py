@@ -36,7 +36,7 @@ from mcm_jax.data.problems import Problem, few, table
 from mcm_jax.data.reading import SIDEWAYS, check_shape, read_caption, read_condition, read_image, turn_of
 from mcm_jax.data.report import Report, Split, summary, verdict
 from mcm_jax.errors import UserError, expect
-from mcm_jax.files import check_writable
+from mcm_jax.files import check_writable, user_path
 from mcm_jax.modalities import Modality, cover, open_picture
 
 _LONG = 200  # bytes of a name: with an ending, what every file system and archive takes
@@ -354,9 +354,9 @@ def _named(report: Report, modality: Modality, classes: Sequence[int]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of ``check``."""
     add = parser.add_argument
-    add("data", type=pathlib.Path, help="a folder of pairs (docs/data.md)")
+    add("data", type=user_path, help="a folder of pairs (docs/data.md)")
     add("--base", help="a base to train with: sizes and prompts are checked against it, too")
-    add("--out", type=pathlib.Path, help="writes check.html, sheet.png and problems.csv here; else nothing is written")
+    add("--out", type=user_path, help="writes check.html, sheet.png and problems.csv here; else nothing is written")
     add("--examples", type=int, default=16, help="how many are drawn (default: %(default)s)")
     add("--partial", action="store_true", help="pictures may miss modalities, as with config.data.partial=True")
     add("--workers", type=int, help="threads that read (default: as many as there are cores, at most 8)")

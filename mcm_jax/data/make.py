@@ -28,7 +28,7 @@ from mcm_jax.data.folder import bare_pictures
 from mcm_jax.data.problems import few
 from mcm_jax.data.reading import read_image
 from mcm_jax.errors import UserError, expect
-from mcm_jax.files import check_writable, lock, write_atomically
+from mcm_jax.files import check_writable, lock, user_path, write_atomically
 from mcm_jax.modalities import PICTURES
 
 RECORD = "extracted.json"
@@ -221,7 +221,7 @@ def _extract(work: Sequence[tuple[pathlib.Path, dict[pathlib.Path, Extractor]]],
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of :func:`main`."""
-    parser.add_argument("data", type=pathlib.Path, metavar="DATA", help="pictures, or a folder with train/image")
+    parser.add_argument("data", type=user_path, metavar="DATA", help="pictures, or a folder with train/image")
     add_extract_argument(parser)
 
 

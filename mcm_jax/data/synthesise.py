@@ -27,7 +27,7 @@ from mcm_jax.base.tokenizer import Cuts
 from mcm_jax.data.extract import open_extractors
 from mcm_jax.data.make import add_extract_argument, extract, write_png
 from mcm_jax.errors import UserError, expect
-from mcm_jax.files import check_writable, lock, write_atomically
+from mcm_jax.files import check_writable, lock, user_path, write_atomically
 from mcm_jax.pipeline import Pipeline
 from mcm_jax.sampling import SamplingSettings
 from mcm_jax.version import __version__
@@ -175,7 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base", required=True, help="a folder in diffusers format, a shipped one's name, or one on the hub")
     add("--dtype", default=BaseSettings.dtype, help="of the base (default: %(default)s)")
-    add("--out", type=pathlib.Path, required=True, metavar="DATA", help="the folder of pairs, new or to go on with")
+    add("--out", type=user_path, required=True, metavar="DATA", help="the folder of pairs, new or to go on with")
     add("--count", type=int, required=True, help="how many pictures there shall be")
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--prompts", metavar="FILE", help="one prompt a line, for bases that take them")

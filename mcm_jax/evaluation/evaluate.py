@@ -296,7 +296,7 @@ def _measure(
 
     def sampled(row: Row, number: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         # The first seed's noise is that of evaluations with one; no other seed's is a sample's elsewhere.
-        images = sampler(row, sampling.sample_keys(seed + 2 * number, count), everyone, bar.update)
+        images = sampler(row, sampling.sample_keys((seed + 2 * number) % 2**32, count), everyone, bar.update)
         own, arrays = _judged(judges, images, everyone)
         if row != everything or count == 1:
             return {"own": own}, arrays
@@ -304,7 +304,7 @@ def _measure(
 
     def spread_of(row: Row) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         which = np.tile(np.arange(of["conditions"]), of["seeds"])
-        many = sampler(row, sampling.sample_keys(seed + 1, len(which)), which, bar.update)
+        many = sampler(row, sampling.sample_keys((seed + 1) % 2**32, len(which)), which, bar.update)
         return {"diversity": float(metrics.diversity(many.reshape(of["seeds"], of["conditions"], *many.shape[1:])))}, {}
 
     judged, arrays = _judged(judges, held_out.images, everyone)

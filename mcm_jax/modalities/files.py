@@ -62,7 +62,8 @@ def over(picture: Image.Image, colour: str) -> Image.Image:
 def fine_greys(picture: Image.Image, where: object) -> np.ndarray | None:
     """Greys of more than 8 bits, which ``convert`` would cut off at 255: float32 ``[H, W]`` in [0, 1]; None of others.
 
-    16 bits, also in a picture of 32, are divided by 65535; floats are taken as they are.
+    16 bits, also in a picture of 32, are divided by 65535; floats are taken as they are. Whole numbers of 32 bits that
+    are 255 at most could be of 8 bits as well as dark.
 
     Args:
       picture: any, opened.
@@ -79,6 +80,12 @@ def fine_greys(picture: Image.Image, where: object) -> np.ndarray | None:
         raise UserError(
             f"{where}: found a grey picture of {'whole numbers' if wide else 'floats'} from {values.min():g} to "
             f"{values.max():g}, expected 0 to {most}; scale it to that, or save it with 8 bits"
+        )
+    # Pillow opens greys of 16 bits as these, too, where the format has none of 32.
+    if picture.mode == "I" and picture.format not in ("PNG", "PPM") and 0 < values.max() <= 255:
+        raise UserError(
+            f"{where}: found a grey picture of 32 bits with whole numbers up to {values.max():g}, expected 0 to 65535; "
+            f"here 255 may be white, too: save it with 8 or 16 bits"
         )
     return (values / np.float32(most)).astype(np.float32)
 

@@ -16,7 +16,7 @@ import numpy as np
 from mcm_jax import config, distributed, pictures, sampling
 from mcm_jax.base import BaseCard
 from mcm_jax.data.pipeline import to_float
-from mcm_jax.errors import UserError
+from mcm_jax.errors import OutOfMemory, UserError
 from mcm_jax.evaluation.held_out import HeldOut
 from mcm_jax.evaluation.judges import Judge
 from mcm_jax.evaluation.rows import Row, Sampler
@@ -38,6 +38,15 @@ DIVERGED = "diverged.json"
 def less_is_better(name: str) -> bool:
     """Whether the lower one wins of a number that training measures; of two such judges it is `MODALITY/delta_e`."""
     return name.rpartition("/")[2] in _LESS_IS_BETTER
+
+
+def _check_alone(e: UserError) -> None:
+    """Raises what ends the run; else it is of this moment, the training goes on, and its checkpoint is kept.
+
+    Of several processes one may be out of memory by itself, while the others wait for it in the middle of a sample.
+    """
+    if isinstance(e, OutOfMemory) and jax.process_count() > 1:
+        raise e
 
 
 class Diverged(UserError):
@@ -184,7 +193,8 @@ class Control:
             self._pipeline.update(now.state.ema_params)
             try:
                 images = self._sampler(self._row, self._keys, self._which)
-            except UserError as e:  # of this moment: the training goes on, and its checkpoint is kept
+            except UserError as e:
+                _check_alone(e)
                 warnings.warn(f"step {now.step}: no control was measured: {e}", stacklevel=2)
                 # Whatever reads the log must not take an older number for this step's.
                 found = {name: float("nan") for judge in self._judges for name in judge.watched}
@@ -303,7 +313,8 @@ class ValidationPictures:
             self._pipeline.update(now.state.ema_params)
             try:
                 sheet = self._sheet()
-            except UserError as e:  # of this moment, as in Control
+            except UserError as e:
+                _check_alone(e)
                 warnings.warn(f"step {now.step}: no validation pictures were drawn: {e}", stacklevel=2)
                 return
             if distributed.is_first():
@@ -320,7 +331,7 @@ class ValidationPictures:
         rows = [
             pictures.show(m, examples[m.name], self._palettes.get(m.name), present=present[m.name]) for m in modalities
         ]
-        how = dict(prompts=prompts, present=present, batch_size=count)
+        how = dict(prompts=prompts, present=present, batch_size=min(count, pipeline.settings.batch_size))
         alone, controlled = pipeline(conditions, keys, guidance=0.0, **how), pipeline(conditions, keys, **how)
         return pictures.grid([*rows, pictures.to_uint8(alone), pictures.to_uint8(controlled)])
 

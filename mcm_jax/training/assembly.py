@@ -65,7 +65,7 @@ def train_and_evaluate(
     sharding.check_batch_size(settings.train.batch_size, mesh, "config.train.batch_size", settings.train.accumulate)
     before, there = _found(settings, workdir)
     finished = max(there, default=0) >= settings.train.steps
-    if settings.train.wandb and distributed.is_first():
+    if settings.train.wandb and not finished and distributed.is_first():
         check_wandb(settings.train.wandb)
     parts = assemble(settings, workdir, mesh, finished, bool(there))
     with workdirs.disk_errors(workdir), lock_once(workdir, finished):

@@ -37,6 +37,8 @@ def precompute(config: Any, workdir: str | os.PathLike, *, verify: bool = True) 
     """
     settings = read_run(config, workdir)
     agree_on(settings)
+    if not (pathlib.Path(workdir).expanduser() / config_lib.FILE).exists():
+        settings.check_new()
     return build_cache(settings, workdir, verify=verify)
 
 

@@ -86,7 +86,8 @@ def assemble(
             start_from(settings.train.init_from, settings.mcm, modulator, card)
         if settings.train.evaluate_every and not control and (cache.mode == "off" or cache.load_base):
             control.append(_control(settings, card, modulator))
-        if settings.train.best:
+        # Whether a cache has held-out predictions, its folder tells, when the run begins.
+        if settings.train.best not in ("", *HeldOutLoss.names):
             check_best(settings, settings.data.has_test_split(), *control)
         return modulator
 
@@ -105,19 +106,21 @@ def assemble(
     if finished:
         return Parts(card, modulator)
     # What is wrong with the data leaves no workdir.
+    shown, sampling = control[0] if control else None, settings.sampling.but(height=0, width=0)
     if opened and _samples(settings):
-        if cache.load_base:
-            base = _base_for_pictures(settings, modulator, mesh)
-        else:
+        if cache.load_base and (shown or settings.train.validate_every):
+            count = len(shown[0]) if shown else 0
+            base, sampling = _base_for_pictures(settings, modulator, mesh, sampling, count)
+        elif not cache.load_base:
             print(
                 "validation pictures and control are left to sample.py and evaluate.py: config.cache.load_base would "
                 "load the base for them"
             )
     more: dict[str, Any] = {}
     if base and _samples(settings):
-        more["pipeline"] = Pipeline(base, Trained(modulator), _sampling(settings), mesh)
+        more["pipeline"] = Pipeline(base, Trained(modulator), sampling, mesh)
         more["examples"] = _validation_examples(settings, card, modulator) if settings.train.validate_every else None
-        more["control"] = control[0] if settings.train.evaluate_every else None
+        more["control"] = shown
     if opened:
         print(f"training from the cache {opened.folder}")
         feed = dataclasses.replace(feeds.cached(opened), names=_names(settings, card))
@@ -245,28 +248,26 @@ def _control(settings: RunSettings, card: BaseCard, modulator: Modulator) -> tup
         return None
 
 
-def _sampling(settings: RunSettings) -> SamplingSettings:
-    """The run's, at the base's size, which validation pictures and what judges them have."""
-    return settings.sampling.but(height=0, width=0)
+def _base_for_pictures(
+    settings: RunSettings, modulator: Modulator, mesh: jax.sharding.Mesh, sampling: SamplingSettings, judged: int
+) -> tuple[Base | None, SamplingSettings]:
+    """The base, beside a training that does without it, and what samples: as many at a time as the devices hold.
 
-
-def _base_for_pictures(settings: RunSettings, modulator: Modulator, mesh: jax.sharding.Mesh) -> Base | None:
-    """The base, beside a training that does without it; None, and a word on why, where it does not fit.
-
-    All processes of a cluster have it or none: they sample together.
+    All processes of a cluster have it or none, None with a word on why: they sample together. `judged` are the examples
+    that control is measured on.
     """
     print("compiling the sampler of what is drawn while training, to know its memory: it may take a minute", flush=True)
-    shapes = Pipeline(settings.base.outline(), Trained(modulator), _sampling(settings), mesh)
-    # What takes more is known to fit what takes less.
-    sizes = [_VALIDATION_IMAGES] if settings.train.validate_every else []
-    sizes += [min(settings.sampling.batch_size, settings.train.held_out)] if settings.train.evaluate_every else []
-    needed, free = shapes.sampling_bytes(max(sizes)), sharding.free_memory()
-    known = [bytes_ for bytes_ in distributed.everyones(free).values() if bytes_ is not None]
-    if known and needed > min(known):
-        print(
-            f"validation pictures and control are left to sample.py and evaluate.py: the base and its sampling need "
-            f"{needed / 2**30:.1f} GiB of memory on each device, {min(known) / 2**30:.1f} GiB are free "
-            f"(config.cache.load_base)"
-        )
-        return None
-    return settings.base.load(mesh)
+    shapes = Pipeline(settings.base.outline(), Trained(modulator), sampling, mesh)
+    few = min(_VALIDATION_IMAGES, sampling.batch_size)
+    many = min(max(judged, _VALIDATION_IMAGES * bool(settings.train.validate_every)), sampling.batch_size)
+    for count in (many, few)[: 1 + (few < many)]:
+        needed, free = shapes.sampling_bytes(count), sharding.free_memory()
+        known = [bytes_ for bytes_ in distributed.everyones(free).values() if bytes_ is not None]
+        if not known or needed <= min(known):
+            return settings.base.load(mesh), sampling.but(batch_size=count)
+    print(
+        f"validation pictures and control are left to sample.py and evaluate.py: the base and its sampling, {count} at "
+        f"a time, need {needed / 2**30:.1f} GiB of memory on each device, {min(known) / 2**30:.1f} GiB are free "
+        f"(config.cache.load_base, config.sampling.batch_size)"
+    )
+    return None, sampling

@@ -121,6 +121,11 @@ class RunSettings:
         expect(views <= count, "data.views", f"at most draws.count ({count}): each draw sees one view", views)
         self.data.check_holds(self.modalities.shown)
 
+    def check_new(self) -> None:
+        """Raises UserError for what a run that begins may not have; older ones, which go on, may."""
+        self.modalities.check_new()
+        self.mcm.check_new()
+
     def held_out(self) -> "RunSettings":
         """The same for the held-out examples: so many, as they are, with draws of their own that never change."""
         data = dataclasses.replace(self.data.without_views(), size=self.train.held_out)

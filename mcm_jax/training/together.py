@@ -205,7 +205,7 @@ def _train(
         if wide > 1
         else "Smaller steps of the same batch: config.train.accumulate=2 or more"
     )
-    with sharding.memory_errors("the trials' states", way_out):
+    with sharding.memory_errors("the trials' states", "One trial after the other: --sweep_mode=serial"):
         calls = tuple(stacked(states, wide * mesh.size, mesh))
     inputs = stacked(hypers, wide * mesh.size, mesh)
     states.clear()

@@ -81,7 +81,8 @@ def check_same_run(
       The settings there; None in a workdir that has none yet.
 
     Raises:
-      UserError: the workdir holds another run; lists each key that differs, and says what may. Or it holds a sweep.
+      UserError: the workdir holds another run; lists each key that differs, and says what may. Or it holds a sweep, or
+        nothing, and the settings are none to begin with.
     """
     path = workdir / config.FILE
     there = settings_in(workdir)
@@ -91,6 +92,7 @@ def check_same_run(
                 f"--workdir={workdir} holds a sweep, expected a run or nothing. Take another --workdir; --sweep=FILE "
                 f"goes on with the sweep, and the folders in it are workdirs of runs"
             )
+        settings.check_new()
         return None
     allowed, wrong = differences(there, settings)
     if wrong:

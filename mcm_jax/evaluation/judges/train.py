@@ -25,7 +25,7 @@ from mcm_jax.data.tfds.records import prepared
 from mcm_jax.errors import UserError, expect
 from mcm_jax.evaluation.metrics import class_iou, confusion_matrix, mean_iou
 from mcm_jax.evaluation.segmenter import SegmentationNet, Segmenter, load_segmenter, save_segmenter
-from mcm_jax.files import check_writable
+from mcm_jax.files import check_writable, user_path
 from mcm_jax.mcm import parameter_count
 from mcm_jax.modalities import Modality
 from mcm_jax.version import __version__
@@ -193,7 +193,7 @@ def save(folder: pathlib.Path, segmenter: Segmenter, log: list[dict]) -> None:
 
 def data_of(text: str) -> DataSettings:
     """The data set that a command line names: a folder of pairs or of TFDS, or a name. Raises UserError for others."""
-    if (path := pathlib.Path(text)).is_dir():
+    if (path := user_path(text)).is_dir():
         return DataSettings("tfds" if not (path / "train").exists() and prepared(path) else "folder", text)
     try:
         return DataSettings(text, **_NAMED)
@@ -237,7 +237,7 @@ def train(
     expect(size >= 8 and size % 4 == 0, "size", "a multiple of 4, at least 8", size)
     expect(steps >= 1, "steps", "at least 1", steps)
     expect(0 <= seed < 2**32, "seed", "in 0..4294967295", seed)
-    out = pathlib.Path(out)
+    out = pathlib.Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is there already; expected a new or an empty folder. Remove it or take another")
     check_writable(out.parent, "--out")
