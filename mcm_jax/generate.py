@@ -91,6 +91,8 @@ def generate(
     inputs = inputs_of(jobs[:1])
     for path in {*new, *earlier, *(out / name for name in _OWN)}:
         check_target(path, inputs, own=path not in new)
+        if path.name in _OWN and is_ours(path):
+            raise UserError(f"{path}: is a picture of a list, and would be replaced; take another --out")
     check_writable(out, "--out")
     for name in ("grid.png", "samples.json"):  # until all are drawn they would be of other samples
         (out / name).unlink(missing_ok=True)

@@ -311,7 +311,8 @@ def test_bad_prompts_are_doubts_where_the_base_sees_none(scenes):
     (scenes / "train" / "caption" / "05.txt").unlink()
     shutil.rmtree(scenes / "test" / "caption")
     (scenes / "train" / "sketch" / "06.png").unlink()
-    report = check(scenes, BaseSettings("scenes-ddpm").outline())
+    report, alone = check(scenes, BaseSettings("scenes-ddpm").outline()), check(scenes)
+    assert alone.problems == report.problems  # as configs/folder.py trains without a base that is named
     fatal = {path: [p[0] for p in rows] for path, rows in _rows(report).items()}
     doubts = [f"train/caption/{i:02}.txt" for i in (3, 4, 5)] + ["test/caption"]
     assert fatal == dict.fromkeys(doubts, [False]) | {"train/sketch/06.png": [True]}

@@ -416,6 +416,17 @@ def test_a_second_run_into_a_folder_replaces_the_first(trained, maps, tmp_path):
     with pytest.raises(UserError, match="sample_000.png: was not written by sample.py"):
         generate(str(trained.workdir), sketch, tmp_path, num_samples=1, seed=7)
     assert (tmp_path / "sample_000.png").read_bytes() == (maps / "sketch.png").read_bytes()
+    (tmp_path / "sample_000.png").unlink()
+    generate(str(trained.workdir), sketch, tmp_path / "own", num_samples=1, seed=7)
+    of_a_list = (tmp_path / "own/sample_000.png").replace(tmp_path / "grid.png").read_bytes()
+    with pytest.raises(UserError, match="grid.png: is a picture of a list"):
+        generate(str(trained.workdir), sketch, tmp_path, num_samples=1, seed=7)
+    assert (tmp_path / "grid.png").read_bytes() == of_a_list
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.open(maps / "sketch.png").save(tmp_path / "turned.png", exif=turned)
+    with pytest.warns(UserWarning, match="turned.png: EXIF data would turn it"):
+        generate(str(trained.workdir), {"sketch": str(tmp_path / "turned.png")}, tmp_path / "own", num_samples=1)
 
 
 def test_an_interrupt_leaves_whole_samples_and_the_same_call_goes_on(trained, maps, tmp_path, monkeypatch):

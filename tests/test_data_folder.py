@@ -614,6 +614,11 @@ def test_a_description_that_contradicts_itself_is_refused(changes, message, tmp_
     assert str(path) in _refused(tmp_path, TWO)
 
 
+def _described(tmp_path, picture):
+    _describe(tmp_path)
+    return _condition(tmp_path, TWO, picture, (8, 8), (8, 8))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
 def test_labels_are_read_by_their_colours(mode, tmp_path):
     """A palette in another order, too, if all its colours are the classes'; greyscale values are the classes."""
@@ -623,6 +628,30 @@ def test_labels_are_read_by_their_colours(mode, tmp_path):
     picture = Image.fromarray(labels if mode == "L" else colours)
     picture = picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=3) if mode == "P" else picture.convert(mode)
     np.testing.assert_array_equal(_condition(tmp_path, TWO, picture, (48, 48), (48, 48)), labels)
+
+
+def test_a_palette_whose_colours_and_indices_contradict_each_other_is_refused(tmp_path):
+    """One stray colour would turn the reading of a whole file from its colours to its indices."""
+    labels = (_noise(8, 8) < 26).astype(np.uint8)  # the sea's index 0, the sky's 1: the other way round
+    picture = Image.fromarray(labels, "P")
+    picture.putpalette([*SEA, *SKY, 1, 2, 3, *[9] * 759])
+    np.testing.assert_array_equal(_described(tmp_path, picture), 1 - labels)
+    picture.putpixel((0, 0), 2)
+    with pytest.raises(UserError, match="1 of 64 pixels .* other classes than the colours do; .* as greyscale"):
+        _described(tmp_path, picture)
+    picture.putpalette([*SKY, *SEA, *[9] * 762])  # those of the classes: a further index is what it is
+    with pytest.raises(UserError, match=r"found the classes \[2\]"):
+        _described(tmp_path, picture)
+    picture.putpixel((0, 0), 1)
+    picture.putpalette([7] * 768)
+    np.testing.assert_array_equal(_described(tmp_path, picture), np.asarray(picture))
+
+
+def test_one_bit_is_a_palette_of_black_and_white(tmp_path):
+    said = [{"name": "object", "color": [255] * 3}, {"name": "background", "color": [0] * 3}]
+    _describe(tmp_path, classes=said, swap={}, ignore_color=None)
+    bits = _noise(8, 8) < 26
+    np.testing.assert_array_equal(_condition(tmp_path, TWO, Image.fromarray(bits), (8, 8), (8, 8)), ~bits)
 
 
 def test_a_colour_that_is_no_class_is_counted_and_the_nearest_named(tmp_path):

@@ -1,6 +1,7 @@
 """What a folder holds is found and said; the config counts before that, and a workdir's own config before both."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -194,6 +195,11 @@ def test_what_cannot_be_told_is_an_error(data, tmp_path):
     path = data(segmentation=lambda i: Image.fromarray(np.asarray(_labels(i, 2)) * np.uint8(255)))
     with pytest.raises(UserError, match=r"segmentation: the label maps hold the values \[0, 255\] only"):
         discover(path)
+    (path / "train" / "drop_rate").mkdir()
+    shutil.copy(path / "train/image/3.png", path / "train/drop_rate/3.png")
+    with pytest.raises(UserError, match="train/drop_rate: this name is taken, .* Rename the folder"):
+        discover(path)
+    shutil.rmtree(path / "train/drop_rate")
     broken = path / "train" / "segmentation" / "3.png"
     broken.write_bytes(b"")
     with pytest.raises(UserError, match=r"3\.png: not a picture that can be read"):

@@ -1,6 +1,7 @@
 """Pictures alone become pairs: what extractors give, what `make` leaves behind, and pairs from the base itself."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -144,10 +145,41 @@ def test_what_is_done_is_kept_and_the_rest_done(made, tmp_path, capsys):
     assert (canny / "b.png").read_bytes() == (made / "train/canny/b.png").read_bytes()
     assert sorted(p.stem for p in (folder / "train" / "wide").iterdir()) == sorted(NAMES)
 
+    before = (canny / "a.png").read_bytes()
+    other = tmp_path / "other.png"
+    Image.fromarray(np.asarray(Image.open(folder / "train/image/b.png"))[:, ::-1]).save(other, compress_level=0)
+    os.utime(other, (0, 0))  # older than all conditions, as a file that is moved there keeps its time
+    other.replace(folder / "train/image/a.png")
+    assert "1 picture(s) have no" in _run("make", folder, "--extract=canny")
+    assert (canny / "a.png").read_bytes() != before
+    assert (canny / "b.png").read_bytes() == (made / "train/canny/b.png").read_bytes()
+    Image.new("L", (W, H)).save(canny / "a.png")  # drawn anew by hand
+    _run("make", folder, "--extract=canny")
+    assert not np.asarray(Image.open(canny / "a.png")).any()
+
     status = _run("make", folder, "--extract=canny:sigma=2")
     assert "made by canny (sigma=1.0, " in status and "--extract=canny_2=" in status
     (folder / "train" / "sketch").rename(folder / "train" / "mine")
     assert "were not made by this command" in _run("make", folder, "--extract=mine=sketch")
+
+
+def test_what_fails_for_one_picture_names_it(scenes, tmp_path, monkeypatch):
+    (tmp_path / "plugged_nan.py").write_text(
+        "import numpy as np\n"
+        "def nan(x): return np.where((x[..., 0] - x[..., 1]).min() > 1.8, np.nan, x[..., 0] / 2 + 0.5)\n"
+        "def dies(x): return x[..., 0] / 2 + (0.5 if (x[..., 0] - x[..., 1]).min() < 1.8 else undefined)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (64, 64), "red").save(os.fsencode(data) + b"/caf\xe9.png")
+    Image.fromarray(scenes[0]).save(data / "a.png")
+    status = _run("make", data, "--extract=depth=plugged_nan:nan,strokes")
+    assert "1 picture(s) have no conditions" in status and "caf" in status and "gave values from nan" in status
+    assert (data / "train/depth/a.png").exists() and (data / "train/strokes/a.png").exists()
+    with pytest.raises(NameError) as e:
+        main(["make", str(data), "--extract=other=plugged_nan:dies"])
+    assert ".png" in e.value.__notes__[0]
 
 
 @pytest.mark.parametrize(
@@ -159,6 +191,8 @@ def test_what_is_done_is_kept_and_the_rest_done(made, tmp_path, capsys):
         ("canny:sgma=2", r"found the setting 'sgma=2'; expected of sigma=1\.0 \(float\)"),
         ("canny:sigma=0", "sigma must be above 0, got 0"),
         ("image=canny", "this name is taken"),
+        ("base=canny", "this name is taken"),
+        ("drop_rate=canny", "this name is taken"),
         ("my-lines=canny", "'my-lines' is no name"),
         ("depth=net.onnx", "extractor net.onnx: no such file"),
         ("depth=plugged:nothing", "cannot be imported"),

@@ -99,8 +99,11 @@ def check(
 
 
 def _needs_prompts(base: Base | None) -> bool:
-    """Whether bad prompts are fatal. They are looked at anyway: another base may be trained with later."""
-    return base is None or base.is_text_conditional
+    """Whether bad prompts are fatal. They are looked at anyway: another base may be trained with later.
+
+    Without a base, that of configs/folder.py is meant, which takes none.
+    """
+    return base is not None and base.is_text_conditional
 
 
 def _survey(path: pathlib.Path, held_out_share: float) -> tuple[tuple[Modality, ...], list[Problem]]:

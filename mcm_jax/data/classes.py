@@ -180,6 +180,19 @@ def labels_of_colors(pixels: np.ndarray, classes: Classes, ignore: int, source: 
     return np.array([table[code] for code in found.tolist()], np.int32)[where].reshape(pixels.shape[:2])
 
 
+def contradicts(indices: np.ndarray, pixels: np.ndarray, classes: Classes) -> bool:
+    """Whether a pixel of a palette picture has the colour of another class than its index.
+
+    Args:
+      indices: ``[H, W]``.
+      pixels: their colours, uint8 ``[H, W, 3]``.
+      classes: with colours.
+    """
+    table = {code: i for i, code in enumerate(_codes(classes.colors).tolist())}
+    pairs = np.unique(np.stack([indices.astype(np.int64).ravel(), _codes(pixels).astype(np.int64).ravel()]), axis=1)
+    return any(table.get(code, index) != index for index, code in pairs.T.tolist())
+
+
 def _codes(colors: np.ndarray) -> np.ndarray:
     """Colours ``[..., 3]`` as numbers."""
     return colors.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])

@@ -22,6 +22,7 @@ from mcm_jax.data.problems import few, printable, refuse
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import KINDS, PICTURES, Modality, known, open_picture
 from mcm_jax.modalities.files import GREY_STEP
+from mcm_jax.modalities.settings import TAKEN, is_taken
 
 NONE = "none"
 """The kind that a config gives a modality that shall be left out."""
@@ -146,6 +147,8 @@ def survey(
             left_out.append(f"{name} (a modality's name has no dots)")
         elif not (found := _pictures(root / name, images)):
             left_out.append(f"{name} (holds no picture by the name of one in image/)")
+        elif is_taken(name):
+            errors.append(UserError(f"{root / name}: {TAKEN}. Rename the folder, or move it away if it is no modality"))
         else:
             try:
                 findings.append(_find(path, name, found, given, len(found) / len(images), errors))

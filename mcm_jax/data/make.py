@@ -19,22 +19,24 @@ import shutil
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from mcm_jax.data import captions
 from mcm_jax.data.extract import EXTRACTORS, Extractor, open_extractors
 from mcm_jax.data.folder import bare_pictures
-from mcm_jax.data.problems import few
+from mcm_jax.data.problems import few, printable
 from mcm_jax.data.reading import read_image
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, lock, user_path, write_atomically
 from mcm_jax.modalities import PICTURES
+from mcm_jax.modalities.files import BROKEN
 
 RECORD = "extracted.json"
 """In DATA: by modality, how its conditions were extracted."""
 
 SPLITS = ("train", "test")
+_SOURCE = "source_bytes"  # PNG text of a condition: how large its picture's file is
 _LINES = ("captions.jsonl", f"image/{captions.BESIDE_PICTURES}")  # in a split, where they lie beside the pictures
 
 
@@ -103,9 +105,9 @@ def _lay_out(data: pathlib.Path) -> list[str]:
     if not splits:
         raise UserError(f"{data}: has no {pathlib.Path('train', 'image')}; expected the pictures there")
     there = {name: path for split in splits for name, path in pictures_in(data / split / "image").items()}
-    if late := [name for name, path in own.items() if name not in there or _is_older(there[name], path)]:
+    if late := [name for name, path in own.items() if name not in there or _is_another(there[name], path)]:
         print(
-            f"note: left out {len(late)} new or changed picture(s) of {bare} ({few(late)}), since there is "
+            f"note: left out {len(late)} new or changed picture(s) of {bare} ({printable(few(late))}), since there is "
             f"{data / splits[0] / 'image'} already: move them there"
         )
     return splits
@@ -116,7 +118,8 @@ def _belonging(
 ) -> dict[pathlib.Path, pathlib.Path]:
     """Where in a split what belongs, of a folder without splits: its pictures and what there is of theirs."""
     files = {pathlib.Path("image", path.name): path for path in own.values()}
-    files |= {pathlib.Path(captions.FOLDER, p.stem + ".txt"): p.with_suffix(".txt") for p in own.values()}
+    prompts = {unicodedata.normalize("NFC", p.stem): p for p in bare.iterdir() if p.suffix == ".txt"}
+    files |= {pathlib.Path(captions.FOLDER, f"{p.stem}.txt"): prompts[n] for n, p in own.items() if n in prompts}
     files |= {pathlib.Path(file): bare / pathlib.Path(file).name for file in _LINES}
     if bare != data:  # laid out as a split is
         files |= {pathlib.Path(file): data / file for file in captions.LINES if (data / file).is_file()}
@@ -126,8 +129,10 @@ def _belonging(
     return {place: path for place, path in files.items() if path.is_file()}
 
 
-def _is_older(path: pathlib.Path, than: pathlib.Path) -> bool:
-    return path.stat().st_mtime_ns < than.stat().st_mtime_ns
+def _is_another(path: pathlib.Path, than: pathlib.Path) -> bool:
+    """Whether a file is not, or no more, the copy of another: older, or of another size."""
+    there, here = than.stat(), path.stat()
+    return here.st_mtime_ns < there.st_mtime_ns or here.st_size != there.st_size
 
 
 def _link(path: pathlib.Path, to: pathlib.Path) -> None:
@@ -171,7 +176,7 @@ def _said(record: Mapping[str, object]) -> str:
 def _missing(
     data: pathlib.Path, splits: Sequence[str], extractors: Sequence[Extractor]
 ) -> Iterator[tuple[pathlib.Path, dict[pathlib.Path, Extractor]]]:
-    """Pictures, and the files that they lack or that are older than the picture."""
+    """Pictures, and the files that they lack, that are older than the picture or of another one that was there."""
     for split in splits:
         for e in extractors:
             (data / split / e.modality).mkdir(exist_ok=True)
@@ -179,16 +184,27 @@ def _missing(
             time, files = path.stat().st_mtime_ns, {}
             for e in extractors:
                 file = data / split / e.modality / f"{path.stem}.png"
-                if not (file.exists() and file.stat().st_mtime_ns >= time):
+                if not (file.exists() and file.stat().st_mtime_ns >= time and _is_of(file, path)):
                     files[file] = e
             if files:
                 yield path, files
 
 
-def write_png(path: pathlib.Path, picture: Image.Image) -> None:
-    """Writes a picture that is either complete or not there. Raises UserError where it cannot."""
-    data = io.BytesIO()
-    picture.save(data, format="PNG")
+def _is_of(file: pathlib.Path, picture: pathlib.Path) -> bool:
+    """Whether a condition says of no other picture than this that it is its: one moved here may have an older time."""
+    try:
+        with Image.open(file) as condition:
+            return condition.info.get(_SOURCE) in (None, str(picture.stat().st_size))
+    except BROKEN:
+        return True
+
+
+def write_png(path: pathlib.Path, picture: Image.Image, text: Mapping[str, str] = {}) -> None:
+    """Writes a picture that is either complete or not there, with texts. Raises UserError where it cannot."""
+    data, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    picture.save(data, format="PNG", pnginfo=info)
     try:
         write_atomically(path, data.getvalue())
     except OSError as e:
@@ -199,12 +215,20 @@ def write_png(path: pathlib.Path, picture: Image.Image) -> None:
 def _extract(work: Sequence[tuple[pathlib.Path, dict[pathlib.Path, Extractor]]], workers: int) -> list[str]:
     def one(path: pathlib.Path, files: Mapping[pathlib.Path, Extractor]) -> str | None:
         try:
+            source = {_SOURCE: str(path.stat().st_size)}
             picture = read_image(path)
         except UserError as e:
             return str(e)
         name = unicodedata.normalize("NFC", path.stem)
         for file, extractor in files.items():
-            write_png(file, extractor(picture, name))
+            try:
+                condition = extractor(picture, name)
+            except UserError as e:
+                return f"{path}: {e}"
+            except Exception as e:  # of a user's own function
+                e.add_note(f"while it had {path}")
+                raise
+            write_png(file, condition, source)
         return None
 
     # Threads: what takes time (SciPy, Pillow, nets) lets go of the interpreter.

@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.Image import Transpose
 
 from mcm_jax.data.captions import MOST_OF_PROMPT
-from mcm_jax.data.classes import Classes, labels_of_colors
+from mcm_jax.data.classes import Classes, contradicts, labels_of_colors
 from mcm_jax.errors import UserError
 from mcm_jax.modalities import Modality, PictureBytes, cover, open_picture
 from mcm_jax.modalities.files import eight_bits, over
@@ -108,7 +108,8 @@ def read_caption(path: pathlib.Path) -> str:
 def read_condition(path: Source, modality: Modality, classes: Classes | None = None) -> np.ndarray:
     """:func:`read_png`; of labels whose classes have colours, a colour PNG is read by these.
 
-    So is a palette PNG all of whose colours are the classes'; of any other the index counts.
+    So is one of a palette or of one bit all of whose colours are the classes'; of any other the index counts. Where
+    colours of classes are at other indices than the classes', it could be either, and is refused.
     """
     return condition_of(open_condition(path, modality), path, modality, classes)
 
@@ -118,17 +119,23 @@ def condition_of(picture: Image.Image, path: Source | str, modality: Modality, c
     array = None
     is_png = picture.format in (None, "PNG")  # None: made in memory
     has_colors = modality.kind == "labels" and classes is not None and classes.colors is not None
-    if has_colors and is_png and picture.mode in ("RGB", "RGBA", "P"):
+    if has_colors and is_png and picture.mode in ("RGB", "RGBA", "P", "1"):
         if picture.mode == "RGBA" and (count := int((np.asarray(picture)[..., 3] != 255).sum())):
             raise UserError(
                 f"{path}: {count:,} of {picture.width * picture.height:,} pixels are transparent, expected labels "
                 f"without an alpha channel. Save it as RGB, unknown pixels in the ignore_color of classes.json"
             )
+        pixels = np.asarray(picture.convert("RGB"))
         try:
-            array = labels_of_colors(np.asarray(picture.convert("RGB")), classes, modality.ignore, str(path))
-        except UserError:
-            if picture.mode != "P":
+            array = labels_of_colors(pixels, classes, modality.ignore, str(path))
+        except UserError as e:
+            if picture.mode in ("RGB", "RGBA"):
                 raise
+            if contradicts(np.asarray(picture), pixels, classes):
+                raise UserError(
+                    f"{e}. Its indices, which would count where colours are no classes', say other classes than the "
+                    f"colours do; if the indices are right, save them as greyscale"
+                ) from e
     if array is None:
         array = modality.definition.decode(picture, path)
     modality.check(array, str(path))

@@ -25,7 +25,7 @@ from mcm_jax import config, pictures, sampling, sharding
 from mcm_jax.base import Base, BaseSettings
 from mcm_jax.base.tokenizer import Cuts
 from mcm_jax.data.extract import open_extractors
-from mcm_jax.data.make import add_extract_argument, extract, write_png
+from mcm_jax.data.make import add_extract_argument, extract, pictures_in, write_png
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, lock, user_path, write_atomically
 from mcm_jax.pipeline import Pipeline
@@ -198,5 +198,6 @@ def main(args: argparse.Namespace) -> None:
     prompts = None if args.prompts is None else read_prompts(args.prompts)
     base = BaseSettings(args.base, args.dtype).load(sharding.local_mesh())
     sampled = synthesise(base, args.out, args.count, seed=args.seed, prompts=prompts, settings=settings)
-    print(f"{args.count} pictures in {args.out / 'train' / 'image'}, {sampled} of them sampled now")
+    folder = args.out / "train" / "image"
+    print(f"{len(pictures_in(folder))} pictures in {folder}, {sampled} of them sampled now")
     extract(args.out, extractors, args.workers)

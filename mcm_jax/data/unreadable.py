@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from mcm_jax.data.problems import printable
 from mcm_jax.errors import UserError
 
 UNREADABLE = ("fail", "skip")
@@ -54,7 +55,7 @@ class Skipping:
         with self._lock:
             if index not in self.skipped:
                 self.skipped[index] = str(why)
-                print(f"passed over, another example takes its place: {why}")
+                print(f"passed over, another example takes its place: {printable(str(why))}")
         check_few(self.skipped, examples, self.names, f". The last one: {why}")
 
 

@@ -10,10 +10,10 @@ from PIL import Image
 
 from mcm_jax import pictures
 from mcm_jax.base import Base
-from mcm_jax.data.reading import read_image
+from mcm_jax.data.reading import read_image, turn_of
 from mcm_jax.jobs.job import Job
 from mcm_jax.modalities import Modality, cover
-from mcm_jax.modalities.files import over
+from mcm_jax.modalities.files import open_picture, over
 from mcm_jax.modalities.modality import open_condition
 from mcm_jax.pipeline import Pipeline
 
@@ -37,6 +37,13 @@ class Files:
     def read(self, path: str, name: str) -> np.ndarray:
         """The condition in a picture file, at its own resolution; labels by the colours of the run's classes, too."""
         condition = self._pipeline.read(path, name)
+        with open_picture(path) as picture:
+            if turn_of(picture):
+                warnings.warn(
+                    f"{path}: EXIF data would turn it, but a condition is taken as it is stored; save it upright "
+                    f"without them",
+                    stacklevel=2,
+                )
         if doubt := self.known[name].doubt(condition):
             warnings.warn(f"{path}: {doubt}", stacklevel=2)
         return condition

@@ -7,10 +7,12 @@ from mcm_jax.modalities.modality import Modality
 
 # What else an example or a record holds.
 _TAKEN = ("image", "latent", "caption", "prompt", "index", "draw", "seen", "present")
-_TAKEN += ("t", "eps", "eps_scale", "noise", "x_t")
+_TAKEN += ("t", "eps", "eps_scale", "noise", "x_t", "shown", "drop_rate")
 # Rows of an evaluation, a judge of no modality, and what a picture's settings say beside its conditions.
 _UNCLEAR = ("all", "both", "base", "real", "shuffled", "unprompted", "autoencoder", "fidelity")
 _UNCLEAR += ("base_path", "device", "file", "versions", "workdir")
+TAKEN = f"this name is taken, as are {', '.join(_TAKEN + _UNCLEAR)}"
+"""For messages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +34,14 @@ class ModalitiesSettings:
         if not self.shown:
             raise UserError("shown must have a modality at least: a section by its name, with kind and channels")
         if taken := [m.name for m in self.shown if m.name in _TAKEN]:
-            raise UserError(f"{taken[0]}: {_taken()}")
+            raise UserError(f"{taken[0]}: {TAKEN}; choose another")
 
     def check_new(self) -> None:
         """Raises UserError for what older runs may have, and new ones may not: names that mean two things."""
-        if unclear := [m.name for m in self.shown if m.name in _UNCLEAR]:
-            raise UserError(f"config.modalities.{unclear[0]}: {_taken()}")
+        if taken := [m.name for m in self.shown if is_taken(m.name)]:
+            raise UserError(f"config.modalities.{taken[0]}: {TAKEN}; choose another")
 
 
-def _taken() -> str:
-    return f"this name is taken, as are {', '.join(_TAKEN + _UNCLEAR)}; choose another"
+def is_taken(name: str) -> bool:
+    """Whether a new run may not call a modality so."""
+    return name in _TAKEN + _UNCLEAR

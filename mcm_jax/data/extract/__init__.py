@@ -112,7 +112,7 @@ def _open(text: str) -> Extractor:
     if not modality.isidentifier():
         raise UserError(f"--extract={text}: {modality!r} is no name for a modality; expected letters, digits and _")
     try:
-        ModalitiesSettings((Modality(modality, "map", 1),))  # refuses names that mean something else
+        ModalitiesSettings((Modality(modality, "map", 1),)).check_new()  # refuses names that mean something else
         if what in EXTRACTORS:
             return _of_ours(modality, what, settings)
         return _of_users(modality, what, settings)
@@ -149,7 +149,7 @@ def _of_ours(modality: str, what: str, texts: Sequence[str]) -> Extractor:
             picture = np.asarray(_scaled(Image.fromarray(picture), _LEAST))
         if "rng" not in parameters:
             return function(picture, **chosen)
-        digest = hashlib.sha256(f"{what}/{settings['seed']}/{name}".encode()).digest()
+        digest = hashlib.sha256(f"{what}/{settings['seed']}/{name}".encode(errors="surrogateescape")).digest()
         return function(picture, rng=np.random.default_rng(list(digest)), **chosen)
 
     find(np.zeros((8, 8, 3), np.uint8), "")  # what is wrong with the settings shows before any picture
