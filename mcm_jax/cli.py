@@ -169,10 +169,9 @@ def run(main: Callable[[list[str]], None]) -> None:
             if not distributed.is_first():  # what all would say is said once; errors come from whoever has them
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
-            with sharding.memory_errors(  # wherever no words of its own are said
-                "what this command needs",
-                "Smaller numbers or another base: config.base.dtype=bfloat16; or more devices: config.mesh.fsdp",
-            ):
+            way_out = "config.base.dtype=bfloat16" if "config" in flags.FLAGS else "--dtype=bfloat16"
+            way_out = f"Smaller numbers, {way_out}; a smaller base; or more devices"
+            with sharding.memory_errors("what this command needs", way_out):  # where nothing else is said
                 main(argv)
 
     use_compilation_cache()

@@ -221,6 +221,16 @@ def test_other_files_are_another_run(config, data, tmp_path):
     assert int(train_and_evaluate(config, workdir).step) == 2
 
 
+def test_a_held_out_loss_that_nothing_gives_is_refused_before_a_cache_is_built(config, data, tmp_path):
+    tiny.shutil.rmtree(data / "test")
+    with config.unlocked():
+        config.data.held_out_share, config.cache.mode = 0.0, "build"
+        config.train.evaluate_every, config.train.best = 1, "held_out_mse"
+    with pytest.raises(UserError, match="config.train.best='held_out_mse': not measured"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("name", ["image", "prompt", "latent", "draw"])
 def test_names_that_an_example_holds_already(config, name):
     with config.unlocked():

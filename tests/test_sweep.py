@@ -1,5 +1,6 @@
 """Sweeps: what is wrong is told before the first trial, and however one was stopped, it ends as if it had not been."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -35,6 +36,7 @@ from mcm_jax.sweep import outcomes, plots, results, run, trials
 from mcm_jax.sweep.run import run_sweep
 from mcm_jax.training import caching, loop, read_run, step, train_and_evaluate
 from mcm_jax.training import settings as settings_lib
+from mcm_jax.training import workdir as workdirs
 from mcm_jax.training.actions import Diverged
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
@@ -693,6 +695,24 @@ def test_a_metric_that_no_trial_will_measure_is_refused_before_the_first_one(sma
     assert not (tmp_path / "run").exists()
     for metric, changes in (("images_per_second", {}), ("held_out_mse", {"train.evaluate_every": 2})):
         outcomes.check_measured(_read([{}], changes), metric)
+
+
+def test_what_a_trial_may_not_begin_with_is_refused_before_the_first_one_and_goes_on_in_older_sweeps(
+    small_path, tmp_path
+):
+    path = tmp_path / "attention.py"
+    path.write_text("def get_hyper(): return [{'mcm.attention': (1,)}, {'mcm.attention': (7,)}]")
+    workdir = tmp_path / "sweep"
+    with pytest.raises(UserError, match=r"trial 1 of the sweep.*config.mcm.attention must be 1 or 0"):
+        run_sweep(small(small_path, {}), path, workdir)
+    assert not workdir.exists()
+    older = tiny.settings_of(small(small_path, {}))
+    older = dataclasses.replace(older, mcm=dataclasses.replace(older.mcm, attention=(7,)))
+    for there in (False, True):
+        workdir.mkdir(exist_ok=True)
+        (workdir / workdirs.SWEEP).write_text("{}") if there else None
+        with contextlib.nullcontext() if there else pytest.raises(UserError, match="mcm.attention"):
+            assert workdirs.check_same_run(older, workdir / "1") is None
 
 
 def test_a_full_disk_is_told_before_the_first_trial(small_path, folder, tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def fine_greys(picture: Image.Image, where: object) -> np.ndarray | None:
     # Pillow opens greys of 16 bits as these, too, where the format has none of 32.
     if picture.mode == "I" and picture.format not in ("PNG", "PPM") and 0 < values.max() <= 255:
         raise UserError(
-            f"{where}: found a grey picture of 32 bits with whole numbers up to {values.max():g}, expected 0 to 65535; "
+            f"{where}: found a grey picture of signed whole numbers up to {values.max():g}, expected 0 to 65535; "
             f"here 255 may be white, too: save it with 8 or 16 bits"
         )
     return (values / np.float32(most)).astype(np.float32)

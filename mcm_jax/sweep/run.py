@@ -82,6 +82,9 @@ def run_sweep(
     if index is not None and not 0 <= index < len(trials):
         raise UserError(f"--sweep_index={index}: the sweep has {len(trials)} trials, 0 to {len(trials) - 1}")
     check_measured(trials, metric)
+    for trial in () if begun else trials:
+        with _named(trial):
+            trial.settings.check_new()
     if begun:
         folders.check_same(begun, trials, workdir)
     card = _cards(workdir)

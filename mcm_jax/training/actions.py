@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mcm_jax import config, distributed, pictures, sampling
+from mcm_jax import config, distributed, pictures, sampling, sharding
 from mcm_jax.base import BaseCard
 from mcm_jax.data.pipeline import to_float
 from mcm_jax.errors import OutOfMemory, UserError
@@ -38,6 +38,13 @@ DIVERGED = "diverged.json"
 def less_is_better(name: str) -> bool:
     """Whether the lower one wins of a number that training measures; of two such judges it is `MODALITY/delta_e`."""
     return name.rpartition("/")[2] in _LESS_IS_BETTER
+
+
+# What a device's memory may not hold, and the way out.
+_DRAWN = (
+    "what is drawn and judged while training",
+    "Fewer at a time: config.sampling.batch_size; or nothing, by 0 for config.train.validate_every and evaluate_every",
+)
 
 
 def _check_alone(e: UserError) -> None:
@@ -190,9 +197,13 @@ class Control:
         if now.step % self._every and now.step != now.last:
             return
         with now.clock.pause(now.state):
-            self._pipeline.update(now.state.ema_params)
+            found: dict[str, float] = {}
             try:
-                images = self._sampler(self._row, self._keys, self._which)
+                with sharding.memory_errors(*_DRAWN):
+                    self._pipeline.update(now.state.ema_params)
+                    images = self._sampler(self._row, self._keys, self._which)
+                    for judge in self._judges:
+                        found |= judge.watch(images, self._which)
             except UserError as e:
                 _check_alone(e)
                 warnings.warn(f"step {now.step}: no control was measured: {e}", stacklevel=2)
@@ -201,9 +212,6 @@ class Control:
                 now.measured.update(found)
                 self._log.write(now.step, found)
                 return
-            found: dict[str, float] = {}
-            for judge in self._judges:
-                found |= judge.watch(images, self._which)
             now.measured.update(found)
             self._log.write(now.step, found)
             now.show(**{name: f"{value:.3f}" for name, value in found.items()})
@@ -312,7 +320,8 @@ class ValidationPictures:
         with now.clock.pause(now.state):
             self._pipeline.update(now.state.ema_params)
             try:
-                sheet = self._sheet()
+                with sharding.memory_errors(*_DRAWN):
+                    sheet = self._sheet()
             except UserError as e:
                 _check_alone(e)
                 warnings.warn(f"step {now.step}: no validation pictures were drawn: {e}", stacklevel=2)

@@ -11,7 +11,7 @@ import numpy as np
 
 from mcm_jax import distributed, sharding
 from mcm_jax.base import Base, BaseCard
-from mcm_jax.cache import Cache
+from mcm_jax.cache import Cache, store
 from mcm_jax.data import DataSettings
 from mcm_jax.data.inputs import Inputs, Streamed, prepare, prepared_bytes
 from mcm_jax.data.pipeline import InMemory
@@ -25,7 +25,7 @@ from mcm_jax.sampling import SamplingSettings
 from mcm_jax.trained import Trained, start_from
 from mcm_jax.training import feed as feeds
 from mcm_jax.training.actions import HeldOutLoss
-from mcm_jax.training.caching import build_cache, known_card, open_cache, open_held_out
+from mcm_jax.training.caching import build_cache, held_out_folder, known_card, open_cache, open_held_out
 from mcm_jax.training.feed import Feed
 from mcm_jax.training.settings import RunSettings
 
@@ -86,9 +86,9 @@ def assemble(
             start_from(settings.train.init_from, settings.mcm, modulator, card)
         if settings.train.evaluate_every and not control and (cache.mode == "off" or cache.load_base):
             control.append(_control(settings, card, modulator))
-        # Whether a cache has held-out predictions, its folder tells, when the run begins.
-        if settings.train.best not in ("", *HeldOutLoss.names):
-            check_best(settings, settings.data.has_test_split(), *control)
+        if settings.train.best:
+            kept = cache.mode != "off" and (held_out_folder(settings, workdir) / store.MANIFEST).is_file()
+            check_best(settings, kept or settings.data.has_test_split(), *control)
         return modulator
 
     if cache.mode == "off":

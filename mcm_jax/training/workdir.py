@@ -92,7 +92,8 @@ def check_same_run(
                 f"--workdir={workdir} holds a sweep, expected a run or nothing. Take another --workdir; --sweep=FILE "
                 f"goes on with the sweep, and the folders in it are workdirs of runs"
             )
-        settings.check_new()
+        if not (workdir.parent / SWEEP).exists():  # of a sweep that has begun
+            settings.check_new()
         return None
     allowed, wrong = differences(there, settings)
     if wrong:
