@@ -703,7 +703,7 @@ def test_what_a_trial_may_not_begin_with_is_refused_before_the_first_one_and_goe
     path = tmp_path / "attention.py"
     path.write_text("def get_hyper(): return [{'mcm.attention': (1,)}, {'mcm.attention': (7,)}]")
     workdir = tmp_path / "sweep"
-    with pytest.raises(UserError, match=r"trial 1 of the sweep.*config.mcm.attention must be 1 or 0"):
+    with pytest.raises(UserError, match=r"trial 1 .*of the sweep: config.mcm.attention must be 1 or 0"):
         run_sweep(small(small_path, {}), path, workdir)
     assert not workdir.exists()
     older = tiny.settings_of(small(small_path, {}))
