@@ -13,10 +13,11 @@ from PIL import Image, ImageOps
 
 from mcm_jax import jobs as jobs_lib
 from mcm_jax import pictures
+from mcm_jax.data.classes import Classes
 from mcm_jax.errors import UserError
 from mcm_jax.jobs import Drawer, lists
 from mcm_jax.jobs.intermediates import Intermediates
-from mcm_jax.jobs.record import is_drawn
+from mcm_jax.jobs.record import Recorder, is_drawn
 from mcm_jax.jobs.watch import Watch
 from mcm_jax.modalities import Modality, read_png
 from mcm_jax.pipeline import Pipeline
@@ -239,6 +240,20 @@ def test_plain_pictures_say_what_those_of_the_first_version_said(drawer, whole, 
         assert is_drawn(picture, record) == stays
     with pytest.raises(UserError, match=r"scheduler_config.json of .* \(timestep_spacing: linspace then"):
         jobs_lib.replay(picture, tmp_path)
+
+
+def test_the_colours_by_which_labels_are_read_decide_a_picture(drawer, whole, tmp_path, monkeypatch):
+    """Pictures that do not say them, as those of before, stay."""
+    (m,) = (m for m in drawer.pipeline.modalities if m.kind == "labels")
+    colours, records = np.arange(3 * m.channels, dtype=np.uint8).reshape(-1, 3), []
+    for colors in (None, colours, colours[::-1]):
+        described = Classes(tuple(map(str, range(m.channels))), colors)
+        monkeypatch.setattr(Pipeline, "classes", lambda self, name, found=described: found)
+        records.append(Recorder(drawer.workdirs, drawer.pipeline).record(whole[0][0]))
+    assert [list(r.get("colors", ())) for r in records] == [[], [m.name], [m.name]]
+    for was, now, stays in ((0, 0, True), (0, 1, True), (1, 1, True), (1, 2, False)):
+        pictures.save_png(tmp_path / "x.png", np.zeros((4, 4), np.uint8), {"mcm_jax": json.dumps(records[was])})
+        assert is_drawn(tmp_path / "x.png", records[now]) == stays
 
 
 def test_no_file_is_lost_but_earlier_pictures(drawer, whole, maps, tmp_path):

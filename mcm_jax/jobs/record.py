@@ -49,6 +49,7 @@ class Recorder:
     def __init__(self, workdirs: Sequence[str], pipeline: Pipeline, base: str | None = None):
         self._pipeline, self._sha256 = pipeline, functools.lru_cache(4096)(sha256)
         self._is_transparent = functools.lru_cache(4096)(_is_transparent)
+        self._colors = functools.cache(self._digest_of_colors)
         of_each = {
             "workdir": list(workdirs),
             "mcm_sha256": [sha256(assets.resolve(folder) / WEIGHTS) for folder in workdirs],
@@ -86,6 +87,7 @@ class Recorder:
             **changed,
             "guidance_schedule": list(job.settings.guidance_schedule),
             "window": window,
+            "colors": {name: colors for name in sorted(job.conditions) if (colors := self._colors(name))},
             "weights": list(job.weights) if {*job.weights} - {1.0} else [],
             "image": file(job.image),
             "inpaint": mask(job.inpaint),
@@ -102,6 +104,15 @@ class Recorder:
         }
         text = {*OF_TEXT} - {"modulate"} if not own.is_text_conditional else ()  # which pictures always said
         return {k: v for k, v in said.items() if k not in text}
+
+    def _digest_of_colors(self, name: str) -> str:
+        """By which colours labels are read; '' where by none."""
+        is_labels = any(m.name == name and m.kind == "labels" for m in self._pipeline.modalities)
+        classes = self._pipeline.classes(name) if is_labels else None
+        if classes is None or classes.colors is None:
+            return ""
+        said = [classes.colors.tolist(), classes.ignore_color and list(map(int, classes.ignore_color)), classes.ignore]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -167,8 +178,9 @@ def is_drawn(path: pathlib.Path, record: Mapping[str, Any]) -> bool:
         there = path.exists() and _essence(read_record(path))
     except UserError:  # of another origin
         return False
-    # Pictures of before 2026-11-30 do not say how the base's file spaces and ends its steps.
-    return bool(there) and {"schedule": _essence(record)["schedule"], **there} == _essence(record)
+    wanted = _essence(record)
+    # Pictures of before 2026-12 do not say how the base's file spaces and ends its steps, nor colours of classes.
+    return bool(there) and {k: wanted[k] for k in ("schedule", "colors") if k in wanted} | there == wanted
 
 
 def _essence(value: Any) -> Any:
