@@ -1,15 +1,15 @@
 """Grids of images and conditions as PNG files."""
 
-import io
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from mcm_jax.files import write_atomically
 from mcm_jax.modalities import Modality
+from mcm_jax.modalities.files import png
 
 _ABSENT = 160
 
@@ -69,8 +69,4 @@ def save_png(path: str | os.PathLike, picture: np.ndarray, texts: Mapping[str, s
     """Writes uint8 ``[H, W]`` or ``[H, W, 3]``, with texts by name; the file appears when it is complete."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data, info = io.BytesIO(), PngImagePlugin.PngInfo()
-    for name, text in (texts or {}).items():
-        info.add_text(name, text)
-    Image.fromarray(picture).save(data, format="PNG", pnginfo=info)
-    write_atomically(path, data.getvalue())
+    write_atomically(path, png(Image.fromarray(picture), texts))

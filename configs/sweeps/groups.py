@@ -4,7 +4,7 @@ python train.py --config=configs/scenes_sd.py --sweep=configs/sweeps/groups.py -
 python train.py --config=configs/emoji.py --sweep=configs/sweeps/groups.py --workdir=runs/groups_emoji
 python train.py --config=configs/scenes.py --sweep=configs/sweeps/groups.py --workdir=runs/groups
 
-16 trials of the size `tiny` from one cache, 15 to 40 minutes on one core. Expect a mean IoU of 0.656, 0.638, 0.632,
+16 trials of the size `tiny` from one cache. Expect a mean IoU of 0.656, 0.638, 0.632,
 0.632 with 8, 4, 2 and 1 groups on scenes-sd, 0.135, 0.387, 0.552, 0.602 on emoji, each at 0.008, and 0.641 (at 0.008),
 0.701, 0.728, 0.721 (at 0.004) on scenes, within 0.04 (docs/mcm.md).
 """

@@ -189,8 +189,8 @@ def contradicts(indices: np.ndarray, pixels: np.ndarray, classes: Classes) -> bo
       classes: with colours.
     """
     table = {code: i for i, code in enumerate(_codes(classes.colors).tolist())}
-    pairs = np.unique(np.stack([indices.astype(np.int64).ravel(), _codes(pixels).astype(np.int64).ravel()]), axis=1)
-    return any(table.get(code, index) != index for index, code in pairs.T.tolist())
+    pairs = np.unique(_codes(pixels) << 8 | indices.astype(np.int64)).tolist()  # an index has 8 bits
+    return any(table.get(pair >> 8, pair & 255) != pair & 255 for pair in pairs)
 
 
 def _codes(colors: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ on after an interruption, and with pictures or extractors that were added.
 import argparse
 import concurrent.futures
 import errno
-import io
 import json
 import os
 import pathlib
@@ -19,7 +18,7 @@ import shutil
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tqdm import tqdm
 
 from mcm_jax.data import captions
@@ -30,7 +29,7 @@ from mcm_jax.data.reading import read_image
 from mcm_jax.errors import UserError, expect
 from mcm_jax.files import check_writable, lock, user_path, write_atomically
 from mcm_jax.modalities import PICTURES
-from mcm_jax.modalities.files import BROKEN
+from mcm_jax.modalities.files import BROKEN, png
 
 RECORD = "extracted.json"
 """In DATA: by modality, how its conditions were extracted."""
@@ -181,32 +180,28 @@ def _missing(
         for e in extractors:
             (data / split / e.modality).mkdir(exist_ok=True)
         for path in pictures_in(data / split / "image").values():
-            time, files = path.stat().st_mtime_ns, {}
+            there, files = path.stat(), {}
             for e in extractors:
                 file = data / split / e.modality / f"{path.stem}.png"
-                if not (file.exists() and file.stat().st_mtime_ns >= time and _is_of(file, path)):
+                if not (file.exists() and file.stat().st_mtime_ns >= there.st_mtime_ns and _is_of(file, there)):
                     files[file] = e
             if files:
                 yield path, files
 
 
-def _is_of(file: pathlib.Path, picture: pathlib.Path) -> bool:
+def _is_of(file: pathlib.Path, picture: os.stat_result) -> bool:
     """Whether a condition says of no other picture than this that it is its: one moved here may have an older time."""
     try:
         with Image.open(file) as condition:
-            return condition.info.get(_SOURCE) in (None, str(picture.stat().st_size))
+            return condition.info.get(_SOURCE) in (None, str(picture.st_size))
     except BROKEN:
         return True
 
 
-def write_png(path: pathlib.Path, picture: Image.Image, text: Mapping[str, str] = {}) -> None:
+def write_png(path: pathlib.Path, picture: Image.Image, texts: Mapping[str, str] | None = None) -> None:
     """Writes a picture that is either complete or not there, with texts. Raises UserError where it cannot."""
-    data, info = io.BytesIO(), PngImagePlugin.PngInfo()
-    for key, value in text.items():
-        info.add_text(key, value)
-    picture.save(data, format="PNG", pnginfo=info)
     try:
-        write_atomically(path, data.getvalue())
+        write_atomically(path, png(picture, texts))
     except OSError as e:
         fix = "Shorten its picture's name" if e.errno == errno.ENAMETOOLONG else "Free space or permissions there"
         raise UserError(f"{path}: cannot be written ({e.strerror or e}). {fix}") from e

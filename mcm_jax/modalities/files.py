@@ -4,10 +4,10 @@ import contextlib
 import io
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from mcm_jax.errors import UserError
 
@@ -84,8 +84,8 @@ def fine_greys(picture: Image.Image, where: object) -> np.ndarray | None:
     # Pillow opens greys of 16 bits as these, too, where the format has none of 32.
     if picture.mode == "I" and picture.format not in ("PNG", "PPM") and 0 < values.max() <= 255:
         raise UserError(
-            f"{where}: found a grey picture of signed whole numbers up to {values.max():g}, expected 0 to 65535; "
-            f"here 255 may be white, too: save it with 8 or 16 bits"
+            f"{where}: found a grey picture of signed or 32-bit whole numbers up to {values.max():g}, expected 0 to "
+            f"65535; here 255 may be white, too: save it with 8 or 16 bits"
         )
     return (values / np.float32(most)).astype(np.float32)
 
@@ -94,6 +94,15 @@ def eight_bits(picture: Image.Image, where: object = "the picture") -> Image.Ima
     """A picture of finer greys in 8 bits (:func:`fine_greys`), others as they are."""
     values = fine_greys(picture, where)
     return picture if values is None else Image.fromarray(np.round(values * 255).astype(np.uint8))
+
+
+def png(picture: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
+    """A PNG file of a picture, with texts by name."""
+    data, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    for name, text in (texts or {}).items():
+        info.add_text(name, text)
+    picture.save(data, format="PNG", pnginfo=info)
+    return data.getvalue()
 
 
 class PictureBytes(io.BytesIO):

@@ -260,7 +260,7 @@ def _base_for_pictures(
     shapes = Pipeline(settings.base.outline(), Trained(modulator), sampling, mesh)
     few = min(_VALIDATION_IMAGES, sampling.batch_size)
     many = min(max(judged, _VALIDATION_IMAGES * bool(settings.train.validate_every)), sampling.batch_size)
-    for count in (many, few)[: 1 + (few < many)]:
+    for count in dict.fromkeys((many, min(few, many))):
         needed, free = shapes.sampling_bytes(count), sharding.free_memory()
         known = [bytes_ for bytes_ in distributed.everyones(free).values() if bytes_ is not None]
         if not known or needed <= min(known):
